@@ -1,0 +1,183 @@
+//! The control socket between shim and VMM: one SEQPACKET pair, one JSON message per packet, descriptors by SCM_RIGHTS.
+//!
+//! The shim sends [`Request`]s, the VMM answers each with a [`Reply`] of the same id, in any order, and sends events
+//! in between. The VMM ends when the shim's end of the socket closes; the socket's end tells the shim that the VMM is gone.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::vmspec::VmSpec;
+
+/// Largest message in bytes. A spec with every slot filled is a few KiB.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Most descriptors in one message: kernel, initramfs, kvm, serial, and up to two for each device slot, rounded up.
+pub const MAX_FDS: usize = 64;
+
+/// Shim to VMM.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the shim; the reply carries it.
+    pub id: u64,
+    /// What is asked.
+    pub command: Command,
+}
+
+/// What the shim can ask of a VMM.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum Command {
+    /// Builds the machine and starts its vCPUs. First, and once. Descriptors: those that the spec indexes.
+    Boot(VmSpec),
+    /// Connects the one descriptor of the message, an end of a stream socketpair, to a port of the guest. Answered when
+    /// the guest has accepted or refused, or the device gave up waiting for it.
+    ConnectVsock {
+        /// Port in the guest.
+        port: u32,
+    },
+}
+
+/// VMM to shim.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum Reply {
+    /// The request with this id is done.
+    Done {
+        /// The request's id.
+        id: u64,
+    },
+    /// The request with this id failed.
+    Failed {
+        /// The request's id.
+        id: u64,
+        /// Cause and remedy, one sentence.
+        message: String,
+    },
+    /// The guest tried to reach [`READY_PORT`](crate::guest::READY_PORT): its agent listens. Sent once for a machine.
+    GuestReady,
+    /// The guest has ended, the VMM is about to. Last message.
+    GuestExited {
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+/// Why a guest ended.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest reset itself: an orderly shutdown, or a panic (the console tells).
+    Reset,
+    /// A vCPU met something that KVM cannot go on from.
+    VcpuFault,
+}
+
+/// Sends one message. Blocks if the socket does and its buffer is full.
+pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+    let body = serde_json::to_vec(message).map_err(ControlError::Json)?;
+    if body.len() > MAX_MESSAGE {
+        return Err(ControlError::TooLarge);
+    }
+    if fds.len() > MAX_FDS {
+        return Err(ControlError::TooManyFds);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(ControlError::TooManyFds);
+    }
+    let flags = SendFlags::NOSIGNAL;
+    rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&body)], &mut ancillary, flags))
+        .map_err(ControlError::Send)?;
+    Ok(())
+}
+
+/// Receives one message with its descriptors (close-on-exec). `None` when the peer has closed.
+///
+/// On a non-blocking socket with nothing to read the error is [`ControlError::Receive`] with `EAGAIN`.
+pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
+    let mut body = vec![0; MAX_MESSAGE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let message = rustix::io::retry_on_intr(|| {
+        recvmsg(&socket, &mut [IoSliceMut::new(&mut body)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })
+    .map_err(ControlError::Receive)?;
+    // Collected before anything is judged, so that a bad message leaks no descriptor.
+    let mut fds = Vec::new();
+    for item in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = item {
+            fds.extend(rights);
+        }
+    }
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    if message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        return Err(ControlError::TooLarge);
+    }
+    let value = body.get(..message.bytes).map(serde_json::from_slice).ok_or(ControlError::TooLarge)?;
+    Ok(Some((value.map_err(ControlError::Json)?, fds)))
+}
+
+/// The control socket failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Beyond [`MAX_MESSAGE`], or cut off on the way.
+    #[error("control message is larger than {MAX_MESSAGE} bytes or was cut off")]
+    TooLarge,
+    /// Beyond [`MAX_FDS`].
+    #[error("control message carries more than {MAX_FDS} descriptors")]
+    TooManyFds,
+    /// Not a message of this protocol; the two binaries may be of different versions.
+    #[error("control message is not understood; are shim and VMM of the same version?")]
+    Json(#[source] serde_json::Error),
+    /// sendmsg(2).
+    #[error("cannot send on the control socket")]
+    Send(#[source] rustix::io::Errno),
+    /// recvmsg(2).
+    #[error("cannot receive from the control socket")]
+    Receive(#[source] rustix::io::Errno),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    #[test]
+    fn message_with_descriptor_arrives_whole() {
+        let (a, b) = pair();
+        let (x, _y) = pair();
+        let request = Request { id: 7, command: Command::ConnectVsock { port: 1024 } };
+        send(&a, &request, &[x.as_fd()]).unwrap();
+        let (got, fds) = receive::<Request>(&b).unwrap().unwrap();
+        assert_eq!((got, fds.len()), (request, 1));
+    }
+
+    #[test]
+    fn closed_peer_reads_as_none() {
+        let (a, b) = pair();
+        drop(a);
+        assert!(receive::<Request>(&b).unwrap().is_none());
+    }
+
+    #[test]
+    fn unknown_field_is_refused() {
+        let (a, b) = pair();
+        send(&a, &serde_json::json!({"id": 1, "command": {"connect_vsock": {"port": 1}}, "more": 1}), &[]).unwrap();
+        assert!(matches!(receive::<Request>(&b), Err(ControlError::Json(_))));
+    }
+}

@@ -1,0 +1,23 @@
+//! Fixed names that host and guest agree on.
+
+/// vsock port on which the agent serves `bulkhead.agent.v1.Agent`.
+pub const AGENT_RPC_PORT: u32 = 1024;
+
+/// vsock port on which the agent accepts standard streams, see [`crate::stdio`].
+pub const AGENT_STDIO_PORT: u32 = 1025;
+
+/// Host port that the agent tries to connect to, once, when both of its ports listen. The VMM resets that connection like
+/// every one that a guest starts; that the request came is the sign that the guest is ready.
+pub const READY_PORT: u32 = 1024;
+
+/// The guest's vsock address. Every guest has the same: a VMM's device knows one guest only.
+pub const GUEST_CID: u64 = 3;
+
+/// virtiofs tag of the pod's share.
+pub const SHARE_TAG: &str = "share";
+
+/// Where the agent mounts the pod's share.
+pub const SHARE_DIR: &str = "/run/bulkhead/share";
+
+/// The pod's /dev/shm in the guest.
+pub const SHM_DIR: &str = "/run/bulkhead/shm";

@@ -1,0 +1,76 @@
+//! The machine that the VMM is asked to build, and the descriptors that come with it.
+//!
+//! A [`VmSpec`] names no path: every file, tap and pipe is an [`FdIndex`] into the descriptors that arrive in the same
+//! message (DESIGN D1: the VMM opens nothing).
+
+use serde::{Deserialize, Serialize};
+
+/// Index into the descriptors of the message that carries the spec.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub usize);
+
+/// A virtual machine.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// An uncompressed ELF kernel with a PVH note or a 64-bit entry.
+    pub kernel: FdIndex,
+    /// An initramfs.
+    pub initramfs: Option<FdIndex>,
+    /// Kernel parameters beyond those that the VMM itself needs.
+    pub cmdline: String,
+    /// vCPUs that exist, 1 to 64.
+    pub vcpus: u8,
+    /// vCPUs that are online when the guest boots; the agent brings up the others. 1 to `vcpus`.
+    pub boot_vcpus: u8,
+    /// Boot memory in MiB.
+    pub memory_mib: u64,
+    /// Devices, in slot order.
+    pub devices: Vec<DeviceSpec>,
+    /// A 8250 serial port on COM1 whose output goes to this descriptor; for debugging a kernel that dies early.
+    #[serde(default)]
+    pub serial: Option<FdIndex>,
+}
+
+/// A virtio device in a slot.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "type")]
+pub enum DeviceSpec {
+    /// virtio-blk over a raw image or block device. The format is never probed.
+    Block {
+        /// The image, opened for writing unless `read_only`.
+        file: FdIndex,
+        /// Refuse writes.
+        read_only: bool,
+        /// Serial number that the guest reads, 20 bytes at most.
+        serial: String,
+    },
+    /// virtio-console with one port; what the guest writes goes to the descriptor, the rest of a flood is dropped.
+    Console {
+        /// A pipe, socket or file; written without blocking where the kernel allows.
+        output: FdIndex,
+    },
+    /// virtio-fs.
+    Fs {
+        /// Mount tag, 36 bytes at most.
+        tag: String,
+        /// Directory that is exported.
+        root: FdIndex,
+    },
+    /// virtio-net over a tap.
+    Net {
+        /// A tap device opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; the VMM sets its offloads and header size.
+        tap: FdIndex,
+        /// MAC address, six bytes.
+        mac: [u8; 6],
+        /// MTU that the guest is told (VIRTIO_NET_F_MTU).
+        mtu: u16,
+    },
+    /// virtio-rng from getrandom(2).
+    Rng,
+    /// virtio-vsock; connections are started by [`crate::control::Command::ConnectVsock`].
+    Vsock,
+}
