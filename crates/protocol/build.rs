@@ -1,8 +1,15 @@
 //! Generates the agent's ttrpc service from `agent.proto`.
 
-use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
-
 fn main() -> std::io::Result<()> {
+    #[cfg(feature = "agent")]
+    generate()?;
+    Ok(())
+}
+
+#[cfg(feature = "agent")]
+fn generate() -> std::io::Result<()> {
+    use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
+
     println!("cargo::rerun-if-changed=proto/agent.proto");
     let out = std::path::PathBuf::from(
         std::env::var_os("OUT_DIR").ok_or_else(|| std::io::Error::other("cargo sets no OUT_DIR"))?,

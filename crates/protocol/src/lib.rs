@@ -9,6 +9,7 @@ pub mod stdio;
 pub mod vmspec;
 
 /// The agent's ttrpc service, generated from `proto/agent.proto`.
+#[cfg(feature = "agent")]
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/services.rs"));

@@ -1,2 +1,3 @@
-//! x
+//! `bulkhead-vmm`.
+
 fn main() {}

@@ -1,0 +1,68 @@
+//! The device loop: one thread, one epoll set, every device worker but virtio-fs.
+//!
+//! A worker is an [`event_manager::MutEventSubscriber`]: it names its descriptors in `init` and gets their events in
+//! `process`. It moves into the loop when its device is activated and is dropped there when the device is reset, so its
+//! state has one owner and no lock. A worker must bound what it does for one event, since all share the thread.
+
+use std::thread;
+
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
+
+/// What the loop runs.
+pub type Worker = Box<dyn MutEventSubscriber + Send>;
+
+/// A way into the loop from other threads.
+#[derive(Clone)]
+pub struct EventLoop {
+    endpoint: RemoteEndpoint<Worker>,
+}
+
+impl EventLoop {
+    /// Starts the loop's thread. It ends with the process.
+    pub fn spawn() -> Result<Self, EventLoopError> {
+        let mut manager = EventManager::<Worker>::new().map_err(EventLoopError::Epoll)?;
+        let endpoint = manager.remote_endpoint();
+        thread::Builder::new()
+            .name("devices".into())
+            .spawn(move || while manager.run().is_ok() {})
+            .map_err(EventLoopError::Thread)?;
+        Ok(Self { endpoint })
+    }
+
+    /// Moves a worker into the loop; returns when the loop has called its `init`.
+    pub fn add(&self, worker: Worker) -> Result<WorkerGuard, EventLoopError> {
+        let id = self
+            .endpoint
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(worker)))
+            .map_err(EventLoopError::Epoll)?;
+        Ok(WorkerGuard { endpoint: self.endpoint.clone(), id })
+    }
+}
+
+/// A worker in the loop. Dropping it takes the worker out and drops it, before `drop` returns; so it must not happen in
+/// the loop's own thread.
+pub struct WorkerGuard {
+    endpoint: RemoteEndpoint<Worker>,
+    id: SubscriberId,
+}
+
+impl Drop for WorkerGuard {
+    fn drop(&mut self) {
+        let id = self.id;
+        // It fails only if the loop has ended, which has dropped the worker.
+        let _ = self
+            .endpoint
+            .call_blocking(move |ops: &mut dyn SubscriberOps<Subscriber = Worker>| ops.remove_subscriber(id).map(drop));
+    }
+}
+
+/// The device loop cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum EventLoopError {
+    /// epoll(7) or the loop's event descriptor failed, or the loop has ended.
+    #[error("device loop failed: {0}")]
+    Epoll(event_manager::Error),
+    /// No thread for the loop.
+    #[error("cannot start the device loop's thread")]
+    Thread(#[source] std::io::Error),
+}

@@ -1,0 +1,93 @@
+//! virtio devices (Virtual I/O Device specification 1.2) without a word about their transport.
+//!
+//! The transport owns negotiation, device status and the ISR. When the driver sets DRIVER_OK it hands the device its
+//! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
+//! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
+
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::event_loop::EventLoopError;
+
+/// The guest's memory. Regions never move or vanish while the machine runs.
+pub type Memory = Arc<GuestMemoryMmap>;
+
+/// A virtio device, as its transport sees it.
+pub trait VirtioDevice: Send {
+    /// Device ID, section 5.
+    fn device_type(&self) -> u32;
+
+    /// Largest size of each queue, a power of two; their number is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Device feature bits that are offered. The transport adds VIRTIO_F_VERSION_1 and the ring features
+    /// (VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC).
+    fn features(&self) -> u64;
+
+    /// Reads the configuration space. Bytes beyond it read as zero. Never blocks.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space; most devices have nothing to write. Never blocks.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device. An error makes the transport set DEVICE_NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the device and lets go of its queues, memory and interrupt, in bounded time. Idempotent; `activate` may
+    /// follow.
+    fn reset(&mut self);
+}
+
+/// What a device gets to work with, from DRIVER_OK to reset.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: Memory,
+    /// Negotiated feature bits.
+    pub features: u64,
+    /// The device's queues, every one of them checked against the memory; a queue that the driver left out is `None`.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// How to reach the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A queue that the driver has made ready.
+pub struct ActiveQueue {
+    /// The rings.
+    pub queue: virtio_queue::Queue,
+    /// Written by KVM when the driver notifies this queue (ioeventfd, non-blocking).
+    pub kick: EventFd,
+}
+
+/// The way from a device to its driver.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers are in the queue. The caller has asked [`virtio_queue::QueueT::needs_notification`] first.
+    fn notify_queue(&self, index: u16);
+
+    /// The configuration space has changed.
+    fn notify_config(&self);
+
+    /// The device met something that it cannot go on from: sets DEVICE_NEEDS_RESET and tells the driver.
+    fn needs_reset(&self);
+}
+
+/// A device that cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver made fewer queues ready than the device works with.
+    #[error("driver left queue {0} unconfigured")]
+    QueueMissing(u16),
+    /// The device loop would not take the worker.
+    #[error("device loop refused the device's worker")]
+    EventLoop(#[from] EventLoopError),
+    /// A host resource of the device failed.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried, as in "set the tap's offloads".
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
