@@ -12,7 +12,7 @@ pub mod transport;
 pub mod unbuilt;
 
 #[cfg(test)]
-pub mod test_driver;
+mod test_driver;
 
 use std::sync::Arc;
 

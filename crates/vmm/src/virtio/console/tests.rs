@@ -1,6 +1,7 @@
 use std::io::{PipeReader, Read};
 
 use super::*;
+use crate::virtio::serve::RingError;
 use crate::virtio::test_driver::{Driver, RecordingInterrupt};
 
 fn started(driver: &Driver) -> (Worker, Arc<RecordingInterrupt>, PipeReader) {
@@ -15,7 +16,7 @@ fn started(driver: &Driver) -> (Worker, Arc<RecordingInterrupt>, PipeReader) {
     (worker, interrupt, reader)
 }
 
-fn serve(worker: &mut Worker) -> Result<(), RingError> {
+fn run(worker: &mut Worker) -> Result<(), RingError> {
     let (memory, output) = (&*worker.memory, &worker.output);
     serve(&mut worker.transmit, 1, memory, &*worker.interrupt, |chain| {
         print(output, chain);
@@ -36,7 +37,7 @@ fn output_of_several_buffers_arrives_in_order() {
     driver.memory().write_slice(b"hello, world", vm_memory::GuestAddress(0x4000)).unwrap();
     driver.add(&[driver.readable(0x4000, 7), driver.readable(0x4007, 5)]);
     let (mut worker, interrupt, reader) = started(&driver);
-    serve(&mut worker).unwrap();
+    run(&mut worker).unwrap();
     assert_eq!(interrupt.queues(), [1]);
     assert_eq!(driver.used(), [(0, 0)]);
     assert_eq!(everything(worker, reader), b"hello, world");
@@ -49,7 +50,7 @@ fn flood_that_nobody_reads_is_dropped_without_blocking() {
         driver.add(&[driver.readable(0x4000, 0x1_0000)]);
     }
     let (mut worker, _, reader) = started(&driver);
-    serve(&mut worker).unwrap();
+    run(&mut worker).unwrap();
     assert_eq!(driver.used().len(), 16);
     // A pipe holds 64 KiB unless told otherwise.
     assert!(everything(worker, reader).len() <= 0x1_0000);
@@ -63,7 +64,7 @@ fn writable_wild_and_huge_buffers_print_nothing_and_are_given_back() {
     driver.add(&[driver.readable(0xffff_0000, u32::MAX)]);
     driver.add(&[driver.readable(0x4000, 0)]);
     let (mut worker, interrupt, reader) = started(&driver);
-    serve(&mut worker).unwrap();
+    run(&mut worker).unwrap();
     assert_eq!(driver.used().len(), 4);
     assert!(!interrupt.is_reset_needed());
     assert!(everything(worker, reader).is_empty());
@@ -74,5 +75,5 @@ fn avail_index_that_jumps_is_an_error() {
     let driver = Driver::new(16);
     driver.set_avail_index(17);
     let (mut worker, ..) = started(&driver);
-    assert!(serve(&mut worker).is_err());
+    assert!(run(&mut worker).is_err());
 }
