@@ -8,6 +8,7 @@ import asyncio
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -86,6 +87,7 @@ class Machine:
         self.state = state
         self.console = state / "console.log"
         self.process = None
+        self.cgroup = None
 
     async def start(self):
         """Starts it and returns the socket of its control channel."""
@@ -95,9 +97,9 @@ class Machine:
 
     async def _start_host(self):
         ours, theirs = socket.socketpair()
-        inner = f"exec {NODE}/lib/enter fd:{theirs.fileno()}"
-        command = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c", inner]
-        await self._spawn(command, [theirs.fileno()])
+        ours.setblocking(False)
+        self.cgroup = pathlib.Path(f"/sys/fs/cgroup/bulkhead-node-{os.getpid()}")
+        await self._spawn([NODE / "lib" / "enter-host", self.cgroup, f"fd:{theirs.fileno()}"], [theirs.fileno()])
         theirs.close()
         return ours
 
@@ -122,7 +124,7 @@ class Machine:
             "--cpus", "1", "--memory", MEMORY, "--user", "root", "--cwd", TREE, "--name", "node",
             f"--rwdir={BUILD}", f"--append=modprobe.blacklist={','.join(UNUSED_DRIVERS)}",
             *(f"--qemu-opts={option}" for option in qemu_options),
-            "--", NODE / "lib" / "enter", "/dev/virtio-ports/bulkhead.control",
+            "--", NODE / "lib" / "enter", "emulated", "/dev/virtio-ports/bulkhead.control",
         ]  # fmt: skip
         await self._spawn(command, [])
         accept = asyncio.create_task(asyncio.get_running_loop().sock_accept(listener))
@@ -153,3 +155,23 @@ class Machine:
         except ProcessLookupError:
             pass
         await self.process.wait()
+        if self.cgroup is not None:
+            self._remove_cgroup()
+
+    def _remove_cgroup(self):
+        """Ends what is left in the host node's cgroup and removes it with all below it."""
+        kill = self.cgroup / "cgroup.kill"
+        if not kill.exists():
+            return
+        kill.write_text("1")
+        with open(self.cgroup / "cgroup.events", encoding="ascii") as events:
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            # A killed process is gone in milliseconds, unless the kernel holds it; then its cgroup stays.
+            while "populated 1" in events.read() and poller.poll(5000):
+                events.seek(0)
+        for directory, _, _ in os.walk(self.cgroup, topdown=False):
+            try:
+                os.rmdir(directory)
+            except OSError as error:
+                print(f"cannot remove {directory}: {error.strerror}", flush=True)
