@@ -65,9 +65,10 @@ bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its fi
 	@$(NODE) run benches/boot
 
 install: build ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead
-	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/bulkhead' '$(DESTDIR)/etc/bulkhead'
-	install -m 755 build/bin/containerd-shim-bulkhead-v2 build/bin/bulkhead-vmm build/bin/bulkhead '$(DESTDIR)$(PREFIX)/bin'
-	install -m 644 build/vmlinux build/initramfs.cpio '$(DESTDIR)$(PREFIX)/share/bulkhead'
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/lib/bulkhead' '$(DESTDIR)/etc/bulkhead'
+	install -m 755 build/bin/containerd-shim-bulkhead-v2 build/bin/bulkhead '$(DESTDIR)$(PREFIX)/bin'
+	install -m 755 build/bin/bulkhead-vmm '$(DESTDIR)$(PREFIX)/lib/bulkhead'
+	install -m 644 build/vmlinux build/initramfs.cpio '$(DESTDIR)$(PREFIX)/lib/bulkhead'
 	[ -e '$(DESTDIR)/etc/bulkhead/config.toml' ] || \
 		sed 's|/usr/local|$(PREFIX)|' deploy/config.toml >'$(DESTDIR)/etc/bulkhead/config.toml'
 
