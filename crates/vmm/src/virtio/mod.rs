@@ -4,6 +4,16 @@
 //! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
 //! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
 
+pub mod block;
+pub mod console;
+pub mod rng;
+pub mod serve;
+pub mod transport;
+pub mod unbuilt;
+
+#[cfg(test)]
+pub mod test_driver;
+
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
