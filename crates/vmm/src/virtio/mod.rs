@@ -5,6 +5,7 @@
 //! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
 
 pub mod buffers;
+pub mod fs;
 pub mod ring;
 pub mod vsock;
 

@@ -18,6 +18,8 @@ pub struct Ring {
     kick: EventFd,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
+    /// Something was pushed since [`Self::notify`].
+    pushed: bool,
 }
 
 impl Ring {
@@ -26,7 +28,7 @@ impl Ring {
         let queue = activation.queues.get_mut(usize::from(index)).and_then(Option::take);
         let ActiveQueue { queue, kick } = queue.ok_or(ActivateError::QueueMissing(index))?;
         let (memory, interrupt) = (Arc::clone(&activation.memory), Arc::clone(&activation.interrupt));
-        Ok(Self { index, queue, kick, memory, interrupt })
+        Ok(Self { index, queue, kick, memory, interrupt, pushed: false })
     }
 
     /// Readable when the driver has notified the queue; to be watched, and cleared with [`Self::clear_kick`].
@@ -64,12 +66,13 @@ impl Ring {
     /// Returns a chain to the driver with `len` bytes written to it.
     pub fn push(&mut self, head: u16, len: usize) -> Result<(), RingError> {
         let len = u32::try_from(len).unwrap_or(u32::MAX);
+        self.pushed = true;
         Ok(self.queue.add_used(&*self.memory, head, len)?)
     }
 
     /// Interrupts the driver if it wants to know of what was pushed.
     pub fn notify(&mut self) -> Result<(), RingError> {
-        if self.queue.needs_notification(&*self.memory)? {
+        if std::mem::take(&mut self.pushed) && self.queue.needs_notification(&*self.memory)? {
             self.interrupt.notify_queue(self.index);
         }
         Ok(())
