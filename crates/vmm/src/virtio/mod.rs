@@ -4,11 +4,19 @@
 //! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
 //! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
 
+pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod fs;
 pub mod ring;
+pub mod rng;
+pub mod serve;
+pub mod transport;
+pub mod unbuilt;
 pub mod vsock;
 
+#[cfg(test)]
+pub mod test_driver;
 #[cfg(test)]
 mod testing;
 
