@@ -1,2 +1,40 @@
-//! x
-fn main() {}
+//! `bulkhead`: the operator's and the developer's command.
+
+mod run;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Pods in their own KVM guests.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a pod from an image through the CRI, and show that it is in a guest of its own
+    Run(run::RunArguments),
+}
+
+/// How to reach the CRI.
+#[derive(clap::Args)]
+struct CriArguments {
+    /// Socket of the CRI runtime
+    #[arg(long, default_value = bulkhead_cli::cri::CONTAINERD_SOCKET)]
+    socket: PathBuf,
+    /// Runtime handler, as in a RuntimeClass
+    #[arg(long, default_value = "bulkhead")]
+    handler: String,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Run(arguments) => run::run(arguments).await,
+    }
+}

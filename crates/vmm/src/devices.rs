@@ -8,8 +8,10 @@ use crate::event_loop::{EventLoop, EventLoopError};
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::console::Console;
+use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::rng::Rng;
-use crate::virtio::unbuilt::{Fs, FsError, Net, NetError, Vsock, VsockError, VsockHandle};
+use crate::virtio::unbuilt::{Net, NetError};
+use crate::virtio::vsock::{Vsock, VsockError, VsockHandle};
 
 /// Called when the guest says that its agent listens.
 pub type OnReady = Box<dyn FnMut() + Send>;

@@ -17,7 +17,7 @@ use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThrea
 use crate::layout::{self, MAX_VCPUS, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::virtio::transport::{Slot, SlotError};
-use crate::virtio::unbuilt::VsockHandle;
+use crate::virtio::vsock::VsockHandle;
 
 /// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
 pub struct Machine {

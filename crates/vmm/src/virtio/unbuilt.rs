@@ -11,11 +11,7 @@ use crate::event_loop::EventLoop;
 pub struct Unbuilt(&'static str);
 
 /// Not built.
-pub type FsError = FsUnbuilt;
-/// Not built.
 pub type NetError = NetUnbuilt;
-/// Not built.
-pub type VsockError = VsockUnbuilt;
 
 macro_rules! device {
     ($device:ident, $error:ident, $name:literal) => {
@@ -43,33 +39,11 @@ macro_rules! device {
         }
     };
 }
-device!(Fs, FsUnbuilt, "fs");
 device!(Net, NetUnbuilt, "net");
-device!(Vsock, VsockUnbuilt, "vsock");
 
-#[allow(missing_docs)]
-impl Fs {
-    pub fn new(_: &str, _: OwnedFd) -> Result<Self, FsError> {
-        Err(FsUnbuilt)
-    }
-}
 #[allow(missing_docs)]
 impl Net {
     pub fn new(_: OwnedFd, _: [u8; 6], _: u16, _: EventLoop) -> Result<Self, NetError> {
         Err(NetUnbuilt)
-    }
-}
-#[allow(missing_docs)]
-impl Vsock {
-    pub fn new(_: u64, _: EventLoop, _: Box<dyn FnMut() + Send>) -> Result<(Self, VsockHandle), VsockError> {
-        Err(VsockUnbuilt)
-    }
-}
-/// Not built.
-pub struct VsockHandle(std::convert::Infallible);
-#[allow(missing_docs)]
-impl VsockHandle {
-    pub fn connect(&self, _: u32, _: OwnedFd, _: Box<dyn FnOnce(Result<(), VsockUnbuilt>) + Send>) {
-        match self.0 {}
     }
 }
