@@ -1,7 +1,5 @@
 //! The machine on a real /dev/kvm, with payloads of a few instructions.
 
-mod common;
-
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
@@ -10,7 +8,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use bulkhead_vmm::descriptors::Descriptors;
 use bulkhead_vmm::machine::{Machine, MachineError};
 
-use common::{Start, build, kernel, run, spec, wait};
+use crate::common::{Start, build, kernel, run, spec, wait};
 
 /// `ud2` without an interrupt table: a triple fault.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
@@ -127,7 +125,7 @@ fn bad_specs_are_refused_with_a_reason() {
 
 #[test]
 fn what_is_no_kernel_or_no_kvm_is_refused_with_a_reason() {
-    let Err(error) = build(&spec(), common::file(b"not a kernel")) else { panic!("accepted") };
+    let Err(error) = build(&spec(), crate::common::file(b"not a kernel")) else { panic!("accepted") };
     assert!(error.to_string().contains("uncompressed ELF"), "{error}");
 
     let null = OwnedFd::from(File::open("/dev/null").unwrap());
@@ -143,7 +141,7 @@ fn initramfs_that_does_not_fit_is_refused() {
     (spec.initramfs, spec.serial) = (Some(FdIndex(2)), None);
     let initramfs = tempfile::tempfile().unwrap();
     initramfs.set_len(16 << 20).unwrap();
-    let fds = Descriptors::new(vec![common::kvm(), kernel(Start::Long, &SPIN, &[]).into(), initramfs.into()]);
+    let fds = Descriptors::new(vec![crate::common::kvm(), kernel(Start::Long, &SPIN, &[]).into(), initramfs.into()]);
     let Err(error) = Machine::build(&spec, fds, Box::new(|| {})) else { panic!("accepted") };
     assert!(error.to_string().contains("more memory"), "{error}");
 }
