@@ -8,15 +8,15 @@ pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod fs;
+pub mod net;
 pub mod ring;
 pub mod rng;
 pub mod serve;
 pub mod transport;
-pub mod unbuilt;
 pub mod vsock;
 
 #[cfg(test)]
-pub mod test_driver;
+mod test_driver;
 #[cfg(test)]
 mod testing;
 

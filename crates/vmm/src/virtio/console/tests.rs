@@ -15,9 +15,9 @@ fn started(driver: &Driver) -> (Worker, Arc<RecordingInterrupt>, PipeReader) {
     (worker, interrupt, reader)
 }
 
-fn serve(worker: &mut Worker) -> Result<(), RingError> {
+fn serve(worker: &mut Worker) -> Result<(), crate::virtio::serve::RingError> {
     let (memory, output) = (&*worker.memory, &worker.output);
-    serve(&mut worker.transmit, 1, memory, &*worker.interrupt, |chain| {
+    crate::virtio::serve::serve(&mut worker.transmit, 1, memory, &*worker.interrupt, |chain| {
         print(output, chain);
         0
     })

@@ -2,7 +2,8 @@ use super::*;
 use crate::virtio::test_driver::{Driver, RecordingInterrupt};
 
 fn serve(driver: &Driver) -> Vec<(u32, u32)> {
-    serve(&mut driver.queue(), 0, &driver.memory(), &RecordingInterrupt::default(), fill).unwrap();
+    crate::virtio::serve::serve(&mut driver.queue(), 0, &driver.memory(), &RecordingInterrupt::default(), fill)
+        .unwrap();
     driver.used()
 }
 
