@@ -112,6 +112,7 @@ class Server:
         self.poller = select.epoll()
         self.poller.register(channel, select.EPOLLIN)
         self.handlers = {}
+        self.start_pid = None
 
     def send(self, session, kind, payload=b""):
         """Writes one frame; the other end always reads, so this may block."""
@@ -129,6 +130,30 @@ class Server:
         del self.handlers[fd]
         self.poller.unregister(fd)
         os.close(fd)
+
+    def adopt(self):
+        """As init of a pid namespace, reaps what others leave behind, whenever a child of any kind ends."""
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write)
+
+        def child_ended(fd):
+            os.read(fd, CHUNK)
+            self.reap_orphans()
+
+        self.watch(wake_read, child_ended)
+
+    def reap_orphans(self):
+        """Reaps ended children up to the first of our own, which its pidfd announces."""
+        own = {session.pid for session in self.sessions.values()} | {self.start_pid}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None or ended.si_pid in own:
+                return
+            os.waitpid(ended.si_pid, 0)
 
     def run(self):
         """Serves until the host hangs up."""
@@ -213,6 +238,7 @@ class Server:
         del self.sessions[session.number]
         code = os.waitstatus_to_exitcode(status)
         self.send(session.number, wire.EXIT, bytes([code if code >= 0 else 128 - code]))
+        self.reap_orphans()
 
     def start_node(self, script):
         """Runs the start script, its lines going to the host as progress."""
@@ -226,6 +252,7 @@ class Server:
             os.dup2(out_write, 2)
             os.execvp(script, [script])
         os.close(out_write)
+        self.start_pid = pid
         pidfd = os.pidfd_open(pid)
         line = bytearray()
 
@@ -241,6 +268,8 @@ class Server:
 
         def ended(fd):
             _, status = os.waitpid(pid, 0)
+            self.start_pid = None
+            self.reap_orphans()
             code = os.waitstatus_to_exitcode(status)
             self.unwatch(fd)
             if out_read in self.handlers:
@@ -265,6 +294,8 @@ def main():
     fd = int(channel[3:]) if channel.startswith("fd:") else os.open(channel, os.O_RDWR | os.O_CLOEXEC)
     os.set_inheritable(fd, False)
     server = Server(fd)
+    if os.getpid() == 1:
+        server.adopt()
     server.start_node(script)
     server.run()
 
