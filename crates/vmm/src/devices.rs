@@ -9,8 +9,8 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::console::Console;
 use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::net::{Net, NetError};
 use crate::virtio::rng::Rng;
-use crate::virtio::unbuilt::{Net, NetError};
 use crate::virtio::vsock::{Vsock, VsockError, VsockHandle};
 
 /// Called when the guest says that its agent listens.

@@ -8,11 +8,11 @@ pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod fs;
+pub mod net;
 pub mod ring;
 pub mod rng;
 pub mod serve;
 pub mod transport;
-pub mod unbuilt;
 pub mod vsock;
 
 #[cfg(test)]
