@@ -1,2 +1,92 @@
-//! x
-fn main() {}
+//! `bulkhead-agent`: PID 1 of the guest (DESIGN D6, D8).
+//!
+//! The shim asks over vsock (ttrpc for control, one connection for each standard stream), the agent answers. What it asks
+//! of the kernel it does itself, except for the creation of containers: libcontainer forks and blocks, so the agent
+//! re-executes itself as a single-threaded helper for that ([`runtime`]).
+#![cfg_attr(not(test), no_main)]
+
+mod boot;
+mod cgroup;
+mod containers;
+mod entry;
+mod events;
+mod listen;
+mod power;
+mod reaper;
+mod rpc;
+mod runtime;
+mod sandbox;
+mod stdio;
+mod sys;
+
+use std::convert::Infallible;
+
+/// What this process is for.
+#[derive(Debug, Eq, PartialEq)]
+enum Mode {
+    /// PID 1 of a guest.
+    Init,
+    /// Creates one container or process for the agent that started it.
+    Helper,
+    /// PID 1 of a pid namespace that the pod's containers share.
+    PidNamespace,
+    /// Serves on Unix sockets in a directory, outside of a guest: for developers and tests.
+    Serve(std::path::PathBuf),
+}
+
+impl Mode {
+    /// The kernel hands words of its command line to init, so only the agent's own words count.
+    fn from_args(mut args: impl Iterator<Item = String>, pid: u32) -> Option<Self> {
+        match (args.next().as_deref(), args.next()) {
+            (Some(runtime::HELPER_ARG), _) => Some(Self::Helper),
+            (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
+            (Some("serve"), Some(dir)) => Some(Self::Serve(dir.into())),
+            _ if pid == 1 => Some(Self::Init),
+            _ => None,
+        }
+    }
+}
+
+/// Runs the agent in the mode that its arguments ask for; answers the exit status.
+#[cfg_attr(test, allow(dead_code))]
+fn run() -> i32 {
+    match Mode::from_args(std::env::args().skip(1), std::process::id()) {
+        Some(Mode::Helper) => runtime::helper::main(),
+        Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
+        Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
+        Some(Mode::Init) => report(power::reboot_after(boot::init)),
+        None => {
+            eprintln!("bulkhead-agent is the init of a Bulkhead guest; outside of one: bulkhead-agent serve DIRECTORY");
+            2
+        }
+    }
+}
+
+fn report<E: std::error::Error>(outcome: Result<Infallible, E>) -> i32 {
+    let Err(error) = outcome;
+    eprintln!("bulkhead-agent: {}", sys::chain(&error));
+    1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(args: &[&str], pid: u32) -> Option<Mode> {
+        Mode::from_args(args.iter().map(ToString::to_string), pid)
+    }
+
+    #[test]
+    fn words_of_the_kernel_command_line_do_not_change_init() {
+        assert_eq!(mode(&["quiet", "splash"], 1), Some(Mode::Init));
+        assert_eq!(mode(&[], 1), Some(Mode::Init));
+    }
+
+    #[test]
+    fn own_words_choose_the_mode() {
+        assert_eq!(mode(&[runtime::HELPER_ARG], 7), Some(Mode::Helper));
+        assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
+        assert_eq!(mode(&["serve", "/run/x"], 7), Some(Mode::Serve("/run/x".into())));
+        assert_eq!(mode(&[], 7), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! The first moments of a guest: mounts, the root that containers can leave, the cgroup hierarchy.
+//!
+//! Nothing here depends on the pod (DESIGN D7): a template is made of a guest that has come through this and waits.
+//! Everything here is paid before the guest is ready, so it does no more than it must.
+
+use std::convert::Infallible;
+use std::io;
+
+use rustix::fs::{Mode, mkdir};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+
+use crate::cgroup::{self, CgroupError};
+use crate::listen::{self, ListenError};
+
+/// Level of the agent's log, on the kernel command line: `bulkhead.log=debug`. The dot makes the kernel keep it to itself.
+const LOG_PARAMETER: &str = "bulkhead.log=";
+
+/// Runs as PID 1. Returns only with an error, and the guest ends then.
+pub fn init() -> Result<Infallible, BootError> {
+    leave_rootfs().map_err(BootError::Root)?;
+    mount_file_systems()?;
+    start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    cgroup::prepare_hierarchy()?;
+    listen::serve_vsock().map_err(Into::into)
+}
+
+/// Puts a mount with a parent in place of the initramfs' root.
+///
+/// pivot_root(2) refuses to move the rootfs mount, and containers are entered by pivot_root. So the root is bound to a
+/// directory of itself, moved over the old root, and made this process's root.
+fn leave_rootfs() -> io::Result<()> {
+    const NEW_ROOT: &str = "/.root";
+    make_dir(NEW_ROOT)?;
+    mount_bind("/", NEW_ROOT)?;
+    std::env::set_current_dir(NEW_ROOT)?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    std::env::set_current_dir("/")
+}
+
+/// One mount of the guest.
+struct FileSystem {
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    data: Option<&'static std::ffi::CStr>,
+    /// Without an optional one the guest does less, but works.
+    optional: bool,
+}
+
+const fn required(kind: &'static str, target: &'static str, flags: MountFlags) -> FileSystem {
+    FileSystem { kind, target, flags, data: None, optional: false }
+}
+
+fn file_systems() -> [FileSystem; 9] {
+    let safe = MountFlags::NOSUID.union(MountFlags::NOEXEC).union(MountFlags::NODEV);
+    [
+        required("proc", "/proc", safe),
+        required("sysfs", "/sys", safe),
+        required("devtmpfs", "/dev", MountFlags::NOSUID),
+        FileSystem {
+            data: Some(c"ptmxmode=0666,mode=0620,gid=5"),
+            ..required("devpts", "/dev/pts", MountFlags::NOSUID.union(MountFlags::NOEXEC))
+        },
+        FileSystem { optional: true, ..required("mqueue", "/dev/mqueue", safe) },
+        required("tmpfs", "/dev/shm", MountFlags::NOSUID.union(MountFlags::NODEV)),
+        FileSystem { data: Some(c"mode=0755"), ..required("tmpfs", "/run", MountFlags::NOSUID.union(MountFlags::NODEV)) },
+        required("tmpfs", "/tmp", MountFlags::NOSUID.union(MountFlags::NODEV)),
+        required("cgroup2", cgroup::ROOT, safe),
+    ]
+}
+
+fn mount_file_systems() -> Result<(), BootError> {
+    for fs in file_systems() {
+        let mounted = make_dir(fs.target)
+            .and_then(|()| match mount(fs.kind, fs.target, fs.kind, fs.flags, fs.data) {
+                // The kernel, or entry.rs, was here first.
+                Err(Errno::BUSY) => Ok(()),
+                other => other.map_err(Into::into),
+            });
+        match mounted {
+            Err(source) if !fs.optional => return Err(BootError::Mount { kind: fs.kind, target: fs.target, source }),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn make_dir(path: &str) -> io::Result<()> {
+    match mkdir(path, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Starts logging to the console, warnings and worse unless the kernel command line says otherwise.
+fn start_log(cmdline: &str) {
+    let level = cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(LOG_PARAMETER))
+        .and_then(|level| level.parse().ok())
+        .unwrap_or(tracing::Level::WARN);
+    log_to_stderr(level);
+}
+
+/// Sends the log to standard error, without times: the console's reader adds them.
+pub fn log_to_stderr(level: tracing::Level) {
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .log_internal_errors(false)
+        .try_init();
+}
+
+/// The guest cannot come up.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The root mount.
+    #[error("cannot make a root mount that containers can be moved out of; the agent must be init of an initramfs")]
+    Root(#[source] io::Error),
+    /// A file system of the kernel's.
+    #[error("cannot mount {kind} at {target}; is it built into the guest kernel?")]
+    #[allow(missing_docs)]
+    Mount { kind: &'static str, target: &'static str, source: io::Error },
+    /// The cgroup hierarchy.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The ports.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+}

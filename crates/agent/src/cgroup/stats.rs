@@ -1,0 +1,143 @@
+//! A group's accounting, from the kernel's files into the protocol's message.
+//!
+//! A file that does not exist (its controller is off) leaves its fields zero; a word that is not understood is left out.
+
+use std::path::Path;
+
+use bulkhead_protocol::agent::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
+
+use super::Cgroup;
+
+impl Cgroup {
+    /// What the group has used so far.
+    pub fn stats(&self) -> Stats {
+        let text = |name: &str| std::fs::read_to_string(Path::new(&self.dir).join(name)).unwrap_or_default();
+        Stats {
+            cpu: Some(cpu(&text("cpu.stat"))).into(),
+            memory: Some(memory(&text)).into(),
+            pids: Some(PidsStats {
+                current: single(&text("pids.current")),
+                limit: single(&text("pids.max")),
+                ..Default::default()
+            })
+            .into(),
+            io: io(&text("io.stat")),
+            ..Default::default()
+        }
+    }
+}
+
+/// The pairs of a flat keyed file, one to a line.
+pub(super) fn flat_keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
+    text.lines().filter_map(|line| line.split_once(' ')).filter_map(|(key, value)| Some((key, number(value)?)))
+}
+
+/// A file with one value; 0 if there is none.
+fn single(text: &str) -> u64 {
+    number(text).unwrap_or(0)
+}
+
+/// A number, or "max", which the protocol writes as the largest.
+fn number(word: &str) -> Option<u64> {
+    match word.trim() {
+        "max" => Some(u64::MAX),
+        digits => digits.parse().ok(),
+    }
+}
+
+fn cpu(text: &str) -> CpuStats {
+    let mut stats = CpuStats::new();
+    for (key, value) in flat_keyed(text) {
+        match key {
+            "usage_usec" => stats.usage_usec = value,
+            "user_usec" => stats.user_usec = value,
+            "system_usec" => stats.system_usec = value,
+            "nr_periods" => stats.nr_periods = value,
+            "nr_throttled" => stats.nr_throttled = value,
+            "throttled_usec" => stats.throttled_usec = value,
+            _ => {}
+        }
+    }
+    stats
+}
+
+fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
+    let mut stats = MemoryStats {
+        usage: single(&text("memory.current")),
+        limit: single(&text("memory.max")),
+        swap_usage: single(&text("memory.swap.current")),
+        swap_limit: single(&text("memory.swap.max")),
+        max_usage: single(&text("memory.peak")),
+        stat: flat_keyed(&text("memory.stat")).map(|(key, value)| (key.to_owned(), value)).collect(),
+        ..Default::default()
+    };
+    for (key, value) in flat_keyed(&text("memory.events")) {
+        match key {
+            "low" => stats.low = value,
+            "high" => stats.high = value,
+            "max" => stats.max = value,
+            "oom" => stats.oom = value,
+            "oom_kill" => stats.oom_kill = value,
+            _ => {}
+        }
+    }
+    stats
+}
+
+/// `io.stat`, a nested keyed file: "8:0 rbytes=1 wbytes=2 rios=3 wios=4 ..." for each device.
+fn io(text: &str) -> Vec<IoStats> {
+    text.lines().filter_map(io_device).collect()
+}
+
+fn io_device(line: &str) -> Option<IoStats> {
+    let mut words = line.split_whitespace();
+    let (major, minor) = words.next()?.split_once(':')?;
+    let mut stats = IoStats { major: number(major)?, minor: number(minor)?, ..Default::default() };
+    for (key, value) in words.filter_map(|word| word.split_once('=')) {
+        let Some(value) = number(value) else { continue };
+        match key {
+            "rbytes" => stats.rbytes = value,
+            "wbytes" => stats.wbytes = value,
+            "rios" => stats.rios = value,
+            "wios" => stats.wios = value,
+            _ => {}
+        }
+    }
+    Some(stats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_stat_is_read_by_key() {
+        let stats = cpu("usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 5\nsomething_new 9\nthrottled_usec x\n");
+        assert_eq!((stats.usage_usec, stats.user_usec, stats.system_usec, stats.nr_periods), (30, 20, 10, 5));
+        assert_eq!(stats.throttled_usec, 0);
+    }
+
+    #[test]
+    fn no_limit_is_the_largest_number() {
+        let stats = memory(&|name: &str| {
+            match name {
+                "memory.current" => "4096\n",
+                "memory.max" => "max\n",
+                "memory.stat" => "anon 1\nfile 2\n",
+                "memory.events" => "low 0\noom 2\noom_kill 1\n",
+                _ => "",
+            }
+            .to_owned()
+        });
+        assert_eq!((stats.usage, stats.limit, stats.swap_limit, stats.oom_kill), (4096, u64::MAX, 0, 1));
+        assert_eq!(stats.stat.get("file"), Some(&2));
+    }
+
+    #[test]
+    fn io_stat_has_one_entry_for_each_device() {
+        let stats = io("254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n8:16 rbytes=7\nnonsense\n");
+        assert_eq!(stats.len(), 2);
+        assert_eq!((stats[0].major, stats[0].wbytes, stats[0].wios), (254, 20, 2));
+        assert_eq!((stats[1].minor, stats[1].rbytes), (16, 7));
+    }
+}

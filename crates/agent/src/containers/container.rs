@@ -1,0 +1,206 @@
+//! One container: its phase, its processes, its control group.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bulkhead_protocol::guest::SHARE_DIR;
+use oci_spec::runtime::LinuxResources;
+
+use super::error::ContainerError;
+use super::process::Process;
+use crate::cgroup::Cgroup;
+use crate::events;
+
+/// SIGKILL, which the kernel can send to a whole group at once.
+const SIGKILL: u32 = 9;
+
+/// How far a container has come. That its init has ended is init's own state.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Phase {
+    /// The id is taken, nothing answers yet.
+    Creating,
+    /// Init waits to be started.
+    Created,
+    /// Init was started.
+    Running,
+    /// On its way out.
+    Deleting,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Creating => "being created",
+            Self::Created => "created",
+            Self::Running => "started",
+            Self::Deleting => "being deleted",
+        }
+    }
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    cgroup: Cgroup,
+    rootfs: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    /// By exec id, init's being empty. `None` while it is being created.
+    processes: HashMap<String, Option<Arc<Process>>>,
+}
+
+impl Container {
+    pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
+        let state = State { phase: Phase::Creating, processes: HashMap::new() };
+        Self {
+            id: id.into(),
+            cgroup,
+            rootfs: Path::new(SHARE_DIR).join(id).join("rootfs"),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its control group.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    pub(super) fn rootfs(&self) -> &Path {
+        &self.rootfs
+    }
+
+    /// One of its processes; an empty id means init.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
+        let process = self.state().processes.get(exec_id).cloned().flatten();
+        process.ok_or_else(|| ContainerError::NoProcess { id: self.id.clone(), exec_id: exec_id.into() })
+    }
+
+    /// Its processes' pids, those that are not the agent's children included.
+    pub fn pids(&self) -> Result<Vec<u32>, ContainerError> {
+        Ok(self.cgroup.processes()?.into_iter().collect())
+    }
+
+    /// Freezes or thaws it.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+        self.expect_running()?;
+        Ok(self.cgroup.freeze(frozen).await?)
+    }
+
+    /// Changes its limits; `resources` is OCI's object as JSON.
+    pub fn update(&self, resources: &[u8]) -> Result<(), ContainerError> {
+        let parsed: LinuxResources =
+            serde_json::from_slice(resources).map_err(|source| ContainerError::Json { what: "resources", source })?;
+        Ok(self.cgroup.update(&parsed)?)
+    }
+
+    pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {
+        if signal == SIGKILL { self.cgroup.kill()? } else { self.cgroup.signal_all(signal)? }
+        Ok(())
+    }
+
+    pub(super) fn add_process(&self, exec_id: &str, process: Arc<Process>) {
+        self.state().processes.insert(exec_id.into(), Some(process));
+    }
+
+    pub(super) fn reserve_exec(&self, exec_id: &str) -> Result<(), ContainerError> {
+        self.expect_running()?;
+        let mut state = self.state();
+        if state.processes.contains_key(exec_id) {
+            return Err(ContainerError::ExecExists { id: self.id.clone(), exec_id: exec_id.into() });
+        }
+        state.processes.insert(exec_id.into(), None);
+        Ok(())
+    }
+
+    pub(super) fn forget_exec(&self, exec_id: &str) {
+        self.state().processes.remove(exec_id);
+    }
+
+    pub(super) fn set_phase(&self, phase: Phase) {
+        self.state().phase = phase;
+    }
+
+    /// Goes from one phase to another, if it is in that one.
+    pub(super) fn advance(&self, from: Phase, to: Phase) -> Result<(), ContainerError> {
+        let mut state = self.state();
+        if state.phase != from {
+            return Err(self.wrong_state(state.phase.name(), from.name()));
+        }
+        state.phase = to;
+        Ok(())
+    }
+
+    /// Takes the container out of use, if its init has ended.
+    pub(super) fn begin_deletion(&self) -> Result<(), ContainerError> {
+        let mut state = self.state();
+        let ended = state.processes.get("").is_some_and(|init| init.as_ref().is_some_and(|init| init.ended()));
+        // A deletion that failed may be tried again.
+        if !ended || state.phase == Phase::Creating {
+            return Err(self.wrong_state(state.phase.name(), "ended"));
+        }
+        state.phase = Phase::Deleting;
+        Ok(())
+    }
+
+    fn expect_running(&self) -> Result<(), ContainerError> {
+        let state = self.state();
+        let init_runs = state.processes.get("").is_some_and(|init| init.as_ref().is_some_and(|init| !init.ended()));
+        match state.phase {
+            Phase::Running if init_runs => Ok(()),
+            Phase::Running => Err(self.wrong_state("ended", "running")),
+            phase => Err(self.wrong_state(phase.name(), "running")),
+        }
+    }
+
+    fn wrong_state(&self, is: &'static str, wanted: &'static str) -> ContainerError {
+        ContainerError::State { id: self.id.clone(), is, wanted }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Follows a container from its creation to the end of its init: reports out-of-memory kills, and ends what init leaves.
+///
+/// With a pid namespace of its own the kernel ends the other processes with init. In a shared one they would live on, in
+/// a container that everybody holds for dead.
+pub(super) async fn follow(
+    container: Arc<Container>,
+    init: Arc<Process>,
+    events: events::Sender,
+    shares_pids: bool,
+) {
+    let mut oom = container.cgroup.watch_oom().ok();
+    loop {
+        let killed = async {
+            match &mut oom {
+                Some(oom) => oom.killed().await.is_ok(),
+                // Without the memory controller there is nothing to watch.
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            watching = killed => if watching { events.oom(&container.id) } else { oom = None },
+            _ = init.wait() => break,
+        }
+    }
+    // Init may be what was killed.
+    if oom.is_some_and(|mut oom| oom.look().unwrap_or(false)) {
+        events.oom(&container.id);
+    }
+    if shares_pids && let Err(error) = container.cgroup.kill() {
+        tracing::warn!(id = container.id, %error, "cannot end the processes that outlive their container's init");
+    }
+}

@@ -1,0 +1,279 @@
+//! The pod's containers: which there are, what state each is in, and the verbs of the agent's service on them.
+//!
+//! State is split by owner. This table holds containers, a container its processes, [`Streams`] their streams, the reaper
+//! their pids. Locks are held for look-ups only: never two at a time, never across an await.
+
+mod container;
+pub mod error;
+mod home;
+mod process;
+mod spec;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bulkhead_protocol::agent::{CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted};
+use tokio::sync::OnceCell;
+
+use crate::cgroup::Cgroup;
+use crate::events;
+use crate::reaper::{ExitWatch, Reaper};
+use crate::runtime::message::WindowSize;
+use crate::runtime::{Created, Runtime};
+use crate::stdio::{Owner, Streams, ends};
+pub use container::Container;
+use container::Phase;
+pub use error::ContainerError;
+pub use process::Process;
+use spec::Placement;
+
+/// Longest container or exec id: containerd's own limit.
+const MAX_ID: usize = 76;
+
+/// Highest signal number, the last of the real-time ones (signal(7)).
+const MAX_SIGNAL: u32 = 64;
+
+/// All containers of the pod.
+#[derive(Debug)]
+pub struct Containers {
+    runtime: Runtime,
+    reaper: Arc<Reaper>,
+    streams: Arc<Streams>,
+    events: events::Sender,
+    table: Mutex<HashMap<String, Arc<Container>>>,
+    /// The init of the shared pid namespace, made when the first container asks for it.
+    pod_init: OnceCell<(u32, ExitWatch)>,
+    exec_serial: AtomicU64,
+}
+
+impl Containers {
+    /// No container yet.
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, events: events::Sender) -> Self {
+        Self {
+            runtime: Runtime::new(Arc::clone(&reaper)),
+            reaper,
+            streams,
+            events,
+            table: Mutex::default(),
+            pod_init: OnceCell::new(),
+            exec_serial: AtomicU64::new(0),
+        }
+    }
+
+    /// A container by its id.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        self.table().get(id).cloned().ok_or_else(|| ContainerError::NoContainer { id: id.into() })
+    }
+
+    /// A process of a container; an empty exec id means init.
+    pub fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
+        self.get(id)?.process(exec_id)
+    }
+
+    /// Creates a container whose init waits to be started. Answers init's pid.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, ContainerError> {
+        check_id(&request.container_id)?;
+        let id = request.container_id.clone();
+        let container = self.reserve(&id)?;
+        let created = self.create_reserved(&container, &request).await;
+        if created.is_err() {
+            self.forget(&container).await;
+        }
+        created
+    }
+
+    async fn create_reserved(
+        &self,
+        container: &Arc<Container>,
+        request: &CreateContainerRequest,
+    ) -> Result<u32, ContainerError> {
+        let id = container.id();
+        let pid_namespace = request.pid_namespace.enum_value_or_default();
+        let placement = Placement {
+            cgroup: container.cgroup().path(),
+            pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
+            terminal: request.streams.terminal,
+        };
+        let spec = spec::adapt(&request.spec, &placement)?;
+        let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
+        let created = self.runtime.create(id, &spec, stdio).await?;
+        let process = self.adopt(container, "", created, ours, &request.streams)?;
+        container.set_phase(Phase::Created);
+        let shares_pids = pid_namespace != PidNamespace::PID_NAMESPACE_OWN;
+        tokio::spawn(container::follow(Arc::clone(container), Arc::clone(&process), self.events.clone(), shares_pids));
+        Ok(process.pid())
+    }
+
+    /// Starts a created container.
+    pub async fn start(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        container.advance(Phase::Created, Phase::Running)?;
+        let started = self.runtime.start(id).await;
+        if started.is_err() {
+            container.set_phase(Phase::Created);
+        }
+        started.map_err(Into::into)
+    }
+
+    /// Removes a container whose init has ended, with whatever its processes have left.
+    pub async fn delete(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        container.begin_deletion()?;
+        container.cgroup().kill_and_wait().await?;
+        container.cgroup().remove()?;
+        self.runtime.delete(id)?;
+        self.streams.remove_container(id);
+        self.table().remove(id);
+        Ok(())
+    }
+
+    /// Creates a process in a running container; it runs at once. Answers its pid.
+    pub async fn exec(&self, request: ExecRequest) -> Result<u32, ContainerError> {
+        check_id(&request.exec_id)?;
+        let container = self.get(&request.container_id)?;
+        container.reserve_exec(&request.exec_id)?;
+        let created = self.exec_reserved(&container, &request).await;
+        if created.is_err() {
+            container.forget_exec(&request.exec_id);
+        }
+        created
+    }
+
+    async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
+        let process = spec::adapt_process(&request.process, request.streams.terminal, container.rootfs())?;
+        let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
+        let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
+        let created = self.runtime.exec(container.id(), serial, &process, stdio).await?;
+        Ok(self.adopt(container, &request.exec_id, created, ours, &request.streams)?.pid())
+    }
+
+    /// Forgets an exec that has ended.
+    pub fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        if exec_id.is_empty() {
+            return Err(ContainerError::State { id: id.into(), is: "not an exec", wanted: "deleted as a container" });
+        }
+        if !container.process(exec_id)?.ended() {
+            return Err(ContainerError::State { id: exec_id.into(), is: "running", wanted: "ended" });
+        }
+        container.forget_exec(exec_id);
+        self.streams.remove(&Owner { container_id: id.into(), exec_id: exec_id.into() });
+        Ok(())
+    }
+
+    /// Sends a signal to a process, or to every process of the container.
+    pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), ContainerError> {
+        if signal > MAX_SIGNAL {
+            return Err(ContainerError::BadSignal { signal });
+        }
+        let container = self.get(id)?;
+        if all {
+            return container.signal_all(signal);
+        }
+        let process = container.process(exec_id)?;
+        let source = match self.reaper.kill(process.pid(), signal) {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err(ContainerError::Ended { id: id.into(), exec_id: exec_id.into() }),
+            Err(source) => source,
+        };
+        Err(ContainerError::Signal { pid: process.pid(), signal, source })
+    }
+
+    /// Changes the size of a process's terminal.
+    pub fn resize(&self, id: &str, exec_id: &str, size: WindowSize) -> Result<(), ContainerError> {
+        if self.process(id, exec_id)?.resize(size).map_err(ContainerError::Resize)? {
+            return Ok(());
+        }
+        Err(ContainerError::NoTerminal { id: id.into(), exec_id: exec_id.into() })
+    }
+
+    /// Makes the agent the keeper of a process that was created, and of its streams.
+    fn adopt(
+        &self,
+        container: &Container,
+        exec_id: &str,
+        created: Created,
+        mut ours: ends::AgentEnds,
+        wanted: &Wanted,
+    ) -> Result<Arc<Process>, ContainerError> {
+        if let Some(master) = &created.terminal {
+            ours.extend(ends::terminal_ends(wanted, master).map_err(ContainerError::Streams)?);
+        }
+        self.streams.add(Owner { container_id: container.id().into(), exec_id: exec_id.into() }, ours);
+        let process = Arc::new(Process::new(created));
+        container.add_process(exec_id, Arc::clone(&process));
+        Ok(process)
+    }
+
+    /// The pid namespace that a new container joins; `None` for one of its own.
+    async fn pid_namespace(&self, kind: PidNamespace, target: &str) -> Result<Option<u32>, ContainerError> {
+        match kind {
+            PidNamespace::PID_NAMESPACE_OWN => Ok(None),
+            PidNamespace::PID_NAMESPACE_TARGET => Ok(Some(self.process(target, "")?.pid())),
+            PidNamespace::PID_NAMESPACE_POD => {
+                let create = async || {
+                    let created = self.runtime.pid_namespace().await?;
+                    Ok::<_, ContainerError>((created.pid, created.exit))
+                };
+                let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
+                if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(Some(*pid)) }
+            }
+        }
+    }
+
+    /// Enters a container in the table before it exists, so that its id is taken.
+    fn reserve(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        let mut table = self.table();
+        if table.contains_key(id) {
+            return Err(ContainerError::ContainerExists { id: id.into() });
+        }
+        let container = Arc::new(Container::new(id, Cgroup::create(id)?));
+        table.insert(id.into(), Arc::clone(&container));
+        Ok(container)
+    }
+
+    /// Takes back a container that could not be created. What cannot be undone is only logged: the cause was told.
+    async fn forget(&self, container: &Container) {
+        let id = container.id();
+        if let Err(error) = container.cgroup().kill_and_wait().await {
+            tracing::warn!(id, %error, "a container that was not created leaves processes behind");
+        }
+        if let Err(error) = container.cgroup().remove() {
+            tracing::warn!(id, %error, "a container that was not created leaves a control group behind");
+        }
+        if let Err(error) = self.runtime.delete(id) {
+            tracing::warn!(id, %error, "a container that was not created leaves files behind");
+        }
+        self.streams.remove_container(id);
+        self.table().remove(id);
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ids become names of files and control groups.
+fn check_id(id: &str) -> Result<(), ContainerError> {
+    let fit = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
+    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(fit) {
+        return Err(ContainerError::BadId { id: id.chars().take(MAX_ID).collect() });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_fit_for_file_names() {
+        for id in ["a", "3f0c", "web-1.2_b"] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "a/b", "a b", "\u{e9}", &"x".repeat(77)] {
+            assert!(matches!(check_id(id), Err(ContainerError::BadId { .. })), "{id}");
+        }
+    }
+}

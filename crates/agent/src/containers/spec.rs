@@ -1,0 +1,97 @@
+//! From the shim's OCI spec to the one that libcontainer gets.
+//!
+//! The guest is the pod's network, IPC and UTS namespace, so what would set those up in a container is taken out; so is
+//! what the guest kernel has no module for (AppArmor, SELinux) and what ran on the host (hooks). What libcontainer would
+//! otherwise look up through NSS or inherit from the agent is filled in.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process, Spec};
+
+use super::error::ContainerError;
+use super::home;
+
+/// Where the agent puts a container.
+#[derive(Debug)]
+pub struct Placement<'a> {
+    /// Its control group, absolute below the mount point.
+    pub cgroup: &'a Path,
+    /// A process of the pid namespace that it joins; `None` for one of its own.
+    pub pid_namespace: Option<u32>,
+    /// Whether init gets a terminal.
+    pub terminal: bool,
+}
+
+/// Reads a spec and makes it the guest's.
+pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerError> {
+    let mut spec: Spec =
+        serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "spec", source })?;
+    let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
+    let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
+    let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
+    fit_process(&mut process, placement.terminal, &rootfs);
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
+    linux
+        .set_cgroups_path(Some(placement.cgroup.into()))
+        .set_namespaces(Some(namespaces))
+        .set_sysctl(None)
+        .set_mount_label(None)
+        .set_intel_rdt(None);
+    spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_hostname(None).set_domainname(None);
+    Ok(spec)
+}
+
+/// Reads an exec's process and makes it the guest's.
+pub fn adapt_process(json: &[u8], terminal: bool, rootfs: &Path) -> Result<Process, ContainerError> {
+    let mut process: Process =
+        serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
+    fit_process(&mut process, terminal, rootfs);
+    Ok(process)
+}
+
+fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {
+    process.set_terminal(Some(terminal)).set_apparmor_profile(None).set_selinux_label(None);
+    // libcontainer takes the mere presence of the flag for the promise that filters can be installed without privilege.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    // Otherwise inherited from the helper, whose own value is the agent's business.
+    if process.oom_score_adj().is_none() {
+        process.set_oom_score_adj(Some(0));
+    }
+    let mut env = process.env().clone().unwrap_or_default();
+    if !env.iter().any(|pair| pair.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
+        env.retain(|pair| pair != "HOME=");
+        env.push(format!("HOME={}", home::find(rootfs, process.user().uid())));
+    }
+    process.set_env(Some(env));
+}
+
+/// The container's namespaces: those of the spec that are not the guest's, and the pid namespace that was asked for.
+fn namespaces(wanted: &[LinuxNamespace], pid: Option<u32>) -> Result<Vec<LinuxNamespace>, ContainerError> {
+    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, Uts};
+    let mut kept: Vec<LinuxNamespace> = wanted
+        .iter()
+        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid))
+        .filter(|namespace| namespace.path().is_none())
+        .cloned()
+        .collect();
+    // Without a mount namespace libcontainer would chroot, and mounts would be made in the guest's own.
+    if !kept.iter().any(|namespace| namespace.typ() == Mount) {
+        kept.push(namespace(Mount, None)?);
+    }
+    kept.push(namespace(Pid, pid.map(|pid| format!("/proc/{pid}/ns/pid").into()))?);
+    Ok(kept)
+}
+
+fn namespace(kind: LinuxNamespaceType, path: Option<PathBuf>) -> Result<LinuxNamespace, ContainerError> {
+    let builder = LinuxNamespaceBuilder::default().typ(kind);
+    let builder = match path {
+        Some(path) => builder.path(path),
+        None => builder,
+    };
+    builder.build().map_err(|_| ContainerError::Incomplete { what: "namespace type" })
+}
+
+#[cfg(test)]
+mod tests;

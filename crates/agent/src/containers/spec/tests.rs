@@ -1,0 +1,73 @@
+use super::*;
+
+const SPEC: &str = r#"{
+  "ociVersion": "1.0.2",
+  "hostname": "pod",
+  "root": {"path": "/nowhere/rootfs"},
+  "process": {
+    "terminal": true, "cwd": "/", "args": ["sh"], "env": ["PATH=/bin", "HOME="], "user": {"uid": 7, "gid": 7},
+    "noNewPrivileges": false, "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "a:b:c"
+  },
+  "hooks": {"prestart": [{"path": "/usr/bin/host-tool"}]},
+  "linux": {
+    "cgroupsPath": "/kubepods/x",
+    "sysctl": {"net.ipv4.ip_forward": "1"},
+    "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts"}, {"type": "network"}, {"type": "cgroup"}],
+    "maskedPaths": ["/proc/kcore"]
+  }
+}"#;
+
+fn adapted(pid_namespace: Option<u32>) -> Spec {
+    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace, terminal: false };
+    adapt(SPEC.as_bytes(), &placement).unwrap()
+}
+
+fn kinds(spec: &Spec) -> Vec<(LinuxNamespaceType, Option<String>)> {
+    let namespaces = spec.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+    namespaces.iter().map(|ns| (ns.typ(), ns.path().as_ref().map(|path| path.display().to_string()))).collect()
+}
+
+#[test]
+fn namespaces_of_the_guest_are_left_out() {
+    use LinuxNamespaceType::{Cgroup, Mount, Pid};
+    assert_eq!(kinds(&adapted(None)), [(Cgroup, None), (Mount, None), (Pid, None)]);
+    let shared = Some("/proc/42/ns/pid".to_owned());
+    assert_eq!(kinds(&adapted(Some(42))), [(Cgroup, None), (Mount, None), (Pid, shared)]);
+}
+
+#[test]
+fn what_belongs_to_the_host_is_left_out() {
+    let spec = adapted(None);
+    assert!(spec.hooks().is_none() && spec.hostname().is_none());
+    let linux = spec.linux().as_ref().unwrap();
+    assert!(linux.sysctl().is_none());
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/pod/c")));
+    let process = spec.process().as_ref().unwrap();
+    assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
+    assert_eq!(process.terminal(), Some(false));
+}
+
+#[test]
+fn what_would_be_inherited_or_looked_up_is_filled_in() {
+    let spec = adapted(None);
+    let process = spec.process().as_ref().unwrap();
+    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/"]);
+    assert_eq!(process.oom_score_adj(), Some(0));
+    assert_eq!(process.no_new_privileges(), None);
+}
+
+#[test]
+fn exec_keeps_its_home() {
+    let json = br#"{"cwd": "/", "args": ["id"], "env": ["HOME=/srv"], "user": {"uid": 0, "gid": 0}, "oomScoreAdj": 5}"#;
+    let process = adapt_process(json, true, Path::new("/nowhere")).unwrap();
+    assert_eq!(process.env().as_ref().unwrap(), &["HOME=/srv"]);
+    assert_eq!((process.oom_score_adj(), process.terminal()), (Some(5), Some(true)));
+}
+
+#[test]
+fn specs_that_lack_something_are_refused() {
+    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace: None, terminal: false };
+    assert!(matches!(adapt(b"{", &placement), Err(ContainerError::Json { .. })));
+    let bare = br#"{"ociVersion": "1.0.2", "root": {"path": "/x"}}"#;
+    assert!(matches!(adapt(bare, &placement), Err(ContainerError::Incomplete { what: "process" })));
+}

@@ -1,0 +1,104 @@
+//! The agent's two ports, and the sign that they are open.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use bulkhead_protocol::agent::create_agent;
+use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixListener;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use ttrpc::r#async::{Server, transport::Listener};
+
+use crate::reaper::Reaper;
+use crate::rpc::Service;
+use crate::stdio::{Streams, serve};
+use crate::{boot, sys};
+
+/// Serves the shim until the guest ends.
+pub fn serve_vsock() -> Result<Infallible, ListenError> {
+    block_on(async {
+        let bind = |port| VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port));
+        let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
+        let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
+        let agent = Agent::start(Listener::from(rpc)).await?;
+        // The knock: always refused, and the refusal need not be waited for.
+        tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
+        agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
+    })
+}
+
+/// Serves on `rpc.sock` and `stdio.sock` of a directory, outside of a guest. The caller has prepared the namespaces: /run
+/// and the cgroup hierarchy are used as in a guest.
+pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
+    boot::log_to_stderr(tracing::Level::DEBUG);
+    // In a guest PID 1 is the parent of whatever is left behind; here that takes a word to the kernel.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    crate::cgroup::prepare_hierarchy().map_err(io::Error::other).map_err(ListenError::Runtime)?;
+    block_on(async {
+        let bind = |name| UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source });
+        let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
+        let agent = Agent::start(Listener::from(rpc)).await?;
+        agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
+    })
+}
+
+/// One thread: the agent waits far more than it computes, and a guest may have one CPU.
+fn block_on<T>(future: impl Future<Output = Result<T, ListenError>>) -> Result<T, ListenError> {
+    sys::ignore_sigpipe();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ListenError::Runtime)?;
+    runtime.block_on(future)
+}
+
+/// The parts that run for as long as the agent does.
+struct Agent {
+    streams: Arc<Streams>,
+    _server: Server,
+}
+
+impl Agent {
+    async fn start(rpc: Listener) -> Result<Self, ListenError> {
+        let reaper = Arc::new(Reaper::default());
+        let streams = Arc::new(Streams::default());
+        let service = Arc::new(Service::new(Arc::clone(&reaper), Arc::clone(&streams)));
+        tokio::spawn(reaper.run());
+        let mut server = Server::new().add_listener(rpc).register_service(create_agent(service));
+        server.start().await.map_err(ListenError::Rpc)?;
+        Ok(Self { streams, _server: server })
+    }
+
+    async fn accept_streams<S, F>(&self, accept: impl Fn() -> F) -> Result<Infallible, ListenError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        F: Future<Output = io::Result<S>>,
+    {
+        loop {
+            match accept().await {
+                Ok(stream) => drop(tokio::spawn(serve::connection(Arc::clone(&self.streams), stream))),
+                // The listener itself is sound; the one connection is lost (accept(2) on errors of the peer).
+                Err(error) => tracing::warn!(%error, "cannot accept a stream connection"),
+            }
+        }
+    }
+}
+
+/// The agent cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The async runtime.
+    #[error("cannot start the agent's event loop")]
+    Runtime(#[source] io::Error),
+    /// The ports.
+    #[error("cannot listen on vsock; does the machine have a virtio-vsock device?")]
+    Vsock(#[source] io::Error),
+    /// The developer's sockets.
+    #[error("cannot listen on {path}")]
+    #[allow(missing_docs)]
+    Unix { path: std::path::PathBuf, source: io::Error },
+    /// ttrpc.
+    #[error("cannot serve requests")]
+    Rpc(#[source] ttrpc::Error),
+}

@@ -1,0 +1,148 @@
+//! Reaping, the duty of PID 1.
+//!
+//! Every process of the guest that loses its parent becomes the agent's child, and containers' processes are its children
+//! from the start (libcontainer clones them as siblings of the helper). One task peeks at whatever child has ended
+//! (waitid(2) with WNOWAIT), tells the owner, and only then reaps it: until then the pid cannot be given to another
+//! process. A child without an owner is an orphan and just reaped. Nobody else in the agent may wait for children.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::sys;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Exit {
+    /// Exit status, or 128 + signal.
+    pub code: u32,
+    /// Nanoseconds since the epoch, by the guest's clock.
+    pub at_ns: u64,
+}
+
+/// Tells when a process has ended. Any number of clones may wait.
+#[derive(Clone, Debug)]
+pub struct ExitWatch(watch::Receiver<Option<Exit>>);
+
+impl ExitWatch {
+    /// Waits for the end.
+    pub async fn wait(&mut self) -> Exit {
+        match self.0.wait_for(Option::is_some).await.map(|exit| *exit) {
+            Ok(Some(exit)) => exit,
+            // The reaper is gone, which means that the agent is.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Whether the process has ended.
+    pub fn ended(&self) -> bool {
+        self.0.borrow().is_some()
+    }
+}
+
+/// Knows which pid belongs to whom.
+#[derive(Debug, Default)]
+pub struct Reaper {
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    owners: HashMap<u32, watch::Sender<Option<Exit>>>,
+    /// Processes being created, whose pids are not known yet.
+    births: usize,
+    /// Ends of pids without an owner, kept while there are births: one of them may turn out to be the child.
+    unclaimed: HashMap<u32, Exit>,
+}
+
+/// A process is about to be created; see [`Reaper::expect`].
+#[derive(Debug)]
+pub struct Birth {
+    reaper: Arc<Reaper>,
+}
+
+impl Reaper {
+    /// To be called before a process is created, and held until its pid is claimed: it may end before that.
+    pub fn expect(self: &Arc<Self>) -> Birth {
+        self.table().births += 1;
+        Birth { reaper: Arc::clone(self) }
+    }
+
+    /// Sends a signal to a process that has an owner. `false` if it has ended: its pid may be another's by now.
+    pub fn kill(&self, pid: u32, signal: u32) -> std::io::Result<bool> {
+        let table = self.table();
+        if !table.owners.contains_key(&pid) {
+            return Ok(false);
+        }
+        sys::kill(pid, signal).map(|()| true)
+    }
+
+    /// Reaps until the agent ends.
+    pub async fn run(self: Arc<Self>) -> std::io::Result<()> {
+        let mut sigchld = signal(SignalKind::child())?;
+        loop {
+            while self.reap_one() {}
+            if sigchld.recv().await.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reaps one ended child, if there is one.
+    fn reap_one(&self) -> bool {
+        let Some(child) = sys::peek_ended_child() else { return false };
+        let Ok(pid) = u32::try_from(child.pid) else { return false };
+        let exit = Exit { code: child.code, at_ns: now_ns() };
+        let mut table = self.table();
+        let owner = table.owners.remove(&pid);
+        if owner.is_none() && table.births > 0 {
+            table.unclaimed.insert(pid, exit);
+        }
+        // Under the lock, so that `kill` never meets a pid that is free again.
+        let reaped = sys::reap(child);
+        drop(table);
+        if let Some(owner) = owner {
+            owner.send_replace(Some(exit));
+        }
+        reaped.is_ok()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Birth {
+    /// Makes the caller the owner of a pid.
+    pub fn claim(&self, pid: u32) -> ExitWatch {
+        let (sender, receiver) = watch::channel(None);
+        let mut table = self.reaper.table();
+        if let Some(exit) = table.unclaimed.remove(&pid) {
+            sender.send_replace(Some(exit));
+        } else {
+            table.owners.insert(pid, sender);
+        }
+        ExitWatch(receiver)
+    }
+}
+
+impl Drop for Birth {
+    fn drop(&mut self) {
+        let mut table = self.reaper.table();
+        table.births -= 1;
+        if table.births == 0 {
+            table.unclaimed.clear();
+        }
+    }
+}
+
+fn now_ns() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

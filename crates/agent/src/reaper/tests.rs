@@ -1,0 +1,28 @@
+//! One test only: the reaper takes every child of the process it runs in, so two at a time would steal from each other.
+
+use std::process::{Command, Stdio};
+
+use super::*;
+
+#[tokio::test]
+async fn ends_reach_their_owners_however_early_they_come() {
+    let reaper = Arc::new(Reaper::default());
+    let birth = reaper.expect();
+    let early = Command::new("true").stdin(Stdio::null()).spawn().unwrap().id();
+    let running = tokio::spawn(Arc::clone(&reaper).run());
+
+    let failing = birth.claim(Command::new("false").spawn().unwrap().id()).wait().await;
+    assert_eq!(failing.code, 1);
+    // The first child ended before or during the wait for the second: its end was kept.
+    assert_eq!(birth.claim(early).wait().await.code, 0);
+
+    let pid = Command::new("sleep").arg("60").spawn().unwrap().id();
+    let mut sleeping = birth.claim(pid);
+    assert!(!sleeping.ended());
+    assert!(reaper.kill(pid, 9).unwrap());
+    assert_eq!(sleeping.wait().await.code, 137);
+    assert!(!reaper.kill(pid, 9).unwrap(), "an ended process is not signalled");
+    drop(birth);
+    assert!(reaper.table().unclaimed.is_empty());
+    running.abort();
+}

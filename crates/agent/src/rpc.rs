@@ -1,0 +1,168 @@
+//! The agent's service: one method for each request, each a call into the part that owns the matter, and the one place
+//! where errors become status codes.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bulkhead_protocol::agent::{
+    Agent, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Event, ExecRequest, ExitStatus,
+    ListProcessesResponse, ProcessId, ProcessRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+};
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::Code;
+use ttrpc::error::get_rpc_status;
+
+use crate::containers::{ContainerError, Containers};
+use crate::reaper::Reaper;
+use crate::sandbox::{self, Sandbox, SandboxError};
+use crate::stdio::{Streams, ends};
+use crate::{events, sys};
+
+/// Implements the protocol's service.
+pub struct Service {
+    sandbox: Sandbox,
+    containers: Containers,
+    events: events::Receiver,
+}
+
+impl Service {
+    /// A guest without a pod.
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
+        let (sender, events) = events::channel();
+        Self { sandbox: Sandbox::default(), containers: Containers::new(reaper, streams, sender), events }
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
+        done(self.sandbox.create(request).await)
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        done(self.sandbox.destroy().await)
+    }
+
+    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<ProcessId> {
+        self.containers.create(request).await.map(process_id).map_err(status)
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.start(&request.container_id).await)
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.delete(&request.container_id).await)
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.containers.get(&request.container_id).map_err(status)?;
+        done(container.freeze(true).await)
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.containers.get(&request.container_id).map_err(status)?;
+        done(container.freeze(false).await)
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.containers.get(&request.container_id).map_err(status)?;
+        done(container.update(&request.resources))
+    }
+
+    async fn list_processes(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<ListProcessesResponse> {
+        let container = self.containers.get(&request.container_id).map_err(status)?;
+        let pids = container.pids().map_err(status)?;
+        Ok(ListProcessesResponse { pids, ..Default::default() })
+    }
+
+    async fn get_stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Stats> {
+        let container = self.containers.get(&request.container_id).map_err(status)?;
+        let mut stats = container.cgroup().stats();
+        stats.network = sandbox::interface_stats();
+        Ok(stats)
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessId> {
+        self.containers.exec(request).await.map(process_id).map_err(status)
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.delete_exec(&request.container_id, &request.exec_id))
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.signal(&request.container_id, &request.exec_id, request.signal, request.all))
+    }
+
+    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<Empty> {
+        let size = ends::window_size(request.width, request.height);
+        done(self.containers.resize(&request.container_id, &request.exec_id, size))
+    }
+
+    async fn wait_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<ExitStatus> {
+        let process = self.containers.process(&request.container_id, &request.exec_id).map_err(status)?;
+        let exit = process.wait().await;
+        Ok(ExitStatus { code: exit.code, exited_at_ns: exit.at_ns, ..Default::default() })
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
+        let event = self.events.next().await;
+        event.ok_or_else(|| get_rpc_status(Code::UNAVAILABLE, "the agent is ending"))
+    }
+}
+
+fn process_id(pid: u32) -> ProcessId {
+    ProcessId { pid, ..Default::default() }
+}
+
+fn done<E: Into<ServiceError>>(outcome: Result<(), E>) -> ttrpc::Result<Empty> {
+    outcome.map(|()| Empty::new()).map_err(status)
+}
+
+/// What a method can fail with.
+#[derive(Debug, thiserror::Error)]
+enum ServiceError {
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+}
+
+/// The protocol's code for an error, with the whole chain of causes as its text.
+fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
+    use ContainerError as C;
+    let error = error.into();
+    let code = match &error {
+        ServiceError::Container(C::NoContainer { .. } | C::NoProcess { .. } | C::Ended { .. }) => Code::NOT_FOUND,
+        ServiceError::Container(C::ContainerExists { .. } | C::ExecExists { .. })
+        | ServiceError::Sandbox(SandboxError::Exists) => Code::ALREADY_EXISTS,
+        ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => Code::FAILED_PRECONDITION,
+        ServiceError::Container(C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. }) => {
+            Code::INVALID_ARGUMENT
+        }
+        ServiceError::Sandbox(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
+        // What a runtime reports of a program that it cannot execute, among others: the text is what counts.
+        ServiceError::Container(_) => Code::UNKNOWN,
+        ServiceError::Sandbox(_) => Code::INTERNAL,
+    };
+    get_rpc_status(code, sys::chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_those_of_the_protocol() {
+        let code = |error: ServiceError| match status(error) {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+            other => panic!("{other}"),
+        };
+        let (not_found, text) = code(ContainerError::NoContainer { id: "c".into() }.into());
+        assert_eq!((not_found, text.as_str()), (Code::NOT_FOUND, "there is no container c"));
+        assert_eq!(code(ContainerError::ContainerExists { id: "c".into() }.into()).0, Code::ALREADY_EXISTS);
+        assert_eq!(code(SandboxError::Exists.into()).0, Code::ALREADY_EXISTS);
+        assert_eq!(code(ContainerError::BadId { id: "/".into() }.into()).0, Code::INVALID_ARGUMENT);
+    }
+}

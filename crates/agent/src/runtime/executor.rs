@@ -1,0 +1,147 @@
+//! The last step inside the container: finding the program and becoming it.
+//!
+//! libcontainer's own executor refuses programs that only their owner may execute, keeps ignored signals ignored, and
+//! resolves a missing HOME through the C library's NSS. This one does what runc does, and for an exec also installs the
+//! seccomp filter.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use libcontainer::capabilities::drop_privileges;
+use libcontainer::seccomp::initialize_seccomp;
+use libcontainer::syscall::syscall::create_syscall;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
+use rustix::termios::{Winsize, tcsetwinsize};
+
+use super::message::WindowSize;
+use crate::sys;
+
+/// Search path of a process whose environment has none.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Executes a container's program.
+#[derive(Clone)]
+pub struct AgentExecutor {
+    /// Size of the terminal that is standard input.
+    pub window: Option<WindowSize>,
+    /// What is still to be done to an exec's process.
+    pub confinement: Option<Confinement>,
+}
+
+/// The part of an exec that libcontainer 0.7 leaves out: it does not apply the container's seccomp filter to execs.
+///
+/// Installing a filter takes CAP_SYS_ADMIN or no_new_privs (seccomp(2)), and the executor runs when capabilities are
+/// dropped already. Without no_new_privs the process is therefore described with that capability, and CAP_SETPCAP to get
+/// rid of both, and the executor drops to the real set after the filter is in place: runc's order.
+#[derive(Clone)]
+pub struct Confinement {
+    seccomp: LinuxSeccomp,
+    capabilities: Option<LinuxCapabilities>,
+}
+
+impl Confinement {
+    /// Changes the process so that the executor can do the rest.
+    pub fn take_over(seccomp: LinuxSeccomp, process: &mut Process) -> Self {
+        let real = process.capabilities().clone();
+        if process.no_new_privileges() == Some(true) {
+            return Self { seccomp, capabilities: None };
+        }
+        if let Some(real) = &real {
+            let mut wider = real.clone();
+            let with = |set: &Option<oci_spec::runtime::Capabilities>| {
+                let mut set = set.clone().unwrap_or_default();
+                set.extend([Capability::SysAdmin, Capability::Setpcap]);
+                Some(set)
+            };
+            wider.set_bounding(with(real.bounding()));
+            wider.set_effective(with(real.effective()));
+            wider.set_permitted(with(real.permitted()));
+            process.set_capabilities(Some(wider));
+        }
+        Self { seccomp, capabilities: real }
+    }
+
+    fn apply(&self) -> Result<(), ExecutorError> {
+        let failed = |what: &str, error: &dyn std::error::Error| {
+            ExecutorError::Other(format!("cannot {what}: {}", sys::chain(error)))
+        };
+        let notify = initialize_seccomp(&self.seccomp).map_err(|error| failed("install the seccomp filter", &error))?;
+        if notify.is_some() {
+            return Err(ExecutorError::Other("seccomp filters that notify a listener are not supported".into()));
+        }
+        if let Some(capabilities) = &self.capabilities {
+            let syscall = create_syscall();
+            drop_privileges(capabilities, syscall.as_ref()).map_err(|error| failed("drop capabilities", &error))?;
+        }
+        Ok(())
+    }
+}
+
+impl Executor for AgentExecutor {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
+        let program = find_program(process).map_err(ExecutorError::Other)?;
+        if let Some(window) = self.window.filter(|window| window.width > 0 && window.height > 0) {
+            let size = Winsize { ws_col: window.width, ws_row: window.height, ws_xpixel: 0, ws_ypixel: 0 };
+            let _ = tcsetwinsize(rustix::stdio::stdin(), size);
+        }
+        sys::default_signals();
+        if let Some(confinement) = &self.confinement {
+            confinement.apply()?;
+        }
+        let path = c_string(program.as_os_str().as_encoded_bytes())?;
+        let args = c_strings(process.args().as_deref())?;
+        let env = c_strings(process.env().as_deref())?;
+        let Err(errno) = nix::unistd::execve(&path, &args, &env);
+        Err(ExecutorError::Other(format!("exec {:?}: {}", program, errno.desc())))
+    }
+
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let process = spec.process().as_ref();
+        let process = process.ok_or_else(|| ExecutorValidationError::ArgValidationError("spec has no process".into()))?;
+        find_program(process).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+    }
+
+    /// The environment goes to execve as it is in the spec.
+    fn setup_envs(&self, _envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        Ok(())
+    }
+}
+
+fn c_string(bytes: &[u8]) -> Result<CString, ExecutorError> {
+    CString::new(bytes).map_err(|_| ExecutorError::InvalidArg)
+}
+
+fn c_strings(words: Option<&[String]>) -> Result<Vec<CString>, ExecutorError> {
+    words.unwrap_or_default().iter().map(|word| c_string(word.as_bytes())).collect()
+}
+
+/// The file that the process's first argument names, searched for as a shell would.
+fn find_program(process: &Process) -> Result<PathBuf, String> {
+    let name = process.args().as_ref().and_then(|args| args.first()).filter(|name| !name.is_empty());
+    let name = name.ok_or_else(|| "the process has no program to execute".to_owned())?;
+    if name.contains('/') {
+        return executable(Path::new(name)).map(|()| name.into()).map_err(|why| format!("exec: {name:?}: {why}"));
+    }
+    let env = process.env().as_deref().unwrap_or_default();
+    let path = env.iter().rev().find_map(|pair| pair.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    path.split(':')
+        .filter(|dir| dir.starts_with('/'))
+        .map(|dir| Path::new(dir).join(name))
+        .find(|candidate| executable(candidate).is_ok())
+        .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
+}
+
+fn executable(path: &Path) -> Result<(), String> {
+    let found = stat(path).map_err(|errno| format!("stat {}: {errno}", path.display()))?;
+    if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
+        return Err("is a directory".into());
+    }
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).map_err(|errno| errno.to_string())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! The helper's side of the seam: one request, one call of libcontainer, one reply.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bulkhead_protocol::control::{self, ControlError};
+use libcontainer::container::ContainerStatus;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sched::{CloneFlags, unshare};
+use oci_spec::runtime::{LinuxSeccomp, Process};
+use rustix::fs::{Gid, Uid};
+use rustix::pty::OpenptFlags;
+use serde::de::DeserializeOwned;
+
+use super::PID_NAMESPACE_ARG;
+use super::executor::{AgentExecutor, Confinement};
+use super::message::{Action, Reply, Request};
+use crate::sys;
+
+/// Runs a helper; the socket to the agent is standard input. Answers the exit status.
+pub fn main() -> i32 {
+    let agent = io::stdin();
+    let Ok(Some((request, stdio))) = control::receive::<Request>(&agent) else { return 1 };
+    let sent = match perform(request, stdio) {
+        Ok((pid, terminal)) => {
+            let terminal: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
+            control::send(&agent, &Reply::Created { pid }, &terminal)
+        }
+        Err(error) => control::send(&agent, &Reply::Failed { message: sys::chain(&error) }, &[]),
+    };
+    i32::from(sent.is_err())
+}
+
+fn perform(request: Request, stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
+    if request.action == Action::PidNamespace {
+        return spawn_pid_namespace().map(|pid| (pid, None));
+    }
+    give_streams(&stdio, request.uid)?;
+    let console = request.terminal.map(|_| Console::listen()).transpose()?;
+    let console_path = console.as_ref().map(|console| console.path.clone());
+    let window = request.terminal;
+    let pid = match request.action {
+        Action::Create { id, bundle, state } => {
+            let executor = AgentExecutor { window, confinement: None };
+            let mut container = builder(id, &state, console_path, stdio, executor)?
+                .as_init(bundle)
+                .with_systemd(false)
+                .with_detach(true)
+                .as_sibling(true)
+                .build()?;
+            // The agent knows whether the container was started; libcontainer's own notion would only refuse execs.
+            container.set_status(ContainerStatus::Running).save()?;
+            container.pid().map_or(0, nix_pid)
+        }
+        Action::Exec { id, state, process, seccomp } => {
+            let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
+            let executor = AgentExecutor { window, confinement };
+            let pid = builder(id, &state, console_path, stdio, executor)?
+                .as_tenant()
+                .with_process(Some(process))
+                .with_detach(true)
+                .as_sibling(true)
+                .build()?;
+            nix_pid(pid)
+        }
+        Action::PidNamespace => 0,
+    };
+    let pid = u32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(HelperError::NoPid)?;
+    let terminal = console.map(|console| console.master(request.uid)).transpose()?;
+    Ok((pid, terminal))
+}
+
+fn builder(
+    id: String,
+    state: &Path,
+    console: Option<PathBuf>,
+    stdio: Vec<OwnedFd>,
+    executor: AgentExecutor,
+) -> Result<ContainerBuilder, HelperError> {
+    let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(stdio).map_err(|_| HelperError::Streams)?;
+    Ok(ContainerBuilder::new(id, SyscallType::default())
+        .validate_id()?
+        .with_root_path(state)?
+        .with_executor(executor)
+        .with_console_socket(console)
+        .with_stdin(stdin)
+        .with_stdout(stdout)
+        .with_stderr(stderr))
+}
+
+/// libcontainer has its own version of nix.
+fn nix_pid<P: Into<i32>>(pid: P) -> i32 {
+    pid.into()
+}
+
+/// Makes the streams the user's, as runc does: opening /dev/stdout reopens the pipe, which its owner may.
+fn give_streams(stdio: &[OwnedFd], uid: u32) -> Result<(), HelperError> {
+    for fd in stdio {
+        let kind = rustix::fs::fstat(fd).map_err(HelperError::Owner)?.st_mode;
+        if rustix::fs::FileType::from_raw_mode(kind) == rustix::fs::FileType::Fifo {
+            rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), None).map_err(HelperError::Owner)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes an exec's seccomp filter out of libcontainer's hands, which would leave it out: see [`Confinement`].
+fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperError> {
+    let seccomp: LinuxSeccomp = read_json(seccomp)?;
+    let mut process: Process = read_json(process_path)?;
+    let confinement = Confinement::take_over(seccomp, &mut process);
+    let text = serde_json::to_vec(&process).map_err(io::Error::from);
+    text.and_then(|text| std::fs::write(process_path, text))
+        .map_err(|source| HelperError::File { path: process_path.into(), source })?;
+    Ok(confinement)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HelperError> {
+    std::fs::read(path)
+        .and_then(|text| serde_json::from_slice(&text).map_err(Into::into))
+        .map_err(|source| HelperError::File { path: path.into(), source })
+}
+
+/// The socket over which libcontainer hands out the master of a terminal.
+struct Console {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Console {
+    fn listen() -> Result<Self, HelperError> {
+        let path = PathBuf::from(format!("/run/bulkhead/console-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).map_err(|source| HelperError::File { path: path.clone(), source })?;
+        Ok(Self { listener, path })
+    }
+
+    /// The master that was sent. libcontainer has sent it by the time that its call returns.
+    fn master(self, uid: u32) -> Result<OwnedFd, HelperError> {
+        let (socket, _) = self.listener.accept().map_err(|source| HelperError::File { path: self.path.clone(), source })?;
+        let master = receive_descriptor(&socket)?;
+        // The user of the process owns its terminal. The peer is opened through the master: its path is the container's.
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+            .map_err(HelperError::Owner)?;
+        rustix::fs::fchown(&slave, Some(Uid::from_raw(uid)), None::<Gid>).map_err(HelperError::Owner)?;
+        Ok(master)
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// One descriptor from a stream socket; the bytes with it are the terminal's name and of no use.
+fn receive_descriptor(socket: impl AsFd) -> Result<OwnedFd, HelperError> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut name = [0; 256];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [io::IoSliceMut::new(&mut name)];
+    recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        .map_err(|errno| HelperError::Agent(ControlError::Receive(errno)))?;
+    let descriptor = ancillary.drain().find_map(|item| match item {
+        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+        _ => None,
+    });
+    descriptor.ok_or(HelperError::NoTerminal)
+}
+
+/// Starts the init of a new pid namespace; it outlives this helper.
+fn spawn_pid_namespace() -> Result<u32, HelperError> {
+    unshare(CloneFlags::CLONE_NEWPID).map_err(|errno| HelperError::PidNamespace(errno.into()))?;
+    Command::new("/proc/self/exe")
+        .arg(PID_NAMESPACE_ARG)
+        .stdin(Stdio::null())
+        .spawn()
+        .map(|child| child.id())
+        .map_err(HelperError::PidNamespace)
+}
+
+/// A helper's work failed. Only its text leaves the helper.
+#[derive(Debug, thiserror::Error)]
+enum HelperError {
+    #[error(transparent)]
+    Libcontainer(#[from] LibcontainerError),
+    #[error("the agent did not send three standard streams")]
+    Streams,
+    #[error("libcontainer does not tell the pid of the process that it has created")]
+    NoPid,
+    #[error("libcontainer did not send a terminal")]
+    NoTerminal,
+    #[error("cannot talk to the agent")]
+    Agent(#[source] ControlError),
+    #[error("cannot give the standard streams to the user of the process")]
+    Owner(#[source] rustix::io::Errno),
+    #[error("cannot use {path}")]
+    File { path: PathBuf, source: io::Error },
+    #[error("cannot create a pid namespace")]
+    PidNamespace(#[source] io::Error),
+}

@@ -1,0 +1,51 @@
+//! What the agent sends a helper and gets back: one message each way, framed as those of
+//! [`bulkhead_protocol::control`]. The request carries the new process's stdin, stdout and stderr, the reply the master of
+//! its terminal.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Agent to helper.
+#[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Request {
+    /// What to create.
+    pub action: Action,
+    /// User that the process will run as; its streams are made that user's, so that it can open /dev/stdout.
+    pub uid: u32,
+    /// The process gets a terminal of this size.
+    pub terminal: Option<WindowSize>,
+}
+
+/// What a helper can create.
+#[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Action {
+    /// A container from `bundle`/config.json, its state below `state`.
+    #[allow(missing_docs)]
+    Create { id: String, bundle: PathBuf, state: PathBuf },
+    /// A process in a container, both described by files of JSON.
+    #[allow(missing_docs)]
+    Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf> },
+    /// A pid namespace.
+    PidNamespace,
+}
+
+/// Size of a terminal in characters.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct WindowSize {
+    /// Columns; 0 leaves the kernel's.
+    pub width: u16,
+    /// Rows; 0 leaves the kernel's.
+    pub height: u16,
+}
+
+/// Helper to agent.
+#[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub enum Reply {
+    /// The process exists.
+    #[allow(missing_docs)]
+    Created { pid: u32 },
+    /// It does not, and this is why.
+    #[allow(missing_docs)]
+    Failed { message: String },
+}

@@ -1,0 +1,237 @@
+//! The seam to libcontainer: everything that creates a container's process goes through the few verbs of [`Runtime`].
+//!
+//! libcontainer changes directory, forks, blocks and keeps state in files, none of which a threaded PID 1 can have. So each
+//! creation runs in a helper: this program again, single-threaded, its request and the process's standard streams sent
+//! over a socket pair, which is its standard input ([`message`], [`helper`]). The processes that it creates are the
+//! agent's children, not the helper's. Once a process exists libcontainer has no further part in it: signals, limits,
+//! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
+
+mod executor;
+pub mod helper;
+pub mod message;
+pub mod pid_namespace;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use bulkhead_protocol::control::{self, ControlError};
+use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::io::AsyncWriteExt;
+
+use crate::reaper::{Exit, ExitWatch, Reaper};
+use crate::sys;
+use message::{Action, Reply, Request, WindowSize};
+
+/// First argument of a helper.
+pub const HELPER_ARG: &str = "runtime-helper";
+/// First argument of a pid namespace's init.
+pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
+
+/// Bundles that the agent writes, one directory for each container.
+const BUNDLES: &str = "/run/bulkhead/bundles";
+/// libcontainer's state. Short: a socket's path in it must fit 108 bytes (unix(7)) with a container id of 76.
+const STATE: &str = "/run/bulkhead/c";
+/// Profile of a container beside its configuration, for its execs.
+const SECCOMP_FILE: &str = "seccomp.json";
+
+/// Creates processes by way of helpers.
+#[derive(Debug)]
+pub struct Runtime {
+    reaper: Arc<Reaper>,
+}
+
+/// The standard streams that a new process gets, and its terminal.
+#[derive(Debug)]
+pub struct ProcessStdio {
+    /// Descriptor 0.
+    pub stdin: OwnedFd,
+    /// Descriptor 1.
+    pub stdout: OwnedFd,
+    /// Descriptor 2.
+    pub stderr: OwnedFd,
+    /// Wanted if the process gets a terminal instead of the three.
+    pub terminal: Option<WindowSize>,
+}
+
+/// A process that a helper has created.
+#[derive(Debug)]
+pub struct Created {
+    /// Its pid, in the agent's namespace.
+    pub pid: u32,
+    /// Tells its end.
+    pub exit: ExitWatch,
+    /// Its terminal's master.
+    pub terminal: Option<OwnedFd>,
+}
+
+impl Runtime {
+    /// Uses the reaper that owns the agent's children.
+    pub fn new(reaper: Arc<Reaper>) -> Self {
+        Self { reaper }
+    }
+
+    /// Creates a container whose init waits for [`Self::start`].
+    pub async fn create(&self, id: &str, spec: &Spec, stdio: ProcessStdio) -> Result<Created, RuntimeError> {
+        let bundle = bundle_dir(id);
+        let linux = spec.linux().as_ref();
+        prepare_bundle(&bundle, spec, linux.and_then(|linux| linux.seccomp().as_ref()))
+            .map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
+        let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+        let action = Action::Create { id: id.into(), bundle, state: STATE.into() };
+        self.run(Request { action, uid, terminal: stdio.terminal }, Some(stdio)).await
+    }
+
+    /// Lets a created container's init go on to its program.
+    pub async fn start(&self, id: &str) -> Result<(), RuntimeError> {
+        let path = Path::new(STATE).join(id).join(libcontainer::notify_socket::NOTIFY_FILE);
+        let notify = async {
+            let mut socket = tokio::net::UnixStream::connect(&path).await?;
+            // Init waits for the end of whatever comes.
+            socket.write_all(b"start").await?;
+            socket.shutdown().await
+        };
+        notify.await.map_err(|source| RuntimeError::Start { path: path.clone(), source })
+    }
+
+    /// Creates a process in a container that has been started; it runs at once.
+    pub async fn exec(
+        &self,
+        id: &str,
+        serial: u64,
+        process: &Process,
+        stdio: ProcessStdio,
+    ) -> Result<Created, RuntimeError> {
+        let bundle = bundle_dir(id);
+        let path = bundle.join(format!("exec-{serial}.json"));
+        write_json(&path, process).map_err(|source| RuntimeError::Files { path: path.clone(), source })?;
+        let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists());
+        let action = Action::Exec { id: id.into(), state: STATE.into(), process: path.clone(), seccomp };
+        let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
+        let created = self.run(request, Some(stdio)).await;
+        let _ = std::fs::remove_file(path);
+        created
+    }
+
+    /// Creates a pid namespace with an init that does nothing but reap. It lives as long as that process.
+    pub async fn pid_namespace(&self) -> Result<Created, RuntimeError> {
+        self.run(Request { action: Action::PidNamespace, uid: 0, terminal: None }, None).await
+    }
+
+    /// Removes what the creation of a container has left in files.
+    pub fn delete(&self, id: &str) -> Result<(), RuntimeError> {
+        for path in [Path::new(STATE).join(id), bundle_dir(id)] {
+            match std::fs::remove_dir_all(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(RuntimeError::Files { path, source });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one helper to its answer.
+    async fn run(&self, request: Request, stdio: Option<ProcessStdio>) -> Result<Created, RuntimeError> {
+        let birth = self.reaper.expect();
+        let (ours, theirs) = control_pair().map_err(|error| RuntimeError::Spawn(error.into()))?;
+        let fds: Vec<_> = stdio.iter().flat_map(|s| [s.stdin.as_fd(), s.stdout.as_fd(), s.stderr.as_fd()]).collect();
+        control::send(&ours, &request, &fds).map_err(RuntimeError::Talk)?;
+        drop(fds);
+        // The process must be the only one to hold its ends of the streams, or their end would never be seen.
+        drop(stdio);
+        let helper = Command::new("/proc/self/exe")
+            .arg(HELPER_ARG)
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            .spawn()
+            .map_err(RuntimeError::Spawn)?;
+        let mut helper_exit = birth.claim(helper.id());
+        let channel = sys::watch(ours, Interest::READABLE).map_err(RuntimeError::Spawn)?;
+        let (reply, mut fds) = tokio::select! {
+            biased;
+            reply = receive(&channel) => reply?,
+            exit = helper_exit.wait() => last_words(&channel, exit)?,
+        };
+        match reply {
+            Reply::Created { pid } => Ok(Created { pid, exit: birth.claim(pid), terminal: fds.pop() }),
+            Reply::Failed { message } => Err(RuntimeError::Refused(message)),
+        }
+    }
+}
+
+/// A socket pair for one helper. The agent's end does not block.
+fn control_pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::io::ioctl_fionbio(&ours, true)?;
+    Ok((ours, theirs))
+}
+
+/// Waits for the helper's answer.
+async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), RuntimeError> {
+    loop {
+        let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
+        match control::receive(channel.get_ref()) {
+            Err(ControlError::Receive(rustix::io::Errno::AGAIN)) => ready.clear_ready(),
+            Err(error) => return Err(RuntimeError::Talk(error)),
+            Ok(Some(reply)) => return Ok(reply),
+            Ok(None) => return Err(RuntimeError::HelperEnded { code: None }),
+        }
+    }
+}
+
+/// The answer of a helper that has ended, if it gave one before.
+fn last_words(channel: &AsyncFd<OwnedFd>, exit: Exit) -> Result<(Reply, Vec<OwnedFd>), RuntimeError> {
+    match control::receive(channel.get_ref()) {
+        Ok(Some(reply)) => Ok(reply),
+        _ => Err(RuntimeError::HelperEnded { code: Some(exit.code) }),
+    }
+}
+
+fn bundle_dir(id: &str) -> PathBuf {
+    Path::new(BUNDLES).join(id)
+}
+
+fn prepare_bundle(bundle: &Path, spec: &Spec, seccomp: Option<&LinuxSeccomp>) -> io::Result<()> {
+    std::fs::create_dir_all(bundle)?;
+    std::fs::create_dir_all(STATE)?;
+    if let Some(seccomp) = seccomp {
+        write_json(&bundle.join(SECCOMP_FILE), seccomp)?;
+    }
+    write_json(&bundle.join("config.json"), spec)
+}
+
+fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    std::fs::write(path, serde_json::to_vec(value)?)
+}
+
+/// A process could not be created or started.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The guest's own tmpfs.
+    #[error("cannot write or remove {path}")]
+    #[allow(missing_docs)]
+    Files { path: PathBuf, source: io::Error },
+    /// The helper could not be run.
+    #[error("cannot run the helper that creates containers")]
+    Spawn(#[source] io::Error),
+    /// The socket pair to the helper.
+    #[error("cannot talk to the helper that creates containers")]
+    Talk(#[source] ControlError),
+    /// It crashed or was killed.
+    #[error("the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why")]
+    #[allow(missing_docs)]
+    HelperEnded { code: Option<u32> },
+    /// libcontainer's own words.
+    #[error("{0}")]
+    Refused(String),
+    /// Init does not wait any more.
+    #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
+    #[allow(missing_docs)]
+    Start { path: PathBuf, source: io::Error },
+}

@@ -1,0 +1,176 @@
+//! CreateSandbox: makes the guest, which until then is like every other (DESIGN D7), a pod's.
+
+mod network;
+pub mod sysctl;
+
+use std::ffi::CString;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bulkhead_protocol::agent::CreateSandboxRequest;
+use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::{cgroup, power, sys};
+pub use network::{NetworkError, interface_stats};
+use sysctl::SysctlError;
+
+/// Size of /dev/shm in bytes where the pod does not say: what container engines give.
+const DEFAULT_SHM_SIZE: u64 = 64 << 20;
+
+/// The pod's sandbox, which is the guest.
+#[derive(Debug, Default)]
+pub struct Sandbox {
+    created: AtomicBool,
+}
+
+impl Sandbox {
+    /// Sets the guest up, once. A set-up that fails leaves a guest that is of no use any more.
+    pub async fn create(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
+        if self.created.swap(true, Ordering::Relaxed) {
+            return Err(SandboxError::Exists);
+        }
+        seed(&request.entropy)?;
+        set_clock(request.realtime_ns)?;
+        if !request.hostname.is_empty() {
+            rustix::system::sethostname(request.hostname.as_bytes())
+                .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;
+        }
+        online_cpus(request.online_cpus)?;
+        mount_shm(request.shm_size)?;
+        mount_share(&request.share_tag)?;
+        network::configure(&request.interfaces, &request.routes, &request.neighbours).await?;
+        // After the interfaces, as some are theirs by name.
+        for (name, value) in &request.sysctls {
+            sysctl::set(name, value)?;
+        }
+        Ok(())
+    }
+
+    /// Ends every container and the guest. Returns only if that failed.
+    pub async fn destroy(&self) -> Result<(), SandboxError> {
+        if let Err(error) = cgroup::kill_pod().await {
+            tracing::warn!(%error, "the guest ends with processes running");
+        }
+        rustix::fs::sync();
+        let _ = unmount(SHARE_DIR, UnmountFlags::DETACH);
+        let Err(error) = power::restart();
+        Err(SandboxError::Reboot(error))
+    }
+}
+
+/// Random bytes of the host, so that guests started from one template differ.
+fn seed(entropy: &[u8]) -> Result<(), SandboxError> {
+    for bytes in entropy.chunks(sys::MAX_ENTROPY) {
+        std::fs::File::options()
+            .write(true)
+            .open("/dev/urandom")
+            .and_then(|device| Ok(sys::add_entropy(&device, bytes)?))
+            .map_err(SandboxError::Entropy)?;
+    }
+    Ok(())
+}
+
+fn set_clock(realtime_ns: u64) -> Result<(), SandboxError> {
+    const NS_PER_S: u64 = 1_000_000_000;
+    if realtime_ns == 0 {
+        return Ok(());
+    }
+    // Both fit: 2^64 ns are 585 years.
+    let time = Timespec {
+        tv_sec: i64::try_from(realtime_ns / NS_PER_S).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(realtime_ns % NS_PER_S).unwrap_or(0),
+    };
+    clock_settime(ClockId::Realtime, time).map_err(|errno| SandboxError::Clock(errno.into()))
+}
+
+/// Brings CPUs up or down until so many are online (Documentation/core-api/cpu_hotplug.rst). CPU 0 always is.
+fn online_cpus(wanted: u32) -> Result<(), SandboxError> {
+    if wanted == 0 {
+        return Ok(());
+    }
+    for cpu in 1.. {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+        let state = if cpu < wanted { "1" } else { "0" };
+        match std::fs::read_to_string(&path) {
+            Ok(is) if is.trim() == state => {}
+            Ok(_) => std::fs::write(&path, state).map_err(|source| SandboxError::Cpu { cpu, source })?,
+            // There are no more. Fewer than wanted is no reason to fail: the pod's limits are the host's to keep.
+            Err(_) => break,
+        }
+    }
+    Ok(())
+}
+
+fn mount_shm(size: u64) -> Result<(), SandboxError> {
+    let size = if size == 0 { DEFAULT_SHM_SIZE } else { size };
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount_new("tmpfs", "shm", SHM_DIR, flags, &format!("mode=1777,size={size}"))
+}
+
+fn mount_share(tag: &str) -> Result<(), SandboxError> {
+    if tag.is_empty() {
+        return Ok(());
+    }
+    mount_new("virtiofs", tag, SHARE_DIR, MountFlags::NODEV, "")
+}
+
+fn mount_new(
+    kind: &'static str,
+    source: &str,
+    target: &'static str,
+    flags: MountFlags,
+    data: &str,
+) -> Result<(), SandboxError> {
+    let mounted = std::fs::create_dir_all(Path::new(target)).and_then(|()| {
+        let data = CString::new(data)?;
+        Ok(mount(source, target, kind, flags, Some(data.as_c_str()))?)
+    });
+    mounted.map_err(|source| SandboxError::Mount { kind, target, source })
+}
+
+/// The guest cannot be made the pod's.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SandboxError {
+    /// A guest is one pod's for its life.
+    #[error("this guest has a sandbox already; every sandbox needs a guest of its own")]
+    Exists,
+    /// sethostname(2).
+    #[error("cannot set the hostname to \"{name}\"")]
+    Hostname { name: String, source: io::Error },
+    /// random(4).
+    #[error("cannot seed the guest's random number generator")]
+    Entropy(#[source] io::Error),
+    /// clock_settime(2).
+    #[error("cannot set the guest's clock")]
+    Clock(#[source] io::Error),
+    /// CPU hotplug.
+    #[error("cannot change whether CPU {cpu} is online")]
+    Cpu { cpu: u32, source: io::Error },
+    /// mount(2).
+    #[error("cannot mount {kind} at {target}")]
+    Mount { kind: &'static str, target: &'static str, source: io::Error },
+    /// Interfaces, routes, neighbours.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// Sysctls.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// reboot(2).
+    #[error("cannot reboot the guest")]
+    Reboot(#[source] io::Error),
+}
+
+impl SandboxError {
+    /// Whether the request, rather than the guest, is at fault.
+    pub fn is_bad_request(&self) -> bool {
+        match self {
+            Self::Network(error) => error.is_bad_request(),
+            Self::Sysctl(SysctlError::Name { .. }) => true,
+            _ => false,
+        }
+    }
+}

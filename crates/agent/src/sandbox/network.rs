@@ -1,0 +1,262 @@
+//! Interfaces, routes and neighbours of the pod, by rtnetlink(7).
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use bulkhead_protocol::agent::{Interface, InterfaceStats, Neighbour, Route};
+use futures::TryStreamExt;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::LinkAttribute;
+use netlink_packet_route::neighbour::NeighbourState;
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+
+use self::parse::{Mac, Prefix};
+
+pub(super) mod parse;
+
+/// RTNH_F_ONLINK of `linux/rtnetlink.h`: the gateway is on the link whatever the addresses say.
+const RTNH_F_ONLINK: u32 = 4;
+
+/// Sets the pod's network up, the loopback interface included.
+pub async fn configure(
+    interfaces: &[Interface],
+    routes: &[Route],
+    neighbours: &[Neighbour],
+) -> Result<(), NetworkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
+    let connection = tokio::spawn(connection);
+    let network = Network { handle };
+    let outcome = network.configure(interfaces, routes, neighbours).await;
+    connection.abort();
+    outcome
+}
+
+struct Network {
+    handle: Handle,
+}
+
+impl Network {
+    async fn configure(
+        &self,
+        interfaces: &[Interface],
+        routes: &[Route],
+        neighbours: &[Neighbour],
+    ) -> Result<(), NetworkError> {
+        let links = self.links().await?;
+        let mut by_name = HashMap::new();
+        if let Some(lo) = links.values().find(|link| link.name == "lo") {
+            self.set_link(LinkUnspec::new_with_index(lo.index).up().build(), "lo").await?;
+            by_name.insert("lo".to_owned(), lo.index);
+        }
+        for interface in interfaces {
+            let mac: Mac = interface.mac.parse()?;
+            let link = links.get(&mac).ok_or_else(|| NetworkError::NoDevice { mac: interface.mac.clone() })?;
+            self.configure_interface(link.index, interface).await?;
+            by_name.insert(interface.name.clone(), link.index);
+        }
+        let index = |name: &str| {
+            by_name.get(name).copied().ok_or_else(|| NetworkError::NoInterface { name: name.into() })
+        };
+        self.add_routes(routes, index).await?;
+        for neighbour in neighbours {
+            self.add_neighbour(neighbour, index(&neighbour.interface)?).await?;
+        }
+        Ok(())
+    }
+
+    /// The guest's interfaces by their MAC addresses.
+    async fn links(&self) -> Result<HashMap<Mac, Link>, NetworkError> {
+        let mut links = HashMap::new();
+        let mut stream = self.handle.link().get().execute();
+        while let Some(message) = stream.try_next().await.map_err(|error| NetworkError::kernel("list interfaces", error))? {
+            let (mut name, mut mac) = (String::new(), None);
+            for attribute in message.attributes {
+                match attribute {
+                    LinkAttribute::IfName(is) => name = is,
+                    LinkAttribute::Address(bytes) => mac = Mac::from_bytes(&bytes),
+                    _ => {}
+                }
+            }
+            if let Some(mac) = mac {
+                links.insert(mac, Link { index: message.header.index, name });
+            }
+        }
+        Ok(links)
+    }
+
+    async fn configure_interface(&self, index: u32, interface: &Interface) -> Result<(), NetworkError> {
+        // Only an interface that is down can be renamed, and it is: nothing but the agent would have brought it up.
+        let mut link = LinkUnspec::new_with_index(index).name(interface.name.clone());
+        if interface.mtu > 0 {
+            link = link.mtu(interface.mtu);
+        }
+        self.set_link(link.up().build(), &interface.name).await?;
+        for address in &interface.addresses {
+            let prefix: Prefix = address.parse()?;
+            let mut request = self.handle.address().add(index, prefix.address, prefix.length);
+            // The host's CNI has made sure that the address is the pod's; detection would delay its use by a second.
+            if prefix.address.is_ipv6() {
+                request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            }
+            let added = request.execute().await;
+            tolerate_existing(added).map_err(|error| NetworkError::kernel(&format!("add address {address}"), error))?;
+        }
+        Ok(())
+    }
+
+    async fn set_link(&self, message: netlink_packet_route::link::LinkMessage, name: &str) -> Result<(), NetworkError> {
+        let set = self.handle.link().set(message).execute().await;
+        set.map_err(|error| NetworkError::kernel(&format!("configure interface {name}"), error))
+    }
+
+    /// Adds routes so that every gateway is reachable when it is needed: those on link first, then those through gateways,
+    /// again and again as long as the kernel takes some of them.
+    async fn add_routes(
+        &self,
+        routes: &[Route],
+        index: impl Fn(&str) -> Result<u32, NetworkError>,
+    ) -> Result<(), NetworkError> {
+        let mut pending = Vec::new();
+        for route in routes {
+            pending.push((route, route_message(route, index(&route.interface)?)?));
+        }
+        pending.sort_by_key(|(route, _)| !route.gateway.is_empty());
+        while !pending.is_empty() {
+            let (before, mut unreachable) = (pending.len(), Vec::new());
+            for (route, message) in pending {
+                let added = tolerate_existing(self.handle.route().add(message.clone()).execute().await);
+                match added {
+                    Err(error) if is_unreachable(&error) => unreachable.push((route, message, error)),
+                    other => other.map_err(|error| NetworkError::kernel(&describe(route), error))?,
+                }
+            }
+            if unreachable.len() == before
+                && let Some((route, _, error)) = unreachable.pop()
+            {
+                return Err(NetworkError::kernel(&describe(route), error));
+            }
+            pending = unreachable.into_iter().map(|(route, message, _)| (route, message)).collect();
+        }
+        Ok(())
+    }
+
+    async fn add_neighbour(&self, neighbour: &Neighbour, index: u32) -> Result<(), NetworkError> {
+        let address = parse::address(&neighbour.address)?;
+        let mac: Mac = neighbour.mac.parse()?;
+        let state = u16::try_from(neighbour.state).ok().filter(|state| *state != 0);
+        let added = self
+            .handle
+            .neighbours()
+            .add(index, address)
+            .link_layer_address(mac.as_bytes())
+            .state(state.map_or(NeighbourState::Permanent, NeighbourState::from))
+            .replace()
+            .execute()
+            .await;
+        added.map_err(|error| NetworkError::kernel(&format!("add neighbour {}", neighbour.address), error))
+    }
+}
+
+struct Link {
+    index: u32,
+    name: String,
+}
+
+fn describe(route: &Route) -> String {
+    let destination = if route.destination.is_empty() { "default" } else { &route.destination };
+    format!("add route {destination} via \"{}\" on {}", route.gateway, route.interface)
+}
+
+fn route_message(route: &Route, index: u32) -> Result<RouteMessage, NetworkError> {
+    let invalid = |_| NetworkError::Route { route: describe(route) };
+    let mut builder = RouteMessageBuilder::<IpAddr>::new().output_interface(index).protocol(RouteProtocol::Boot);
+    builder.get_mut().header.address_family = match i32::try_from(route.family) {
+        Ok(libc::AF_INET) => AddressFamily::Inet,
+        Ok(libc::AF_INET6) => AddressFamily::Inet6,
+        _ => return Err(NetworkError::Route { route: describe(route) }),
+    };
+    if !route.destination.is_empty() {
+        let prefix: Prefix = route.destination.parse()?;
+        builder = builder.destination_prefix(prefix.address, prefix.length).map_err(invalid)?;
+    }
+    if !route.gateway.is_empty() {
+        builder = builder.gateway(parse::address(&route.gateway)?).map_err(invalid)?;
+    }
+    if !route.source.is_empty() {
+        builder = builder.pref_source(parse::address(&route.source)?).map_err(invalid)?;
+    }
+    let scope = u8::try_from(route.scope).map_err(|_| NetworkError::Route { route: describe(route) })?;
+    builder = builder.scope(RouteScope::from(scope));
+    if route.metric > 0 {
+        builder = builder.priority(route.metric);
+    }
+    if route.flags & RTNH_F_ONLINK != 0 {
+        builder = builder.onlink();
+    }
+    let mut message = builder.build();
+    if route.mtu > 0 {
+        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
+    }
+    Ok(message)
+}
+
+/// The kernel adds routes for addresses by itself, and the shim tells all that it has found.
+fn tolerate_existing(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    match result {
+        Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_unreachable(error: &rtnetlink::Error) -> bool {
+    matches!(errno(error), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL))
+}
+
+fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io().raw_os_error(),
+        _ => None,
+    }
+}
+
+/// Counters of the guest's interfaces, from /proc/net/dev (proc(5)); loopback is left out.
+pub fn interface_stats() -> Vec<InterfaceStats> {
+    parse::interface_stats(&std::fs::read_to_string("/proc/net/dev").unwrap_or_default())
+}
+
+/// The network cannot be what was asked for.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum NetworkError {
+    /// netlink(7).
+    #[error("cannot open a netlink socket")]
+    Socket(#[source] std::io::Error),
+    /// The kernel refuses.
+    #[error("cannot {what}")]
+    Kernel { what: String, source: rtnetlink::Error },
+    /// No such interface was plugged in.
+    #[error("the guest has no network device with MAC address {mac}")]
+    NoDevice { mac: String },
+    /// A route or neighbour names an interface that the request does not.
+    #[error("there is no interface \"{name}\" among those of the pod")]
+    NoInterface { name: String },
+    /// An address that is none.
+    #[error("\"{text}\" is no valid {what}")]
+    Syntax { what: &'static str, text: String },
+    /// Addresses of different families, or none.
+    #[error("cannot {route}: its family, scope and addresses do not fit together")]
+    Route { route: String },
+}
+
+impl NetworkError {
+    fn kernel(what: &str, source: rtnetlink::Error) -> Self {
+        Self::Kernel { what: what.into(), source }
+    }
+
+    /// Whether the request, rather than the guest, is at fault.
+    pub fn is_bad_request(&self) -> bool {
+        matches!(self, Self::NoInterface { .. } | Self::Syntax { .. } | Self::Route { .. })
+    }
+}

@@ -1,0 +1,143 @@
+//! The few system calls that have no safe wrapper, and helpers for talking about errors.
+#![allow(unsafe_code, reason = "random(4), real-time signals, waitid(2) with its pid and dispositions have no safe wrapper")]
+
+use std::error::Error;
+use std::fmt::Write;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::sys::signal::{SigHandler, Signal};
+use rustix::ioctl::{self, NoArg, Setter, opcode};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Most bytes that [`add_entropy`] takes at once.
+pub const MAX_ENTROPY: usize = 512;
+
+/// `struct rand_pool_info` of `linux/random.h` with a buffer of fixed size.
+#[repr(C)]
+struct RandPoolInfo {
+    entropy_count: libc::c_int,
+    buf_size: libc::c_int,
+    buf: [u8; MAX_ENTROPY],
+}
+
+/// RNDADDENTROPY is `_IOW('R', 3, int[2])`: the size in the number is not that of the structure.
+const RNDADDENTROPY: ioctl::Opcode = opcode::write::<[libc::c_int; 2]>(b'R', 0x03);
+const RNDRESEEDCRNG: ioctl::Opcode = opcode::none(b'R', 0x07);
+
+/// Adds bytes to the kernel's entropy pool, credited in full, and makes every generator use them (random(4)).
+/// Bytes beyond [`MAX_ENTROPY`] are left out.
+pub fn add_entropy(device: impl AsFd, bytes: &[u8]) -> rustix::io::Result<()> {
+    let mut info = RandPoolInfo { entropy_count: 0, buf_size: 0, buf: [0; MAX_ENTROPY] };
+    let mut count = 0;
+    for (to, from) in info.buf.iter_mut().zip(bytes) {
+        *to = *from;
+        count += 1;
+    }
+    info.buf_size = count;
+    info.entropy_count = count * 8;
+    // SAFETY: the kernel reads the two integers and `buf_size` bytes after them, all inside `info`.
+    unsafe { ioctl::ioctl(&device, Setter::<RNDADDENTROPY, RandPoolInfo>::new(info)) }?;
+    // SAFETY: the request takes no argument.
+    unsafe { ioctl::ioctl(&device, NoArg::<RNDRESEEDCRNG>::new()) }
+}
+
+/// Writing to a closed pipe or socket becomes an error (EPIPE) instead of this process's end.
+pub fn ignore_sigpipe() {
+    // SAFETY: no handler runs; SIG_IGN replaces whatever there was.
+    let _ = unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigIgn) };
+}
+
+/// Gives every signal that a runtime may have ignored its default action back; ignored signals survive execve(2).
+pub fn default_signals() {
+    for signal in [Signal::SIGPIPE, Signal::SIGCHLD] {
+        // SAFETY: SIG_DFL runs no code of this process.
+        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+    }
+}
+
+/// A child that has ended and is not reaped yet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct EndedChild {
+    /// Its pid.
+    pub pid: i32,
+    /// Exit status, or 128 + the signal that ended it: the shell's convention.
+    pub code: u32,
+}
+
+/// A child that has ended, left unreaped (waitid(2), WNOWAIT). `None` if there is none now, or no child at all.
+pub fn peek_ended_child() -> Option<EndedChild> {
+    let info = waitid(libc::P_ALL, 0, libc::WEXITED | libc::WNOWAIT | libc::WNOHANG).ok()?;
+    // SAFETY: waitid(2) succeeded, so these fields are filled; they are zero when no child has ended.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let status = if info.si_code == libc::CLD_EXITED { status & 0xff } else { 128 + status };
+    (pid > 0).then(|| EndedChild { pid, code: u32::try_from(status).unwrap_or(255) })
+}
+
+/// Reaps a child that [`peek_ended_child`] has shown.
+pub fn reap(child: EndedChild) -> io::Result<()> {
+    let pid = libc::id_t::try_from(child.pid).map_err(io::Error::other)?;
+    waitid(libc::P_PID, pid, libc::WEXITED | libc::WNOHANG).map(drop)
+}
+
+fn waitid(kind: libc::idtype_t, id: libc::id_t, options: libc::c_int) -> io::Result<libc::siginfo_t> {
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    // SAFETY: the kernel writes at most a siginfo_t there.
+    if unsafe { libc::waitid(kind, id, info.as_mut_ptr(), options) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: zeroed before and perhaps filled by the kernel; every bit pattern of the structure is valid.
+    Ok(unsafe { info.assume_init() })
+}
+
+/// kill(2), real-time signals included. The pid must be positive: this never signals a group.
+pub fn kill(pid: u32, signal: u32) -> io::Result<()> {
+    let (Ok(pid @ 1..), Ok(signal)) = (libc::pid_t::try_from(pid), libc::c_int::try_from(signal)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: a plain system call on two integers.
+    if unsafe { libc::kill(pid, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes the event loop watch a descriptor.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd owns one descriptor, the same for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// An error with its causes, "outer: inner: innermost"; a cause that its outer text repeats is left out.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let inner = error.to_string();
+        if !text.contains(&inner) {
+            let _ = write!(text, ": {inner}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open the door")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn chain_names_every_cause_once() {
+        let error = Outer(std::io::Error::other("no key"));
+        assert_eq!(chain(&error), "cannot open the door: no key");
+        assert_eq!(chain(&std::io::Error::other("no key")), "no key");
+    }
+
+    #[test]
+    fn request_numbers_are_those_of_random_4() {
+        assert_eq!((RNDADDENTROPY, RNDRESEEDCRNG), (0x4008_5203, 0x5207));
+    }
+}
