@@ -47,11 +47,10 @@ pub fn serve(
 
 /// The next chain, or an error where `pop_descriptor_chain` would say that there is none.
 fn next<'m>(queue: &mut Queue, memory: &'m GuestMemoryMmap) -> Result<Option<Chain<'m>>, RingError> {
-    let before = queue.next_avail();
-    let chain = queue.iter(memory)?.next();
-    if chain.is_none() && queue.avail_idx(memory, Ordering::Acquire)?.0 != before {
-        // Only a ring entry that cannot be read leaves chains behind; the rings were checked, so it does not happen.
-        return Err(RingError(virtio_queue::Error::InvalidChain));
+    // The index is looked at before the ring, never after: a driver on another vCPU may add a chain at any moment.
+    if queue.avail_idx(memory, Ordering::Acquire)?.0 == queue.next_avail() {
+        return Ok(None);
     }
-    Ok(chain)
+    // Only a ring entry that cannot be read leaves chains behind; the rings were checked, so it does not happen.
+    queue.iter(memory)?.next().map(Some).ok_or(RingError(virtio_queue::Error::InvalidChain))
 }
