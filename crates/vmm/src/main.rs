@@ -1,3 +1,69 @@
-//! `bulkhead-vmm`.
+//! `bulkhead-vmm`: with `--control-fd` a shim's machine, with `run` a developer's.
 
-fn main() {}
+mod args;
+mod run;
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use bulkhead_protocol::control::ExitReason;
+use bulkhead_vmm::control::{self, End};
+use clap::Parser;
+
+use args::{Args, Mode};
+
+fn main() -> ExitCode {
+    end_process_on_panic();
+    match start(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: Args) -> anyhow::Result<()> {
+    match (args.control_fd, args.mode) {
+        (Some(fd), None) => match control::serve(inherited(fd)?)? {
+            End::Guest(reason) => finish(reason),
+            End::Closed => Ok(()),
+        },
+        (None, Some(Mode::Run(options))) => finish(run::run(&options)?),
+        _ => bail!("give either --control-fd or the command `run`"),
+    }
+}
+
+/// An orderly end of the guest is success.
+fn finish(reason: ExitReason) -> anyhow::Result<()> {
+    match reason {
+        ExitReason::Reset => Ok(()),
+        ExitReason::VcpuFault => bail!("a vCPU met something that KVM cannot go on from, see above"),
+    }
+}
+
+/// Takes over a descriptor that the parent process has left open for us.
+fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    #![allow(unsafe_code)] // a number becomes an owned descriptor
+    if fd <= 2 {
+        bail!("--control-fd {fd} is one of the standard streams");
+    }
+    // SAFETY: this is the first thing that the process does with descriptors, so nothing else owns it; that it is open is
+    // checked before it is used.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Err(error) = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC) {
+        std::mem::forget(fd);
+        return Err(error).context("the descriptor given with --control-fd is not open");
+    }
+    Ok(fd)
+}
+
+/// A thread that panics must not leave a machine behind that half works.
+fn end_process_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+}

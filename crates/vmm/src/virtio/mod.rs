@@ -4,6 +4,22 @@
 //! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
 //! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
 
+pub mod block;
+pub mod buffers;
+pub mod console;
+pub mod fs;
+pub mod net;
+pub mod ring;
+pub mod rng;
+pub mod serve;
+pub mod transport;
+pub mod vsock;
+
+#[cfg(test)]
+mod test_driver;
+#[cfg(test)]
+mod testing;
+
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
@@ -70,6 +86,15 @@ pub trait Interrupt: Send + Sync {
 
     /// The device met something that it cannot go on from: sets DEVICE_NEEDS_RESET and tells the driver.
     fn needs_reset(&self);
+}
+
+/// Reads from a configuration space that is `space`, zeros behind it.
+pub fn read_config(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    for (to, from) in data.iter_mut().zip(space.get(start..).unwrap_or_default()) {
+        *to = *from;
+    }
 }
 
 /// A device that cannot start.

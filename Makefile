@@ -1,0 +1,78 @@
+# Every command a person types. `make run` and `make test` do all set-up by themselves and reuse what is built.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node node soak-boot \
+	bench-boot install clean
+
+# Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); where `make install` puts things.
+N ?= 100
+FILTER ?=
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+NODE := tests/node/node
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install Debian packages and virtme-ng, if anything is missing (root)
+	@tests/node/setup
+
+kernel: setup ## build/vmlinux, the guest kernel
+	@guest-kernel/build
+
+kernel-debug: setup ## build/vmlinux-debug, with a serial console
+	@guest-kernel/build debug
+
+rootfs: setup ## build/initramfs.cpio, the guest image
+	@rootfs/build agent
+	@rootfs/build reboot
+
+images: build/images/.stamp ## build/images, the test images
+
+build/images/.stamp: tests/node/images/build tests/node/images/pause.c tests/node/images/nginx.conf | setup
+	@echo "test images: building them from installed packages"
+	@rm -rf build/images && tests/node/images/build build/images && touch $@
+
+build: setup kernel rootfs images ## everything: binaries in build/bin, guest kernel, guest image, test images
+	@tools/build
+
+check: setup ## format, clippy, licences
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	tools/licences
+
+run: build ## start a node and a pod in its own guest, and show both side by side
+	@$(NODE) run bulkhead run
+
+test: build ## every test: unit, VMM, guest image, end to end
+	@tools/test unit rootfs node
+
+test-unit: setup ## unit tests, and VMM tests on /dev/kvm
+	@tools/test unit
+
+test-node: build ## the end-to-end suites in a node (FILTER=part of a test's name)
+	@FILTER='$(FILTER)' tools/test node
+
+node: build ## a shell in the test node
+	@$(NODE) shell
+
+soak-boot: build ## N=100 guest boots in a row, none may hang
+	@$(NODE) run benches/soak-boot $(N)
+
+bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its first line against runc's
+	@$(NODE) run benches/boot
+	@$(NODE) run bulkhead-bench
+
+install: build ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead
+	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/lib/bulkhead' '$(DESTDIR)/etc/bulkhead'
+	install -m 755 build/bin/containerd-shim-bulkhead-v2 build/bin/bulkhead '$(DESTDIR)$(PREFIX)/bin'
+	install -m 755 build/bin/bulkhead-vmm '$(DESTDIR)$(PREFIX)/lib/bulkhead'
+	install -m 644 build/vmlinux build/initramfs.cpio '$(DESTDIR)$(PREFIX)/lib/bulkhead'
+	[ -e '$(DESTDIR)/etc/bulkhead/config.toml' ] || \
+		sed 's|/usr/local|$(PREFIX)|' deploy/config.toml >'$(DESTDIR)/etc/bulkhead/config.toml'
+
+clean: ## remove build/ and target/; packages stay
+	@$(NODE) down
+	rm -rf build target

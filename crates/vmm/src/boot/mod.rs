@@ -1,0 +1,54 @@
+//! Puts a kernel into the guest's memory, with all that it looks for when it starts.
+
+mod cmdline;
+mod initramfs;
+mod kernel;
+mod mptable;
+mod params;
+mod tables;
+
+use std::fs::File;
+
+use bulkhead_protocol::vmspec::VmSpec;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+pub use cmdline::CmdlineError;
+pub use initramfs::InitramfsError;
+pub use kernel::KernelError;
+
+use crate::kvm::Entry;
+use crate::layout;
+use crate::virtio::Memory;
+
+/// Loads everything and returns where the first vCPU starts.
+pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File>) -> Result<Entry, BootError> {
+    let kernel = kernel::load(memory, kernel)?;
+    let initramfs = initramfs.map(|file| initramfs::load(memory, file, kernel.end)).transpose()?;
+    let cmdline = cmdline::build(spec)?;
+    memory.write_slice(cmdline.as_bytes_with_nul(), GuestAddress(layout::CMDLINE)).map_err(BootError::Write)?;
+    let map = params::memory_map(memory);
+    mptable::write(memory, spec.vcpus)?;
+    match kernel.entry {
+        Entry::Pvh { .. } => params::write_pvh(memory, &map, initramfs)?,
+        _ => params::write_boot_params(memory, &map, initramfs, cmdline.as_bytes().len())?,
+    }
+    tables::write(memory, kernel.entry)?;
+    Ok(kernel.entry)
+}
+
+/// A guest that cannot be made ready to start.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The command line.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    /// The guest's memory ends below the boot data, which the smallest memory size rules out.
+    #[error("cannot write the boot data to the guest's memory")]
+    Write(#[source] GuestMemoryError),
+}

@@ -1,0 +1,140 @@
+//! Service mode: the shim's commands come over the control socket, see [`bulkhead_protocol::control`].
+//!
+//! The main thread waits for the socket and for the guest's end; everything else happens in other threads. Replies are
+//! sent by whoever has them: a message to a SEQPACKET socket is one piece.
+
+use std::error::Error;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
+use bulkhead_protocol::vmspec::VmSpec;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::descriptors::Descriptors;
+use crate::machine::{Machine, MachineError};
+
+/// How a service ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest did.
+    Guest(ExitReason),
+    /// The shim closed its end of the socket.
+    Closed,
+}
+
+/// Serves the shim until it or the guest ends.
+pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
+    let mut service = Service { socket: Arc::new(socket), machine: None };
+    loop {
+        let ready = service.wait()?;
+        if let Some(reason) = service.machine.as_ref().and_then(|machine| machine.exit().reason()) {
+            // What the guest wrote last is in the devices' threads; nothing is waited for but the vCPUs.
+            drop(service.machine.take());
+            service.reply(&Reply::GuestExited { reason });
+            return Ok(End::Guest(reason));
+        }
+        if ready {
+            match control::receive::<Request>(&service.socket)? {
+                Some((request, fds)) => service.handle(request, fds)?,
+                None => return Ok(End::Closed),
+            }
+        }
+    }
+}
+
+struct Service {
+    socket: Arc<OwnedFd>,
+    machine: Option<Machine>,
+}
+
+impl Service {
+    /// Waits for a message, the socket's end or the guest's; true if the socket has something to say.
+    fn wait(&self) -> Result<bool, ServiceError> {
+        let socket = PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN);
+        let exit: Option<BorrowedFd<'_>> = self.machine.as_ref().map(|machine| machine.exit().as_fd());
+        let mut fds: Vec<_> =
+            [Some(socket), exit.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))].into_iter().flatten().collect();
+        rustix::io::retry_on_intr(|| poll(&mut fds, None)).map_err(ServiceError::Wait)?;
+        Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty()))
+    }
+
+    fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(), ServiceError> {
+        let id = request.id;
+        match request.command {
+            Command::Boot(_) if self.machine.is_some() => self.fail(id, "the machine has been built already".into()),
+            Command::Boot(spec) => match self.boot(&spec, fds) {
+                Ok(()) => self.reply(&Reply::Done { id }),
+                Err(error) => {
+                    self.fail(id, describe(&error));
+                    return Err(ServiceError::Boot(error));
+                }
+            },
+            Command::ConnectVsock { port } => self.connect(id, port, fds),
+        }
+        Ok(())
+    }
+
+    fn boot(&mut self, spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+        let socket = self.socket.clone();
+        let on_ready = Box::new(move || send(&socket, &Reply::GuestReady));
+        let machine = self.machine.insert(Machine::build(spec, Descriptors::new(fds), on_ready)?);
+        machine.start()
+    }
+
+    fn connect(&self, id: u64, port: u32, fds: Vec<OwnedFd>) {
+        let Some(vsock) = self.machine.as_ref().and_then(Machine::vsock) else {
+            return self.fail(id, "the machine has no vsock device; send Boot with one first".into());
+        };
+        let Ok([stream]) = <[OwnedFd; 1]>::try_from(fds) else {
+            return self.fail(id, "ConnectVsock takes exactly one descriptor".into());
+        };
+        let socket = self.socket.clone();
+        let done = Box::new(move |result| match result {
+            Ok(()) => send(&socket, &Reply::Done { id }),
+            Err(error) => send(&socket, &Reply::Failed { id, message: describe(&error) }),
+        });
+        vsock.connect(port, stream, done);
+    }
+
+    fn fail(&self, id: u64, message: String) {
+        self.reply(&Reply::Failed { id, message });
+    }
+
+    fn reply(&self, reply: &Reply) {
+        send(&self.socket, reply);
+    }
+}
+
+/// Sends a reply. If the shim is gone, the main thread learns it from the socket.
+fn send(socket: &OwnedFd, reply: &Reply) {
+    if let Err(error) = control::send(socket, reply, &[]) {
+        eprintln!("bulkhead-vmm: cannot reply to the shim: {}", describe(&error));
+    }
+}
+
+/// An error and what caused it, in one line.
+pub fn describe(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}
+
+/// A service that could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// poll(2).
+    #[error("cannot wait for the control socket")]
+    Wait(#[source] rustix::io::Errno),
+    /// The machine.
+    #[error(transparent)]
+    Boot(MachineError),
+}

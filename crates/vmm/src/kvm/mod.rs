@@ -1,0 +1,151 @@
+//! The virtual machine as KVM has it: memory slots, interrupt controllers, vCPUs. All of the VMM's dealings with
+//! /dev/kvm are in this module (Documentation/virt/kvm/api.rst).
+#![allow(unsafe_code)] // descriptors become KVM's, and KVM is given host addresses
+
+mod cpuid;
+mod memory;
+mod registers;
+mod vcpu;
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use memory::{MemoryError, create_memory};
+pub use registers::{Entry, gdt};
+pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
+
+use crate::layout;
+use crate::virtio::Memory;
+
+/// What a machine cannot do without.
+const NEEDED: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// A virtual machine without vCPUs.
+pub struct Vm {
+    // Declared before `memory`, so that KVM lets go of the mapping first.
+    fd: VmFd,
+    kvm: Kvm,
+    cpuid: CpuId,
+    memory: Memory,
+}
+
+impl Vm {
+    /// Creates a machine with in-kernel interrupt controllers and timer from an open /dev/kvm.
+    pub fn new(kvm: OwnedFd, memory: Memory) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is owned, and ownership moves to `Kvm`. If it is not /dev/kvm, the ioctls fail.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if u32::try_from(version) != Ok(KVM_API_VERSION) {
+            return Err(KvmError::NotKvm(version));
+        }
+        if let Some((_, name)) = NEEDED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(KvmError::Missing(name));
+        }
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let fd = create_vm(&kvm)?;
+        // Only Intel hosts without unrestricted guests use it, but it must come before the vCPUs everywhere.
+        fd.set_tss_address(layout::KVM_TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        // The dummy speaker port keeps the guest's reads of port 0x61 in the kernel.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
+        register_memory(&fd, &memory)?;
+        Ok(Self { fd, kvm, cpuid, memory })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Makes every write to `irq` an edge on that pin of the I/O APIC.
+    pub fn register_irq(&self, irq: &EventFd, pin: u32) -> Result<(), KvmError> {
+        self.fd.register_irqfd(irq, pin).map_err(call("KVM_IRQFD"))
+    }
+
+    /// Makes the guest's write of the 32-bit `value` to `address` a write to `event`, without an exit.
+    pub fn register_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+        self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(call("KVM_IOEVENTFD"))
+    }
+
+    /// Creates vCPU `id` of `count`. The first one starts at `entry`, the others wait for its INIT and startup IPI.
+    pub fn create_vcpu(&self, id: u8, count: u8, entry: Entry) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(u64::from(id)).map_err(call("KVM_CREATE_VCPU"))?;
+        let deadline_timer = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let topology = cpuid::Topology { id, count };
+        fd.set_cpuid2(&cpuid::for_vcpu(&self.cpuid, topology, deadline_timer)?).map_err(call("KVM_SET_CPUID2"))?;
+        registers::set_up(&fd, (id == 0).then_some(entry))?;
+        Ok(Vcpu::new(id, fd))
+    }
+}
+
+/// KVM_CREATE_VM, which a pending signal interrupts.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(call("KVM_CREATE_VM")),
+        }
+    }
+}
+
+/// Gives KVM each region of the memory as a slot.
+fn register_memory(fd: &VmFd, memory: &Memory) -> Result<(), KvmError> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let slice = region.as_volatile_slice().map_err(|_| KvmError::Missing("host mapping of the guest's memory"))?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
+        };
+        // SAFETY: the range is a mapping that `memory` owns, and `Vm` drops `fd` before `memory`. The vCPUs hold the
+        // VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
+        unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Names the ioctl that failed.
+fn call(name: &'static str) -> impl Fn(errno::Error) -> KvmError {
+    move |source| KvmError::Call { name, source: source.into() }
+}
+
+/// KVM would not do what the machine needs.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The descriptor is something else, or a KVM from before Linux 2.6.22.
+    #[error(
+        "the descriptor handed over as /dev/kvm does not speak version {KVM_API_VERSION} of KVM's interface (it says {0})"
+    )]
+    NotKvm(i32),
+    /// A capability is missing.
+    #[error("this host's KVM lacks {0}; a newer kernel or a host with hardware virtualization is needed")]
+    Missing(&'static str),
+    /// The CPUID table has no room for the leaves that were added.
+    #[error("this host's CPUID table has more than {KVM_MAX_CPUID_ENTRIES} entries")]
+    CpuidFull,
+    /// An ioctl failed.
+    #[error("KVM refused {name}")]
+    Call {
+        /// Its name.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}

@@ -1,0 +1,175 @@
+//! A vCPU and the thread that runs it.
+//!
+//! A thread leaves KVM_RUN for an exit or a kick. A kick sets `immediate_exit` in the vCPU's run page and then signals the
+//! thread: whether the signal comes before KVM_RUN or within, KVM_RUN returns EINTR (api.rst, section 5, `kvm_run`).
+
+use std::fmt;
+use std::io;
+use std::ops::Add;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::{self, JoinHandle};
+
+use bulkhead_protocol::control::ExitReason;
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::bus::Bus;
+use crate::exit::ExitSignal;
+
+/// A vCPU that does not run.
+pub struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+    counts: ExitCounts,
+}
+
+/// How often vCPUs left KVM for the VMM, by reason.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExitCounts {
+    mmio: u64,
+    pio: u64,
+    other: u64,
+}
+
+impl Add for ExitCounts {
+    type Output = Self;
+
+    fn add(self, more: Self) -> Self {
+        Self { mmio: self.mmio + more.mmio, pio: self.pio + more.pio, other: self.other + more.other }
+    }
+}
+
+impl fmt::Display for ExitCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} mmio, {} pio, {} other", self.mmio, self.pio, self.other)
+    }
+}
+
+/// The buses that a vCPU's exits go to.
+#[derive(Clone)]
+pub struct Buses {
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+}
+
+/// Prepares the process for kicks; once, before the first vCPU runs.
+pub fn register_kick_signal() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing).map_err(io::Error::from)
+}
+
+impl Vcpu {
+    pub(super) fn new(id: u8, fd: VcpuFd) -> Self {
+        Self { id, fd, counts: ExitCounts::default() }
+    }
+
+    /// Starts the thread. The guest's end, seen by any vCPU, is raised in `exit`.
+    pub fn spawn(mut self, buses: Buses, exit: Arc<ExitSignal>) -> io::Result<VcpuThread> {
+        let flag = ImmediateExit(&raw mut self.fd.get_kvm_run().immediate_exit);
+        let thread = thread::Builder::new().name(format!("vcpu{}", self.id)).spawn(move || {
+            if let Some(reason) = self.run(&buses) {
+                exit.raise(reason);
+            }
+            self
+        })?;
+        Ok(VcpuThread { thread, flag })
+    }
+
+    /// What it left KVM for so far.
+    pub fn exit_counts(&self) -> ExitCounts {
+        self.counts
+    }
+
+    /// Runs until the guest ends (then the reason) or a kick.
+    fn run(&mut self, buses: &Buses) -> Option<ExitReason> {
+        loop {
+            let exit = match self.fd.run() {
+                Ok(exit) => exit,
+                // A kick, see the module's head.
+                Err(error) if error.errno() == libc::EINTR => {
+                    if self.fd.get_kvm_run().immediate_exit != 0 {
+                        return None;
+                    }
+                    continue;
+                }
+                // A vCPU that waits for its startup IPI was woken for something else.
+                Err(error) if error.errno() == libc::EAGAIN => continue,
+                Err(error) => {
+                    eprintln!("bulkhead-vmm: vcpu{}: KVM_RUN failed: {error}", self.id);
+                    return Some(ExitReason::VcpuFault);
+                }
+            };
+            let counts = &mut self.counts;
+            match &exit {
+                VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => counts.mmio += 1,
+                VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => counts.pio += 1,
+                _ => counts.other += 1,
+            }
+            match exit {
+                VcpuExit::MmioRead(address, data) => buses.mmio.read(address, data),
+                VcpuExit::MmioWrite(address, data) => buses.mmio.write(address, data),
+                VcpuExit::IoIn(port, data) => buses.pio.read(u64::from(port), data),
+                VcpuExit::IoOut(port, data) => buses.pio.write(u64::from(port), data),
+                VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
+                other => return Some(last_exit(self.id, &other)),
+            }
+        }
+    }
+}
+
+/// Why an exit that has no answer ends the guest.
+fn last_exit(id: u8, exit: &VcpuExit<'_>) -> ExitReason {
+    match exit {
+        // A triple fault is how the guest resets (`reboot=t`).
+        VcpuExit::Shutdown => ExitReason::Reset,
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET, _) => ExitReason::Reset,
+        fault => {
+            eprintln!("bulkhead-vmm: vcpu{id}: KVM cannot run the guest any further: {fault:?}");
+            ExitReason::VcpuFault
+        }
+    }
+}
+
+/// A vCPU's thread.
+pub struct VcpuThread {
+    thread: JoinHandle<Vcpu>,
+    flag: ImmediateExit,
+}
+
+impl VcpuThread {
+    /// Makes the thread leave KVM_RUN and end. Does not wait.
+    pub fn kick(&self) -> io::Result<()> {
+        self.flag.set();
+        // SAFETY: the thread has not been joined, so its handle is valid; the signal has a handler that does nothing.
+        match unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Waits for the thread's end.
+    pub fn join(self) -> Option<Vcpu> {
+        self.thread.join().ok()
+    }
+}
+
+/// The `immediate_exit` byte of a vCPU's run page.
+struct ImmediateExit(*mut u8);
+
+// SAFETY: the byte is accessed atomically, and KVM defines it to be set by other threads.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn set(&self) {
+        // SAFETY: the run page is mapped as long as the `VcpuFd` lives, which the thread owns until it is joined, and the
+        // flag's owner has not joined it. A panic in the thread ends the process.
+        unsafe { AtomicU8::from_ptr(self.0) }.store(1, Ordering::SeqCst);
+    }
+}

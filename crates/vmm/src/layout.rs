@@ -1,0 +1,70 @@
+//! Where things are in the guest's physical address space, and which interrupts they have.
+//!
+//! ```text
+//! 0           0x9fc00       1 MiB               3 GiB             4 GiB
+//! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory
+//! ```
+//!
+//! All of it is fixed: a template's guest (DESIGN D7) must find the same machine wherever it is restored.
+
+/// End of usable conventional memory; above it are the BIOS areas of a PC, which are left out of the memory map.
+pub const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// Start of high memory, where kernels are loaded.
+pub const HIGH_MEMORY_START: u64 = 0x10_0000;
+/// Start of the gap below 4 GiB. Memory that does not fit below continues at [`GAP_END`].
+pub const GAP_START: u64 = 0xc000_0000;
+/// End of the gap.
+pub const GAP_END: u64 = 0x1_0000_0000;
+
+/// Global descriptor table of the 64-bit and PVH entries.
+pub const GDT: u64 = 0x500;
+/// Start info (PVH) or boot parameters (64-bit entry).
+pub const BOOT_INFO: u64 = 0x7000;
+/// Memory map of the PVH start info.
+pub const PVH_MEMMAP: u64 = 0x7800;
+/// Module list of the PVH start info.
+pub const PVH_MODULES: u64 = 0x7f00;
+/// Stack of the 64-bit entry.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Page tables of the 64-bit entry: three consecutive pages.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Size of the command line with its terminator; Linux's COMMAND_LINE_SIZE on x86.
+pub const CMDLINE_MAX: usize = 2048;
+/// MP floating pointer and configuration table, in the area that a PC's BIOS ROM has.
+pub const MP_TABLE: u64 = 0xf_0000;
+
+/// I/O APIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// Local APIC.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Three pages that KVM wants on Intel hosts (KVM_SET_TSS_ADDR), below the BIOS of a PC.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// First virtio-mmio slot.
+pub const SLOTS_START: u64 = 0xd000_0000;
+/// Size of a slot.
+pub const SLOT_SIZE: u64 = 0x1000;
+/// Number of slots.
+pub const SLOTS: usize = 16;
+/// Interrupt of each slot, all edge-triggered: the I/O APIC pins beyond the ISA ones first, then those ISA ones that no
+/// PC device of ours has (not 0 timer, 1 keyboard, 2 cascade, 3 and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
+pub const SLOT_IRQS: [u8; SLOTS] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 14, 15];
+/// Pins of the I/O APIC.
+pub const IRQ_PINS: u8 = 24;
+
+/// First port of COM1.
+pub const SERIAL_PORT: u64 = 0x3f8;
+/// Interrupt of COM1.
+pub const SERIAL_IRQ: u32 = 4;
+/// First port of the keyboard controller.
+pub const I8042_PORT: u64 = 0x60;
+
+/// Most vCPUs of a guest; APIC ids are 0 to 63.
+pub const MAX_VCPUS: u8 = 64;
+
+/// Base address of a slot.
+pub fn slot_address(slot: usize) -> u64 {
+    SLOTS_START + slot as u64 * SLOT_SIZE
+}

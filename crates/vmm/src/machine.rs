@@ -1,0 +1,176 @@
+//! A machine from its spec: memory, kernel, devices, vCPUs.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use bulkhead_protocol::vmspec::VmSpec;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::{self, BootError};
+use crate::bus::{Bus, BusError};
+use crate::descriptors::{DescriptorError, Descriptors};
+use crate::devices::{DeviceBuilder, DeviceError, OnReady};
+use crate::event_loop::EventLoopError;
+use crate::exit::ExitSignal;
+use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
+use crate::layout::{self, MAX_VCPUS, SLOTS};
+use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
+use crate::virtio::transport::{Slot, SlotError};
+use crate::virtio::vsock::VsockHandle;
+
+/// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
+pub struct Machine {
+    // Before `vm`: no vCPU may outlive the memory that `vm` owns.
+    threads: Vec<VcpuThread>,
+    vcpus: Vec<Vcpu>,
+    buses: Buses,
+    exit: Arc<ExitSignal>,
+    vsock: Option<VsockHandle>,
+    _vm: Vm,
+}
+
+impl Machine {
+    /// Builds the machine. `on_ready` is called when the guest says that its agent listens.
+    pub fn build(spec: &VmSpec, mut fds: Descriptors, on_ready: OnReady) -> Result<Self, MachineError> {
+        validate(spec)?;
+        let memory = kvm::create_memory(spec.memory_mib)?;
+        let vm = Vm::new(fds.take(spec.kvm, "KVM")?, memory)?;
+        let kernel = File::from(fds.take(spec.kernel, "kernel")?);
+        let initramfs = spec.initramfs.map(|index| fds.take(index, "initramfs")).transpose()?.map(File::from);
+        let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
+        let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
+
+        let mut builder = DeviceBuilder::new(&mut fds, on_ready)?;
+        let mmio = build_mmio(&vm, spec, &mut builder)?;
+        let vsock = builder.into_vsock();
+        let pio = build_pio(&vm, spec, &mut fds, &exit)?;
+        let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
+        let vcpus = (0..spec.vcpus).map(|id| vm.create_vcpu(id, spec.vcpus, entry)).collect::<Result<_, _>>()?;
+        Ok(Self { threads: Vec::new(), vcpus, buses, exit, vsock, _vm: vm })
+    }
+
+    /// Starts the vCPUs.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        kvm::register_kick_signal().map_err(MachineError::Host)?;
+        for vcpu in self.vcpus.drain(..) {
+            let thread = vcpu.spawn(self.buses.clone(), self.exit.clone()).map_err(MachineError::Host)?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Raised when the guest ends.
+    pub fn exit(&self) -> &ExitSignal {
+        &self.exit
+    }
+
+    /// The vsock device, if there is one.
+    pub fn vsock(&self) -> Option<&VsockHandle> {
+        self.vsock.as_ref()
+    }
+
+    /// Stops the vCPUs and waits for their threads; returns what made them exit to the VMM.
+    pub fn stop(&mut self) -> ExitCounts {
+        for thread in &self.threads {
+            if let Err(error) = thread.kick() {
+                eprintln!("bulkhead-vmm: cannot signal a vCPU's thread: {error}");
+            }
+        }
+        let vcpus = self.threads.drain(..).filter_map(VcpuThread::join);
+        vcpus.fold(ExitCounts::default(), |sum, vcpu| sum + vcpu.exit_counts())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What can be said about a spec without looking at anything else.
+fn validate(spec: &VmSpec) -> Result<(), MachineError> {
+    if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+        return Err(MachineError::Vcpus(spec.vcpus));
+    }
+    if !(1..=spec.vcpus).contains(&spec.boot_vcpus) {
+        return Err(MachineError::BootVcpus { boot: spec.boot_vcpus, all: spec.vcpus });
+    }
+    if spec.devices.len() > SLOTS {
+        return Err(MachineError::TooManyDevices(spec.devices.len()));
+    }
+    Ok(())
+}
+
+/// All slots, the first ones filled with the spec's devices in their order.
+fn build_mmio(vm: &Vm, spec: &VmSpec, builder: &mut DeviceBuilder<'_>) -> Result<Bus, MachineError> {
+    let mut bus = Bus::new();
+    let mut devices = spec.devices.iter();
+    for (index, irq) in layout::SLOT_IRQS.into_iter().enumerate() {
+        let (mut slot, address) = (Slot::new(), layout::slot_address(index));
+        if let Some(device) = devices.next() {
+            slot.fill(vm, address, irq, builder.build(device)?)?;
+        }
+        bus.insert(address, layout::SLOT_SIZE, Arc::new(Mutex::new(slot)))?;
+    }
+    Ok(bus)
+}
+
+/// The keyboard controller's reset, and the serial port if the spec has one.
+fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSignal>) -> Result<Bus, MachineError> {
+    let mut bus = Bus::new();
+    bus.insert(layout::I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(I8042::new(exit.clone()))))?;
+    if let Some(index) = spec.serial {
+        let output = File::from(fds.take(index, "serial port")?);
+        let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(MachineError::Host)?;
+        vm.register_irq(&irq, layout::SERIAL_IRQ)?;
+        bus.insert(layout::SERIAL_PORT, SERIAL_PORTS, Arc::new(Mutex::new(SerialPort::new(irq, output))))?;
+    }
+    Ok(bus)
+}
+
+/// A machine that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Too many or none.
+    #[error("a guest with {0} vCPUs is not possible; give it 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// More than there are, or none.
+    #[error("{boot} of {all} vCPUs cannot be online at boot; at least one and at most all can")]
+    BootVcpus {
+        /// Asked for.
+        boot: u8,
+        /// There are.
+        all: u8,
+    },
+    /// More than the slots.
+    #[error("{0} devices do not fit the machine's {SLOTS} slots")]
+    TooManyDevices(usize),
+    /// The spec and the descriptors.
+    #[error(transparent)]
+    Descriptors(#[from] DescriptorError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Kernel, initramfs or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A slot.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// The layout, which is fixed.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The device loop.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// A thread, a signal or an event descriptor.
+    #[error("the host refused a thread, signal or event descriptor for the machine")]
+    Host(#[source] io::Error),
+}

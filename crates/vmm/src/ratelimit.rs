@@ -1,0 +1,84 @@
+//! Log lines that a guest can cause, bounded in number: a hostile guest must not be able to fill the host's log.
+
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines from one place in one [`PERIOD`].
+const BURST: u32 = 5;
+/// Long enough that a guest that does nothing else writes a few lines a minute.
+const PERIOD: Duration = Duration::from_secs(60);
+
+/// Limits the lines from one place in the code; see [`guest_log`](crate::guest_log).
+pub struct RateLimit {
+    state: Mutex<Option<Window>>,
+}
+
+struct Window {
+    since: Instant,
+    written: u32,
+    dropped: u64,
+}
+
+impl RateLimit {
+    /// A limit that has seen nothing.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { state: Mutex::new(None) }
+    }
+
+    /// Whether a line may be written now; if so, how many were dropped since the last one.
+    pub fn admit(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let window = state.get_or_insert(Window { since: now, written: 0, dropped: 0 });
+        if now.saturating_duration_since(window.since) >= PERIOD {
+            window.since = now;
+            window.written = 0;
+        }
+        if window.written == BURST {
+            window.dropped = window.dropped.saturating_add(1);
+            return None;
+        }
+        window.written += 1;
+        Some(std::mem::take(&mut window.dropped))
+    }
+
+    /// Writes a line to standard error if the limit admits it.
+    pub fn log(&self, line: fmt::Arguments<'_>) {
+        match self.admit(Instant::now()) {
+            Some(0) => eprintln!("bulkhead-vmm: guest: {line}"),
+            Some(dropped) => eprintln!("bulkhead-vmm: guest: {line} ({dropped} lines like this were dropped)"),
+            None => {}
+        }
+    }
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Logs something that the guest caused, with a rate limit for this place in the code.
+#[macro_export]
+macro_rules! guest_log {
+    ($($arg:tt)*) => {{
+        static LIMIT: $crate::ratelimit::RateLimit = $crate::ratelimit::RateLimit::new();
+        LIMIT.log(format_args!($($arg)*));
+    }};
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flood_is_cut_off_and_counted() {
+        let limit = RateLimit::new();
+        let start = Instant::now();
+        let admitted = (0..100).filter(|_| limit.admit(start).is_some()).count();
+        assert_eq!(admitted, BURST as usize);
+        assert_eq!(limit.admit(start + PERIOD), Some(100 - u64::from(BURST)));
+        assert_eq!(limit.admit(start + PERIOD), Some(0));
+    }
+}

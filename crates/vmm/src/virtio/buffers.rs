@@ -1,0 +1,200 @@
+//! The buffers of one descriptor chain as the kernel takes them, so that a socket or a tap reads and writes guest memory
+//! without a copy in between (readv(2), sendmsg(2)).
+//!
+//! The module exists to hold the raw pointers that this needs. A chain is walked once; what the guest does to its
+//! descriptors afterwards changes nothing.
+#![allow(unsafe_code)] // reason: iovecs into guest memory cannot be slices, which would promise that nobody else writes
+
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd};
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+
+use super::Memory;
+
+/// Most buffers in a chain: IOV_MAX, what one readv(2) takes. An indirect table could hold 65535.
+const MAX_SEGMENTS: usize = 1024;
+
+/// The buffers of one chain, all of them readable for the device or all writable.
+pub struct Buffers {
+    /// Invariant: each lies within `memory`.
+    segments: Vec<libc::iovec>,
+    len: usize,
+    /// Keeps the mapping.
+    _memory: Memory,
+}
+
+// SAFETY: The pointers lead into a mapping that `_memory` keeps and that every thread may access.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    /// The buffers of a chain that the driver wrote for the device (section 2.7.4.2: flag WRITE clear).
+    pub fn readable<M>(memory: &Memory, chain: DescriptorChain<M>) -> Result<Self, BufferError>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        Self::collect(memory, chain, false)
+    }
+
+    /// The buffers of a chain that the driver left for the device to fill.
+    pub fn writable<M>(memory: &Memory, chain: DescriptorChain<M>) -> Result<Self, BufferError>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        Self::collect(memory, chain, true)
+    }
+
+    fn collect<M>(memory: &Memory, chain: DescriptorChain<M>, writable: bool) -> Result<Self, BufferError>
+    where
+        M: Deref<Target = GuestMemoryMmap>,
+    {
+        let mut segments = Vec::new();
+        let mut len = 0_usize;
+        let mut complete = false;
+        for descriptor in chain {
+            complete = !descriptor.has_next();
+            if descriptor.is_write_only() != writable {
+                return Err(BufferError::Direction);
+            }
+            let size = usize::try_from(descriptor.len()).map_err(|_| BufferError::TooLarge)?;
+            if size == 0 {
+                continue;
+            }
+            if segments.len() == MAX_SEGMENTS {
+                return Err(BufferError::TooLarge);
+            }
+            len = len.checked_add(size).ok_or(BufferError::TooLarge)?;
+            let slice = memory.get_slice(descriptor.addr(), size).map_err(|_| BufferError::Address)?;
+            segments.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: size });
+        }
+        // The iterator ends without a word at a descriptor that it cannot follow.
+        if !complete {
+            return Err(BufferError::Chain);
+        }
+        Ok(Self { segments, len, _memory: memory.clone() })
+    }
+
+    /// Bytes in all buffers.
+    pub fn size(&self) -> usize {
+        self.len
+    }
+
+    /// Copies from the buffers. `false` if they end before `data` is full.
+    #[must_use]
+    pub fn read(&self, offset: usize, data: &mut [u8]) -> bool {
+        let mut done = 0;
+        for slice in self.window(offset, data.len()) {
+            let Some(part) = data.get_mut(done..) else { break };
+            done += volatile(&slice).read(part, 0).unwrap_or(0);
+        }
+        done == data.len()
+    }
+
+    /// Copies into the buffers. `false` if they end before all of `data` is there.
+    #[must_use]
+    pub fn write(&self, offset: usize, data: &[u8]) -> bool {
+        let mut done = 0;
+        for slice in self.window(offset, data.len()) {
+            let Some(part) = data.get(done..) else { break };
+            done += volatile(&slice).write(part, 0).unwrap_or(0);
+        }
+        done == data.len()
+    }
+
+    /// Sends up to `limit` bytes from `offset` on a socket, without blocking and without SIGPIPE.
+    pub fn send(&self, socket: impl AsFd, offset: usize, limit: usize) -> io::Result<usize> {
+        let mut iov: Vec<_> = self.window(offset, limit).collect();
+        let header = message(&mut iov);
+        // SAFETY: `header` leads to `iov`, whose buffers are guest memory by the invariant of `segments`.
+        retry(|| unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), &header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
+    }
+
+    /// Receives up to `limit` bytes from a socket to `offset`, without blocking. 0 is the end of the stream.
+    pub fn receive(&self, socket: impl AsFd, offset: usize, limit: usize) -> io::Result<usize> {
+        let mut iov: Vec<_> = self.window(offset, limit).collect();
+        let mut header = message(&mut iov);
+        // SAFETY: `header` leads to `iov`, whose buffers are guest memory by the invariant of `segments`.
+        retry(|| unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, libc::MSG_DONTWAIT) })
+    }
+
+    /// writev(2) of `head` and what follows `offset`.
+    pub fn write_to(&self, file: impl AsFd, head: &[u8], offset: usize) -> io::Result<usize> {
+        let mut iov = vec![libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() }];
+        iov.extend(self.window(offset, usize::MAX).take(MAX_SEGMENTS - 1));
+        let count = count(&iov);
+        // SAFETY: The first buffer is `head`, which is only read; the others are guest memory by the invariant of
+        // `segments`.
+        retry(|| unsafe { libc::writev(file.as_fd().as_raw_fd(), iov.as_ptr(), count) })
+    }
+
+    /// readv(2) into several chains, one after the other.
+    pub fn read_from<'a>(file: impl AsFd, chains: impl Iterator<Item = &'a Self>) -> io::Result<usize> {
+        let iov: Vec<_> = chains.flat_map(|chain| chain.segments.iter().copied()).take(MAX_SEGMENTS).collect();
+        // SAFETY: Every buffer is guest memory by the invariant of `segments`.
+        retry(|| unsafe { libc::readv(file.as_fd().as_raw_fd(), iov.as_ptr(), count(&iov)) })
+    }
+
+    /// The part of the buffers from `offset` on, `limit` bytes at most.
+    fn window(&self, offset: usize, limit: usize) -> impl Iterator<Item = libc::iovec> + '_ {
+        let (mut skip, mut left) = (offset, limit);
+        self.segments.iter().filter_map(move |segment| {
+            let start = skip.min(segment.iov_len);
+            skip -= start;
+            let len = (segment.iov_len - start).min(left);
+            left -= len;
+            // Wrapping and plain addition agree: `start` is within the segment.
+            let base = segment.iov_base.cast::<u8>().wrapping_add(start);
+            (len > 0).then_some(libc::iovec { iov_base: base.cast(), iov_len: len })
+        })
+    }
+}
+
+fn volatile(segment: &libc::iovec) -> VolatileSlice<'_> {
+    // SAFETY: Called only with parts of `segments`, whose invariant makes them guest memory.
+    unsafe { VolatileSlice::new(segment.iov_base.cast(), segment.iov_len) }
+}
+
+fn message(iov: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: All of msghdr's fields are integers and pointers that may be null.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = iov.as_mut_ptr();
+    header.msg_iovlen = iov.len();
+    header
+}
+
+fn count(iov: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(iov.len()).unwrap_or(libc::c_int::MAX)
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(bytes) => return Ok(bytes),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+/// A chain that the device will not use.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum BufferError {
+    /// It loops, leaves its table or its memory, or holds an indirect table where there must be none.
+    #[error("descriptor chain is broken")]
+    Chain,
+    /// A buffer is outside of the guest's memory.
+    #[error("descriptor points outside of the guest's memory")]
+    Address,
+    /// Writable where it must be readable, or the reverse.
+    #[error("descriptor is of the wrong direction")]
+    Direction,
+    /// Beyond [`MAX_SEGMENTS`], or the lengths overflow.
+    #[error("descriptor chain is longer than {MAX_SEGMENTS} buffers")]
+    TooLarge,
+}

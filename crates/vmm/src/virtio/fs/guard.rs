@@ -1,0 +1,125 @@
+//! What a guest may not ask of the host's file system, whatever virtiofsd would do.
+//!
+//! virtiofsd relies on being locked into its share: it passes names to the kernel as they come. A name such as
+//! `../../etc/x` or `/etc/x` must not depend on that lock alone, so every name is checked here, behind the parser, where
+//! the guest cannot change it any more. Device nodes and the host's security labels are refused too.
+
+use std::ffi::CStr;
+use std::io;
+use std::time::Duration;
+
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
+    SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse::{Attr, SetattrIn};
+
+/// A file system whose guest is not trusted.
+pub struct Guard<F>(pub F);
+
+/// A name is one component of a path, and not a step up.
+fn name(name: &CStr) -> io::Result<()> {
+    let bytes = name.to_bytes();
+    if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(())
+}
+
+/// No devices: a node in a volume would be one for the host as well. The device 0:0 is none, it is how overlayfs writes
+/// that a file of a lower layer is gone.
+fn node(mode: u32, device: u32) -> io::Result<()> {
+    match mode & libc::S_IFMT {
+        libc::S_IFCHR if device == 0 => Ok(()),
+        libc::S_IFCHR | libc::S_IFBLK => Err(io::Error::from_raw_os_error(libc::EPERM)),
+        _ => Ok(()),
+    }
+}
+
+/// Labels of the host's security modules are the host's; file capabilities belong to the file.
+fn label(name: &CStr) -> io::Result<()> {
+    let bytes = name.to_bytes();
+    if bytes.starts_with(b"security.") && bytes != b"security.capability" {
+        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    }
+    Ok(())
+}
+
+/// Methods that pass their arguments on, after the checks named behind the signature.
+macro_rules! pass {
+    ($(fn $method:ident $(<$generic:ident: $bound:ident>)? (&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)?
+        $(where $($check:ident($($value:expr),+)),+)?;)*) => {
+        $(fn $method $(<$generic: $bound>)? (&self $(, $arg: $type)*) $(-> $ret)? {
+            $($($check($($value),+)?;)+)?
+            self.0.$method($($arg),*)
+        })*
+    };
+}
+
+impl<F: FileSystem> FileSystem for Guard<F> {
+    type Inode = F::Inode;
+    type Handle = F::Handle;
+    type DirIter = F::DirIter;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // Without it inode numbers of different volumes would collide, and virtiofsd writes a complaint to our stderr
+        // each time that it is asked.
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
+        self.0.init(capable)
+    }
+
+    pass! {
+        fn destroy(&self);
+        fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> where name(n);
+        fn forget(&self, ctx: Context, inode: F::Inode, count: u64);
+        fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>);
+        fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
+        fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
+            valid: SetattrValid) -> io::Result<(Attr, Duration)>;
+        fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
+        fn symlink(&self, ctx: Context, link: &CStr, parent: F::Inode, n: &CStr, extensions: Extensions)
+            -> io::Result<Entry> where name(n);
+        fn mknod(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, device: u32, umask: u32,
+            extensions: Extensions) -> io::Result<Entry> where name(n), node(mode, device);
+        fn mkdir(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, umask: u32, extensions: Extensions)
+            -> io::Result<Entry> where name(n);
+        fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
+        fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
+        fn rename(&self, ctx: Context, parent: F::Inode, n: &CStr, to: F::Inode, new: &CStr, flags: u32)
+            -> io::Result<()> where name(n), name(new);
+        fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> where name(new);
+        fn open(&self, ctx: Context, inode: F::Inode, kill_priv: bool, flags: u32)
+            -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn create(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
+            extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n);
+        fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, w: W, size: u32,
+            offset: u64, owner: Option<u64>, flags: u32) -> io::Result<usize>;
+        fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, r: R, size: u32,
+            offset: u64, owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>;
+        fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()>;
+        fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
+        fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64)
+            -> io::Result<()>;
+        fn release(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle, flush: bool,
+            flock_release: bool, owner: Option<u64>) -> io::Result<()>;
+        fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
+        fn setxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags)
+            -> io::Result<()> where label(n);
+        fn getxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, size: u32) -> io::Result<GetxattrReply>;
+        fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply>;
+        fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n);
+        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
+            -> io::Result<F::DirIter>;
+        fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
+        fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()>;
+        fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
+        fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32)
+            -> io::Result<u64>;
+        fn copyfilerange(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, to: F::Inode,
+            to_handle: F::Handle, to_offset: u64, len: u64, flags: u64) -> io::Result<usize>;
+        fn syncfs(&self, ctx: Context, inode: F::Inode) -> io::Result<()>;
+    }
+}

@@ -1,0 +1,210 @@
+//! virtio-fs (section 5.11): the pod's share, served by virtiofsd's `PassthroughFs` in a thread of this process
+//! (DESIGN D5).
+//!
+//! The thread is its own because host file systems block, and because virtiofsd changes the credentials, the working
+//! directory and the umask of the thread that serves a request. What it opens is found from the descriptor of the share:
+//! the thread makes that its working directory and the export root is `.`, which needs no path and no /proc, and is the
+//! root directory itself once the process is locked into the share.
+//!
+//! Inodes are held by descriptor, never by file handle: opening by handle needs CAP_DAC_READ_SEARCH, with which a guest
+//! that took over the VMM could open any file of a host file system; and overlayfs, where most files are, has no handles
+//! by default. The price: a host mount in the share stays busy until the guest has forgotten its inodes, so it is to be
+//! unmounted in the guest first (every mount is one there, FUSE_SUBMOUNTS), and with MNT_DETACH on the host.
+
+mod guard;
+mod memory;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
+
+use self::worker::{Stop, Worker};
+use super::ring::event_fd;
+use super::{ActivateError, Activation, VirtioDevice, read_config};
+
+/// hiprio (FORGET, INTERRUPT) and one request queue. A request takes one slot with an indirect table; 1024 lets a guest
+/// without one have some requests of the largest size in flight.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+
+/// Longest tag, struct virtio_fs_config.
+const TAG_LEN: usize = 36;
+
+/// How long the guest trusts a name or attributes. What the host changes in the share (a ConfigMap's link, a rotated log)
+/// is seen that late at most; 0 would make every step of every path a request.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Most descriptors that the guest can make the server hold, for inodes that it knows and files that it has open. Each
+/// pins an inode and a dentry in the host's kernel, some 2 KiB that are charged to the pod; the largest images have about
+/// that many files.
+const MAX_GUEST_FDS: u64 = 256 * 1024;
+
+/// Descriptors that are not the guest's: devices, streams, and those that a request needs for itself.
+const RESERVED_FDS: u64 = 2048;
+
+/// How long a reset waits for a request that is in a host file system (a dead NFS server, say). A driver resets rarely,
+/// and its vCPU waits meanwhile.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The device.
+pub struct Fs {
+    /// struct virtio_fs_config: tag, number of request queues.
+    config: [u8; TAG_LEN + 4],
+    root: OwnedFd,
+    guest_fds: u64,
+    thread: Option<Thread>,
+}
+
+/// A running server.
+struct Thread {
+    handle: JoinHandle<()>,
+    stop: Arc<Stop>,
+    ended: Receiver<()>,
+}
+
+impl Fs {
+    /// A device that exports the directory `root` under `tag`. Raises the process's soft limit of open files.
+    pub fn new(tag: &str, root: OwnedFd) -> Result<Self, FsError> {
+        let bytes = tag.as_bytes();
+        if bytes.is_empty() || bytes.len() > TAG_LEN || bytes.contains(&0) {
+            return Err(FsError::Tag(tag.into()));
+        }
+        let stat = rustix::fs::fstat(&root).map_err(|error| FsError::Root(error.into()))?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir() {
+            return Err(FsError::Root(io::ErrorKind::NotADirectory.into()));
+        }
+        let mut config = [0; TAG_LEN + 4];
+        let fields = bytes.iter().chain(std::iter::repeat_n(&0, TAG_LEN - bytes.len())).chain(&[1, 0, 0, 0]);
+        config.iter_mut().zip(fields).for_each(|(to, from)| *to = *from);
+        Ok(Self { config, root, guest_fds: guest_fd_limit()?, thread: None })
+    }
+
+    fn start(&mut self, activation: Activation) -> Result<Thread, ActivateError> {
+        let host = |action| move |source| ActivateError::Host { action, source };
+        let stop = Arc::new(Stop::new(event_fd().map_err(host("make an event for the file server"))?));
+        let root = self.root.try_clone().map_err(host("duplicate the share's descriptor"))?;
+        let (server_config, worker_stop) = (server_config(self.guest_fds), Arc::clone(&stop));
+        let (ready, started) = sync_channel(1);
+        let (end, ended) = sync_channel(1);
+        let handle = thread::Builder::new()
+            .name("virtiofs".into())
+            .spawn(move || {
+                match Worker::new(activation, &root, server_config, worker_stop) {
+                    Ok(mut worker) => {
+                        let _ = ready.send(Ok(()));
+                        worker.run();
+                    }
+                    Err(error) => drop(ready.send(Err(error))),
+                }
+                let _ = end.send(());
+            })
+            .map_err(host("start the file server's thread"))?;
+        // The thread has only local calls to make before it answers.
+        match started.recv() {
+            Ok(Ok(())) => Ok(Thread { handle, stop, ended }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(host("start the file server")(io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        // Not VIRTIO_FS_F_NOTIFICATION: the server never speaks first.
+        0
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        self.thread = Some(self.start(activation)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let Some(Thread { handle, stop, ended }) = self.thread.take() else { return };
+        stop.request();
+        match ended.recv_timeout(STOP_TIMEOUT) {
+            // It hangs in the host's kernel. When that lets go it sees the stop, returns nothing to the guest and ends.
+            Err(RecvTimeoutError::Timeout) => drop(handle),
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(handle.join()),
+        }
+    }
+}
+
+impl Drop for Fs {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+fn server_config(guest_fd_limit: u64) -> Config {
+    Config {
+        root_dir: ".".into(),
+        entry_timeout: CACHE_TIMEOUT,
+        attr_timeout: CACHE_TIMEOUT,
+        // Close-to-open: a file that changed on the host reads fresh once it is opened again, or a second later.
+        cache_policy: CachePolicy::Auto,
+        writeback: false,
+        allow_direct_io: false,
+        readdirplus: true,
+        announce_submounts: true,
+        inode_file_handles: InodeFileHandlesMode::Never,
+        xattr: true,
+        posix_acl: NegotiationMode::Auto,
+        killpriv_v2: true,
+        security_label: NegotiationMode::Never,
+        guest_fd_limit,
+        ..Config::default()
+    }
+}
+
+fn guest_fd_limit() -> Result<u64, FsError> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.unwrap_or(u64::MAX).min(MAX_GUEST_FDS + RESERVED_FDS);
+    let limit = match current {
+        Some(current) if current < wanted => {
+            setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+                .map_err(|error| FsError::Limit(error.into()))?;
+            wanted
+        }
+        current => current.unwrap_or(u64::MAX),
+    };
+    // A low hard limit is shared half and half.
+    Ok(limit.saturating_sub(RESERVED_FDS.min(limit / 2)).min(MAX_GUEST_FDS))
+}
+
+/// A device that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// Empty, too long, or with a zero byte.
+    #[error("virtiofs tag {0:?} is not 1 to {TAG_LEN} bytes without a zero byte")]
+    Tag(String),
+    /// Not a directory.
+    #[error("the virtiofs device's descriptor is no directory that can be exported")]
+    Root(#[source] io::Error),
+    /// setrlimit(2).
+    #[error("cannot raise the soft limit of open files to the hard limit")]
+    Limit(#[source] io::Error),
+}

@@ -1,0 +1,351 @@
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::Path;
+use std::sync::Arc;
+
+use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Fs;
+use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::{Memory, VirtioDevice};
+
+/// Opcodes of fuse.h.
+mod opcode {
+    pub const LOOKUP: u32 = 1;
+    pub const FORGET: u32 = 2;
+    pub const GETATTR: u32 = 3;
+    pub const SYMLINK: u32 = 6;
+    pub const MKNOD: u32 = 8;
+    pub const MKDIR: u32 = 9;
+    pub const UNLINK: u32 = 10;
+    pub const RENAME: u32 = 12;
+    pub const LINK: u32 = 13;
+    pub const OPEN: u32 = 14;
+    pub const READ: u32 = 15;
+    pub const WRITE: u32 = 16;
+    pub const RELEASE: u32 = 18;
+    pub const SETXATTR: u32 = 21;
+    pub const INIT: u32 = 26;
+    pub const CREATE: u32 = 35;
+    pub const READDIRPLUS: u32 = 44;
+    pub const TMPFILE: u32 = 51;
+}
+
+const ROOT: u64 = 1;
+const SUBMOUNTS: u32 = 1 << 27;
+const REQUEST: u64 = 0x10_0000;
+const REPLY: u64 = 0x30_0000;
+
+/// A guest that speaks FUSE.
+struct Guest {
+    memory: Memory,
+    interrupt: Arc<TestInterrupt>,
+    hiprio: DriverQueue,
+    requests: DriverQueue,
+    device: Fs,
+    unique: u64,
+}
+
+impl Guest {
+    fn new(root: &Path) -> Self {
+        let memory = memory();
+        let fd: OwnedFd = fs::File::open(root).unwrap().into();
+        let mut guest = Self {
+            hiprio: DriverQueue::new(&memory, 0x1_0000, 16),
+            requests: DriverQueue::new(&memory, 0x2_0000, 16).with_event_idx(),
+            interrupt: Arc::default(),
+            memory,
+            device: Fs::new("share", fd).unwrap(),
+            unique: 0,
+        };
+        guest.start();
+        guest
+    }
+
+    fn start(&mut self) {
+        let activation = activation(&self.memory, 0, &[&self.hiprio, &self.requests], &self.interrupt);
+        self.device.activate(activation).unwrap();
+        self.init(SUBMOUNTS).unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.device.reset();
+        self.hiprio = DriverQueue::new(&self.memory, 0x1_0000, 16);
+        self.requests = DriverQueue::new(&self.memory, 0x2_0000, 16);
+        self.start();
+    }
+
+    fn init(&mut self, flags: u32) -> Result<Vec<u8>, i32> {
+        let mut body = Vec::new();
+        for word in [7, 38, 0, flags] {
+            body.extend(u32::to_le_bytes(word));
+        }
+        self.call(opcode::INIT, 0, &body)
+    }
+
+    fn write_request(&mut self, opcode: u32, node: u64, body: &[u8]) -> u32 {
+        self.unique += 1;
+        let len = u32::try_from(40 + body.len()).unwrap();
+        let mut bytes = len.to_le_bytes().to_vec();
+        bytes.extend(opcode.to_le_bytes());
+        bytes.extend(self.unique.to_le_bytes());
+        bytes.extend(node.to_le_bytes());
+        bytes.extend([0; 16]); // uid, gid, pid, extensions
+        bytes.extend(body);
+        self.memory.write_slice(&bytes, GuestAddress(REQUEST)).unwrap();
+        len
+    }
+
+    /// One request; the reply's body, or errno.
+    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let len = self.write_request(opcode, node, body);
+        self.requests.add(&[(REQUEST, len, false), (REPLY, 0x2_0000, true)]);
+        self.requests.kick();
+        let (_, written) = self.requests.wait_used(&self.interrupt);
+        assert!(written >= 16, "no reply to opcode {opcode}");
+        let mut reply = vec![0; usize::try_from(written).unwrap()];
+        self.memory.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
+        let (unique, error) = (u64_at(&reply, 8), i32::from_le_bytes(reply[4..8].try_into().unwrap()));
+        assert_eq!(unique, self.unique);
+        if error == 0 { Ok(reply.split_off(16)) } else { Err(-error) }
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
+        self.call(opcode::LOOKUP, parent, &cstr(name)).map(|entry| u64_at(&entry, 0))
+    }
+
+    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        let mut body = flags.to_le_bytes().to_vec();
+        body.extend([0; 4]);
+        self.call(opcode::OPEN, node, &body).map(|open| u64_at(&open, 0))
+    }
+
+    fn read(&mut self, node: u64, handle: u64) -> Result<Vec<u8>, i32> {
+        let mut body = handle.to_le_bytes().to_vec();
+        body.extend(0_u64.to_le_bytes());
+        body.extend(0x1000_u32.to_le_bytes());
+        body.extend([0; 20]);
+        self.call(opcode::READ, node, &body)
+    }
+
+    fn create(&mut self, name: &str) -> Result<(u64, u64), i32> {
+        let mut body = Vec::new();
+        for word in [u32::try_from(libc::O_RDWR).unwrap(), 0o100_644, 0, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend(cstr(name));
+        let reply = self.call(opcode::CREATE, ROOT, &body)?;
+        Ok((u64_at(&reply, 0), u64_at(&reply, 128)))
+    }
+}
+
+fn cstr(name: &str) -> Vec<u8> {
+    CString::new(name).unwrap().into_bytes_with_nul()
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn words(words: &[u32], names: &[&str]) -> Vec<u8> {
+    let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    names.iter().for_each(|name| body.extend(cstr(name)));
+    body
+}
+
+/// A share, and a file beside it that nobody may reach.
+fn share() -> (TempDir, std::path::PathBuf) {
+    let dir = TempDir::new().unwrap();
+    let share = dir.path().join("share");
+    fs::create_dir(&share).unwrap();
+    fs::write(dir.path().join("secret"), "host").unwrap();
+    fs::write(share.join("file"), "content").unwrap();
+    (dir, share)
+}
+
+#[test]
+fn file_is_looked_up_read_and_written() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let attr = guest.call(opcode::GETATTR, node, &[0; 16]).unwrap();
+    assert_eq!(u64_at(&attr, 16), fs::metadata(share.join("file")).unwrap().ino());
+    let handle = guest.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(node, handle).unwrap(), b"content");
+
+    let (node, handle) = guest.create("new").unwrap();
+    let mut body = handle.to_le_bytes().to_vec();
+    body.extend([0; 8]);
+    body.extend(3_u32.to_le_bytes());
+    body.extend([0; 20]);
+    body.extend(b"abc");
+    guest.call(opcode::WRITE, node, &body).unwrap();
+    assert_eq!(fs::read(share.join("new")).unwrap(), b"abc");
+    assert_eq!(guest.lookup(ROOT, "missing"), Err(libc::ENOENT));
+}
+
+#[test]
+fn hosts_change_is_seen_by_the_next_open() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    fs::write(share.join("tmp"), "swapped").unwrap();
+    fs::rename(share.join("tmp"), share.join("file")).unwrap();
+    let swapped = guest.lookup(ROOT, "file").unwrap();
+    assert_ne!(node, swapped);
+    let handle = guest.open(swapped, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(swapped, handle).unwrap(), b"swapped");
+}
+
+#[test]
+fn names_that_lead_out_of_the_share_are_refused() {
+    let (dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let outside = dir.path().join("new").to_str().unwrap().to_owned();
+    for bad in ["..", ".", "../secret", "a/b", "/", &outside, "../new"] {
+        let bad: &str = bad;
+        assert_eq!(guest.lookup(ROOT, bad), Err(libc::EINVAL), "lookup {bad}");
+        assert_eq!(guest.create(bad).unwrap_err(), libc::EINVAL, "create {bad}");
+        for (opcode, body) in [
+            (opcode::SYMLINK, words(&[], &[bad, "target"])),
+            (opcode::MKDIR, words(&[0o755, 0], &[bad])),
+            (opcode::MKNOD, words(&[libc::S_IFREG | 0o644, 0, 0, 0], &[bad])),
+            (opcode::UNLINK, words(&[], &[bad])),
+            (opcode::RENAME, words(&[1, 0], &[bad, "x"])),
+            (opcode::RENAME, words(&[1, 0], &["file", bad])),
+            (opcode::LINK, words(&[u32::try_from(node).unwrap(), 0], &[bad])),
+        ] {
+            assert_eq!(guest.call(opcode, ROOT, &body), Err(libc::EINVAL), "opcode {opcode} {bad}");
+        }
+    }
+    let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["secret", "share"]);
+}
+
+#[test]
+fn symlink_of_the_share_is_not_followed_by_the_host() {
+    let (dir, share) = share();
+    symlink(dir.path().join("secret"), share.join("link")).unwrap();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "link").unwrap();
+    assert!(guest.open(node, libc::O_RDONLY).is_err());
+}
+
+#[test]
+fn device_nodes_and_security_labels_are_refused() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    for kind in [libc::S_IFCHR, libc::S_IFBLK] {
+        let body = words(&[kind | 0o666, 0x103, 0, 0], &["null"]);
+        assert_eq!(guest.call(opcode::MKNOD, ROOT, &body), Err(libc::EPERM));
+    }
+    assert_eq!(guest.call(opcode::MKNOD, ROOT, &words(&[libc::S_IFBLK | 0o666, 0, 0, 0], &["b"])), Err(libc::EPERM));
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let body = words(&[1, 0], &["security.selinux", ""]);
+    assert_eq!(guest.call(opcode::SETXATTR, node, &body), Err(libc::EOPNOTSUPP));
+}
+
+#[test]
+fn malformed_messages_leave_the_server_running() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let handle = guest.open(node, libc::O_RDONLY).unwrap();
+    for room in [0, 1, 15] {
+        for opcode in [opcode::READ, opcode::READDIRPLUS, opcode::LOOKUP, opcode::TMPFILE, 9999] {
+            let len = guest.write_request(opcode, node, &[&handle.to_le_bytes()[..], &[0; 32]].concat());
+            guest.requests.add(&[(REQUEST, len, false), (REPLY, room, true)]);
+            guest.requests.kick();
+            assert_eq!(guest.requests.wait_used(&guest.interrupt).1, 0);
+        }
+    }
+    // Too short for its header, no header at all, outside of memory, length larger than the chain.
+    for request in [(REQUEST, 39, false), (REQUEST, 0, false), (u64::MAX - 4, 40, false)] {
+        guest.requests.add(&[request, (REPLY, 0x1000, true)]);
+        guest.requests.kick();
+        assert_eq!(guest.requests.wait_used(&guest.interrupt).1, 0);
+    }
+    guest.write_request(opcode::LOOKUP, ROOT, &cstr("file"));
+    guest.memory.write_obj(u32::MAX, GuestAddress(REQUEST)).unwrap();
+    guest.requests.add(&[(REQUEST, 45, false), (REPLY, 0x1000, true)]);
+    guest.requests.kick();
+    guest.requests.wait_used(&guest.interrupt);
+    assert_eq!(guest.read(node, handle).unwrap(), b"content");
+}
+
+#[test]
+fn forgetting_more_than_was_looked_up_is_harmless() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    for forgotten in [node, node, 999, ROOT] {
+        let len = guest.write_request(opcode::FORGET, forgotten, &u64::MAX.to_le_bytes());
+        guest.hiprio.add(&[(REQUEST, len, false)]);
+        guest.hiprio.kick();
+        guest.hiprio.wait_used(&guest.interrupt);
+    }
+    assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::EBADF));
+    guest.init(SUBMOUNTS).unwrap();
+    guest.lookup(ROOT, "file").unwrap();
+}
+
+#[test]
+fn descriptors_of_the_guest_are_limited() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    guest.device.guest_fds = 8;
+    guest.restart();
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let handles: Vec<u64> = (0..6).map(|_| guest.open(node, libc::O_RDONLY).unwrap()).collect();
+    assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::ENFILE));
+    assert_eq!(guest.create("new").unwrap_err(), libc::ENFILE);
+    let mut body = handles[0].to_le_bytes().to_vec();
+    body.extend([0; 16]);
+    guest.call(opcode::RELEASE, node, &body).unwrap();
+    guest.open(node, libc::O_RDONLY).unwrap();
+}
+
+#[test]
+fn init_without_submounts_is_refused() {
+    let (_dir, share) = share();
+    assert_eq!(Guest::new(&share).init(0), Err(libc::EPROTO));
+}
+
+#[test]
+fn broken_ring_asks_for_a_reset_and_the_device_survives_it() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    guest.requests.set_avail(1000);
+    guest.requests.kick();
+    guest.interrupt.wait_reset();
+    guest.restart();
+    guest.lookup(ROOT, "file").unwrap();
+}
+
+#[test]
+fn server_leaves_the_processs_working_directory_alone() {
+    let before = std::env::current_dir().unwrap();
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    guest.lookup(ROOT, "file").unwrap();
+    assert_eq!(std::env::current_dir().unwrap(), before);
+}
+
+#[test]
+fn tags_are_checked() {
+    let root = || fs::File::open("/").unwrap().into();
+    assert!(Fs::new("", root()).is_err());
+    assert!(Fs::new(&"x".repeat(37), root()).is_err());
+    let device = Fs::new(&"x".repeat(36), root()).unwrap();
+    let mut config = [0; 44];
+    device.read_config(0, &mut config);
+    assert_eq!((config[35], &config[36..44]), (b'x', &[1, 0, 0, 0, 0, 0, 0, 0][..]));
+    device.read_config(u64::MAX, &mut config);
+    assert_eq!(config, [0; 44]);
+    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into()).is_err());
+}

@@ -1,0 +1,210 @@
+//! The file server's thread: waits for both queues and the stop event, and hands each message to virtiofsd.
+#![allow(unsafe_code)] // reason: unshare(2)
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::thread::UnshareFlags;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::passthrough::{Config, PassthroughFs};
+use virtiofsd::server::Server;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::guard::Guard;
+use super::memory::ServerMemory;
+use crate::virtio::ring::{Chain, Ring, RingError, Step};
+use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
+
+/// Requests before the other queue and the stop event are looked at again.
+const BUDGET: usize = 32;
+
+/// sizeof(struct fuse_out_header): the least that a request with a reply must have room for.
+const OUT_HEADER_LEN: usize = 16;
+
+const HIPRIO_QUEUE: u16 = 0;
+const REQUEST_QUEUE: u16 = 1;
+
+/// How the thread is told to end.
+pub struct Stop {
+    requested: AtomicBool,
+    event: EventFd,
+}
+
+impl Stop {
+    pub fn new(event: EventFd) -> Self {
+        Self { requested: AtomicBool::new(false), event }
+    }
+
+    pub fn request(&self) {
+        self.requested.store(true, Ordering::Release);
+        // It can only fail by overflow, and then the event is readable as it is.
+        let _ = self.event.write(1);
+    }
+
+    fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire)
+    }
+}
+
+/// The thread's state.
+pub struct Worker {
+    hiprio: Ring,
+    requests: Ring,
+    server: Messages,
+    interrupt: Arc<dyn Interrupt>,
+    stop: Arc<Stop>,
+}
+
+impl Worker {
+    /// To be called in the thread that will run it, which gets a working directory and umask of its own.
+    pub fn new(
+        mut activation: Activation,
+        root: &OwnedFd,
+        config: Config,
+        stop: Arc<Stop>,
+    ) -> Result<Self, ActivateError> {
+        let host = |action| move |source| ActivateError::Host { action, source };
+        // SAFETY: Of what unshare_unsafe warns about (shared descriptor tables) CLONE_FS changes nothing.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
+            .map_err(|error| host("separate the file server's working directory")(error.into()))?;
+        rustix::process::fchdir(root).map_err(|error| host("enter the share")(error.into()))?;
+        Ok(Self {
+            hiprio: Ring::take(&mut activation, HIPRIO_QUEUE)?,
+            requests: Ring::take(&mut activation, REQUEST_QUEUE)?,
+            server: Messages::new(&activation.memory, config).map_err(host("start the file server"))?,
+            interrupt: activation.interrupt,
+            stop,
+        })
+    }
+
+    /// Serves until it is stopped, or until the driver breaks a queue.
+    pub fn run(&mut self) {
+        if self.serve().is_err() && !self.stop.is_requested() {
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), RingError> {
+        loop {
+            let [stop, hiprio, requests] =
+                wait([fd(&self.stop.event), fd(self.hiprio.kick()), fd(self.requests.kick())]);
+            if stop || self.stop.is_requested() {
+                return Ok(());
+            }
+            if hiprio {
+                self.hiprio.clear_kick();
+                drain(&mut self.hiprio, &self.server, &self.stop)?;
+            }
+            if requests {
+                self.requests.clear_kick();
+                drain(&mut self.requests, &self.server, &self.stop)?;
+            }
+        }
+    }
+}
+
+fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
+    ring.drain(BUDGET, |ring| {
+        if stop.is_requested() {
+            return Ok(Step::Stop);
+        }
+        let Some(chain) = ring.pop()? else { return Ok(Step::Empty) };
+        let head = chain.head_index();
+        let written = server.handle(chain);
+        if stop.is_requested() {
+            // The driver may have taken the ring back while the request was in the host's kernel.
+            return Ok(Step::Stop);
+        }
+        ring.push(head, written)?;
+        // A reply may be all that the guest waits for; the next request may take long.
+        ring.notify()?;
+        Ok(Step::Done)
+    })
+}
+
+fn fd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: The descriptor is open as long as `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(event)) }
+}
+
+/// poll(2): which of the descriptors are readable. It fails for signals and want of memory, which pass.
+fn wait<const N: usize>(fds: [BorrowedFd<'_>; N]) -> [bool; N] {
+    let mut polled = fds.each_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
+    while poll(&mut polled, None).is_err() {}
+    polled.each_ref().map(|fd| !fd.revents().is_empty())
+}
+
+/// virtiofsd over guest memory.
+struct Messages {
+    memory: ServerMemory,
+    server: Server<Guard<PassthroughFs>>,
+    scratch: Scratch,
+}
+
+impl Messages {
+    fn new(memory: &Memory, config: Config) -> io::Result<Self> {
+        let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
+        let server = Server::new(Guard(PassthroughFs::new(config)?));
+        Ok(Self { memory, server, scratch: Scratch::new()? })
+    }
+
+    /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none.
+    fn handle(&self, chain: Chain) -> usize {
+        let memory = self.memory.get();
+        let (Ok(reader), Ok(writer)) = (Reader::new(memory, chain.clone()), Writer::new(memory, chain)) else {
+            return 0;
+        };
+        // virtiofsd takes the header's room for granted. FORGET has no reply and brings none, but which request it is can
+        // change until virtiofsd reads it, so all that bring none get some of ours.
+        let room = writer.available_bytes();
+        if room == 0 {
+            if let Some(writer) = self.scratch.writer() {
+                let _ = self.server.handle_message(reader, writer, None::<&mut ()>);
+            }
+            return 0;
+        }
+        if room < OUT_HEADER_LEN {
+            return 0;
+        }
+        self.server.handle_message(reader, writer, None::<&mut ()>).unwrap_or(0)
+    }
+}
+
+/// A reply buffer that nobody reads.
+struct Scratch {
+    memory: ServerMemory,
+    chain: DescriptorChain<Memory>,
+}
+
+impl Scratch {
+    fn new() -> io::Result<Self> {
+        // A virtqueue with one writable buffer is the only way to a writer.
+        const RINGS: [u32; 3] = [0x100, 0x200, 0x300];
+        const BUFFER: u64 = 0x800;
+        let broken = || io::Error::from(io::ErrorKind::InvalidData);
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).map_err(|_| broken())?;
+        let memory = Memory::new(memory);
+        let [descriptors, avail, used] = RINGS;
+        let mut descriptor = BUFFER.to_le_bytes().to_vec();
+        descriptor.extend(0x800_u32.to_le_bytes()); // len
+        descriptor.extend([2, 0, 0, 0]); // flags: WRITE; next
+        memory.write_slice(&descriptor, GuestAddress(descriptors.into())).map_err(|_| broken())?;
+        memory.write_obj(1_u16.to_le(), GuestAddress(u64::from(avail) + 2)).map_err(|_| broken())?;
+        let mut queue = Queue::new(1).map_err(|_| broken())?;
+        queue.set_desc_table_address(Some(descriptors), None);
+        queue.set_avail_ring_address(Some(avail), None);
+        queue.set_used_ring_address(Some(used), None);
+        queue.set_ready(true);
+        let chain = queue.iter(memory.clone()).map_err(|_| broken())?.next().ok_or_else(broken)?;
+        Ok(Self { memory: ServerMemory::new(&memory).ok_or_else(broken)?, chain })
+    }
+
+    fn writer(&self) -> Option<Writer<'_>> {
+        Writer::new(self.memory.get(), self.chain.clone()).ok()
+    }
+}

@@ -1,0 +1,123 @@
+//! virtio-net (section 5.1) over a tap, in this process: no vhost-net, whose kernel code the guest would reach
+//! (DESIGN section 4).
+//!
+//! One queue pair, no control queue: the guest's MAC address is given, and it sees every frame that the tap delivers.
+//! Frames go between guest memory and tap without a copy of ours; [`header`] checks what the guest asks to be done with
+//! a frame, [`worker`] runs in the device loop.
+
+mod header;
+mod tap;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+use self::tap::Tap;
+use self::worker::Worker;
+use super::{ActivateError, Activation, VirtioDevice, read_config};
+use crate::event_loop::{EventLoop, WorkerGuard};
+
+/// Receive and transmit. Linux puts one buffer of 1.5 KiB into each slot of the first; 256 take several segmented frames.
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+
+/// Smallest MTU that may be offered, section 5.1.4.1.
+const MIN_MTU: u16 = 68;
+
+const FEATURES: [u32; 12] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS,
+];
+
+/// The device.
+pub struct Net {
+    tap: Arc<Tap>,
+    mac: [u8; 6],
+    mtu: u16,
+    event_loop: EventLoop,
+    worker: Option<WorkerGuard>,
+}
+
+impl Net {
+    /// A device over a tap that was opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR. The guest is told `mac` and `mtu`.
+    pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16, event_loop: EventLoop) -> Result<Self, NetError> {
+        if mtu < MIN_MTU {
+            return Err(NetError::Mtu(mtu));
+        }
+        Ok(Self { tap: Arc::new(Tap::new(tap)?), mac, mtu, event_loop, worker: None })
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES.iter().fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
+        let mut space = self.mac.to_vec();
+        space.extend([VIRTIO_NET_S_LINK_UP.to_le_bytes()[0], 0]);
+        space.extend(1_u16.to_le_bytes());
+        space.extend(self.mtu.to_le_bytes());
+        read_config(&space, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        self.tap
+            .set_offloads(activation.features)
+            .map_err(|source| ActivateError::Host { action: "set the tap's offloads", source })?;
+        let worker = Worker::new(Arc::clone(&self.tap), self.mtu, activation)?;
+        self.worker = Some(self.event_loop.add(Box::new(worker))?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}
+
+/// A device that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// Below what virtio allows.
+    #[error("an MTU of {0} is too small for virtio-net; give it at least {MIN_MTU}")]
+    Mtu(u16),
+    /// TUNGETIFF failed.
+    #[error("the network device's descriptor is not that of a tap with an interface")]
+    NoTap(#[source] io::Error),
+    /// Opened in another mode.
+    #[error("the tap must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
+    TapMode,
+    /// TUNSETVNETHDRSZ or fcntl(2).
+    #[error("cannot set the tap's header size and make it non-blocking")]
+    TapSetup(#[source] io::Error),
+}

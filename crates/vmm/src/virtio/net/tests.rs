@@ -1,0 +1,239 @@
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::virtio::Memory;
+use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+
+const HEADER: usize = header::HEADER_LEN;
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const TSO: u64 = MERGEABLE | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
+const RX_BUFFERS: u64 = 0x10_0000;
+const TX_BUFFERS: u64 = 0x80_0000;
+
+/// A device with a driver; a socket that keeps the borders of messages stands in for the tap.
+struct Guest {
+    memory: Memory,
+    interrupt: Arc<TestInterrupt>,
+    rx: DriverQueue,
+    tx: DriverQueue,
+    wire: OwnedFd,
+    _worker: WorkerGuard,
+}
+
+impl Guest {
+    fn new(features: u64) -> Self {
+        let memory = memory();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        rustix::fs::fcntl_setfl(&wire, rustix::fs::OFlags::empty()).unwrap();
+        let rx = DriverQueue::new(&memory, 0x1_0000, 64).with_event_idx();
+        let tx = DriverQueue::new(&memory, 0x2_0000, 64);
+        let interrupt = Arc::default();
+        let activation = activation(&memory, features, &[&rx, &tx], &interrupt);
+        let worker = Worker::new(Arc::new(Tap::for_test(tap)), 1500, activation).unwrap();
+        let worker = EventLoop::spawn().unwrap().add(Box::new(worker)).unwrap();
+        Self { memory, interrupt, rx, tx, wire, _worker: worker }
+    }
+
+    fn give_buffer(&mut self, len: u32) {
+        let address = RX_BUFFERS + u64::from(self.rx.next_descriptor()) * 0x2000;
+        self.rx.add(&[(address, len, true)]);
+    }
+
+    fn give_buffers(&mut self, count: u16, len: u32) {
+        (0..count).for_each(|_| self.give_buffer(len));
+        self.rx.kick();
+    }
+
+    /// The host sends a frame, behind a header of zeros.
+    fn host_sends(&self, frame: &[u8]) {
+        let message = [&[0xee; HEADER][..], frame].concat();
+        rustix::net::send(&self.wire, &message, SendFlags::empty()).unwrap();
+    }
+
+    fn host_receives(&self) -> Vec<u8> {
+        let mut bytes = vec![0; 0x2_0000];
+        let (len, _) = rustix::net::recv(&self.wire, &mut bytes[..], RecvFlags::empty()).unwrap();
+        bytes.truncate(len);
+        bytes
+    }
+
+    /// One frame, of as many buffers as its header says; all of them must be there together.
+    fn receive(&mut self) -> (u16, Vec<u8>) {
+        let (head, len) = self.rx.wait_used(&self.interrupt);
+        let mut frame = self.buffer(head, len);
+        let count = u16::from_le_bytes([frame[10], frame[11]]);
+        for _ in 1..count {
+            let (head, len) = self.rx.take_used().expect("part of a frame is missing");
+            frame.extend(self.buffer(head, len));
+        }
+        (count, frame.split_off(HEADER))
+    }
+
+    fn buffer(&self, head: u16, len: u32) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(len).unwrap()];
+        self.memory.read_slice(&mut bytes, GuestAddress(RX_BUFFERS + u64::from(head) * 0x2000)).unwrap();
+        bytes
+    }
+
+    fn send(&mut self, header: [u8; HEADER], frame: &[u8]) {
+        let at = TX_BUFFERS + u64::from(self.tx.next_descriptor()) * 0x2000;
+        self.memory.write_slice(&header, GuestAddress(at)).unwrap();
+        self.memory.write_slice(frame, GuestAddress(at + 0x100)).unwrap();
+        self.tx.add(&[(at, 12, false), (at + 0x100, u32::try_from(frame.len()).unwrap(), false)]);
+        self.tx.kick();
+    }
+}
+
+fn frame(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 7 + seed).to_le_bytes()[0]).collect()
+}
+
+#[test]
+fn frame_of_the_guest_reaches_the_host_with_a_clean_header() {
+    let mut guest = Guest::new(MERGEABLE);
+    let sent = frame(100, 1);
+    guest.send([0xfe, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], &sent);
+    let got = guest.host_receives();
+    assert_eq!((&got[..HEADER], &got[HEADER..]), (&[0; HEADER][..], &sent[..]));
+    guest.tx.wait_used(&guest.interrupt);
+}
+
+#[test]
+fn frame_of_the_host_takes_as_many_buffers_as_it_needs() {
+    let mut guest = Guest::new(MERGEABLE);
+    guest.give_buffers(8, 512);
+    let sent = frame(1300, 2);
+    guest.host_sends(&sent);
+    assert_eq!(guest.receive(), (3, sent));
+    guest.give_buffers(8, 1530);
+    guest.host_sends(&frame(60, 3));
+    assert_eq!(guest.receive(), (1, frame(60, 3)));
+}
+
+#[test]
+fn frame_without_mergeable_buffers_takes_one() {
+    let mut guest = Guest::new(0);
+    // Too small for a frame: returned unused.
+    guest.give_buffers(1, 100);
+    assert_eq!(guest.rx.wait_used(&guest.interrupt).1, 0);
+    guest.give_buffers(2, 1530);
+    guest.host_sends(&frame(1500, 4));
+    assert_eq!(guest.receive(), (1, frame(1500, 4)));
+}
+
+#[test]
+fn segmented_frame_spans_many_buffers() {
+    let mut guest = Guest::new(TSO);
+    guest.give_buffers(60, 1530);
+    let sent = frame(65000, 5);
+    guest.host_sends(&sent);
+    assert_eq!(guest.receive(), (43, sent));
+}
+
+#[test]
+fn small_ring_receives_what_fits() {
+    let mut guest = Guest::new(TSO);
+    // 64 buffers of 512 bytes are all that there is: less than the largest frame.
+    guest.give_buffers(64, 512);
+    guest.host_sends(&frame(40_000, 6));
+    guest.host_sends(&frame(1000, 7));
+    assert_eq!(guest.receive(), (2, frame(1000, 7)));
+}
+
+/// CVE-2020-16843.
+#[test]
+fn reception_resumes_after_a_flood_without_buffers() {
+    let mut guest = Guest::new(MERGEABLE);
+    for round in 0..20 {
+        for i in 0..10 {
+            guest.host_sends(&frame(1000, round * 10 + i));
+        }
+        guest.give_buffers(12, 1530);
+        for i in 0..10 {
+            assert_eq!(guest.receive().1, frame(1000, round * 10 + i));
+        }
+    }
+}
+
+#[test]
+fn full_tap_blocks_transmission_until_it_drains() {
+    let mut guest = Guest::new(0);
+    let mut sent = 0;
+    // More than the socket holds, in batches that fit the ring.
+    while sent < 2000 {
+        let before = sent;
+        for _ in 0..16 {
+            guest.send([0; HEADER], &frame(1400, sent));
+            sent += 1;
+        }
+        for i in before..sent {
+            let got = guest.host_receives();
+            assert_eq!(got[HEADER..], frame(1400, i));
+        }
+        for _ in 0..16 {
+            guest.tx.wait_used(&guest.interrupt);
+        }
+    }
+    // And with nobody who reads until the ring is full.
+    let small = rustix::net::sockopt::set_socket_send_buffer_size(guest.wire.as_fd(), 4096);
+    small.unwrap();
+    for i in 0..32 {
+        guest.send([0; HEADER], &frame(8000, i));
+    }
+    for i in 0..32 {
+        assert_eq!(guest.host_receives()[HEADER..], frame(8000, i));
+    }
+}
+
+#[test]
+fn nonsense_is_dropped_and_the_device_goes_on() {
+    let mut guest = Guest::new(0);
+    // Too short for header or frame, too long, writable, outside of memory, segmentation that was not negotiated.
+    guest.tx.add(&[(TX_BUFFERS, 11, false)]);
+    guest.tx.add(&[(TX_BUFFERS, 12, false)]);
+    guest.tx.add(&[(TX_BUFFERS, 0x4_0000, false)]);
+    guest.tx.add(&[(TX_BUFFERS, 100, true)]);
+    guest.tx.add(&[(u64::MAX, 100, false)]);
+    guest.tx.kick();
+    guest.send([1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0], &frame(1000, 8));
+    guest.send([0; HEADER], &frame(60, 9));
+    assert_eq!(guest.host_receives()[HEADER..], frame(60, 9));
+    for _ in 0..7 {
+        guest.tx.wait_used(&guest.interrupt);
+    }
+    // A readable buffer for reception.
+    guest.rx.add(&[(RX_BUFFERS, 2000, false)]);
+    guest.give_buffers(1, 2000);
+    assert_eq!(guest.rx.wait_used(&guest.interrupt).1, 0);
+    guest.host_sends(&frame(60, 10));
+    assert_eq!(guest.receive().1, frame(60, 10));
+}
+
+#[test]
+fn available_index_out_of_range_asks_for_a_reset() {
+    let mut guest = Guest::new(0);
+    guest.tx.set_avail(1000);
+    guest.tx.kick();
+    guest.interrupt.wait_reset();
+}
+
+#[test]
+fn descriptor_loop_is_dropped() {
+    let mut guest = Guest::new(0);
+    guest.tx.descriptor(0, TX_BUFFERS, 100, crate::virtio::testing::NEXT, 0);
+    guest.tx.offer(0);
+    guest.tx.kick();
+    assert_eq!(guest.tx.wait_used(&guest.interrupt), (0, 0));
+}
+
+#[test]
+fn descriptor_that_is_no_tap_is_refused() {
+    let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    let result = Net::new(file, [2, 0, 0, 0, 0, 1], 1500, EventLoop::spawn().unwrap());
+    assert!(matches!(result, Err(NetError::NoTap(_))));
+}

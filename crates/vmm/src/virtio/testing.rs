@@ -1,0 +1,203 @@
+//! The driver's side of a virtqueue, and an interrupt to wait for, for the devices' tests.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ring::event_fd;
+use super::{Activation, ActiveQueue, Interrupt, Memory};
+
+/// Far more than any step of a test takes; a test that waits this long has failed.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Descriptor flags.
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+
+/// 16 MiB of guest memory.
+pub fn memory() -> Memory {
+    Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap())
+}
+
+/// Counts interrupts.
+#[derive(Default)]
+pub struct TestInterrupt {
+    state: Mutex<(Vec<u16>, bool)>,
+    changed: Condvar,
+}
+
+impl TestInterrupt {
+    /// Waits until `done` has a result; looks again after every interrupt.
+    pub fn wait<T>(&self, mut done: impl FnMut() -> Option<T>) -> T {
+        let mut state = self.state.lock().unwrap();
+        loop {
+            if let Some(value) = done() {
+                return value;
+            }
+            let (next, timeout) = self.changed.wait_timeout(state, PATIENCE).unwrap();
+            assert!(!timeout.timed_out(), "no interrupt came");
+            state = next;
+        }
+    }
+
+    /// Waits for DEVICE_NEEDS_RESET.
+    pub fn wait_reset(&self) {
+        let mut state = self.state.lock().unwrap();
+        while !state.1 {
+            let (next, timeout) = self.changed.wait_timeout(state, PATIENCE).unwrap();
+            assert!(!timeout.timed_out(), "device did not ask for a reset");
+            state = next;
+        }
+    }
+
+    pub fn count(&self, index: u16) -> usize {
+        self.state.lock().unwrap().0.iter().filter(|i| **i == index).count()
+    }
+}
+
+impl Interrupt for TestInterrupt {
+    fn notify_queue(&self, index: u16) {
+        self.state.lock().unwrap().0.push(index);
+        self.changed.notify_all();
+    }
+
+    fn notify_config(&self) {}
+
+    fn needs_reset(&self) {
+        self.state.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+/// A virtqueue as its driver has it. Rings at `base`, descriptors handed out in a circle.
+pub struct DriverQueue {
+    memory: Memory,
+    base: u64,
+    size: u16,
+    kick: EventFd,
+    next_descriptor: u16,
+    avail: u16,
+    used: u16,
+    event_idx: bool,
+}
+
+impl DriverQueue {
+    pub fn new(memory: &Memory, base: u64, size: u16) -> Self {
+        memory.write_slice(&vec![0; 0x4000], GuestAddress(base)).unwrap();
+        let kick = event_fd().unwrap();
+        Self { memory: memory.clone(), base, size, kick, next_descriptor: 0, avail: 0, used: 0, event_idx: false }
+    }
+
+    pub fn with_event_idx(mut self) -> Self {
+        self.event_idx = true;
+        self
+    }
+
+    fn avail_ring(&self) -> u64 {
+        self.base + 0x2000
+    }
+
+    fn used_ring(&self) -> u64 {
+        self.base + 0x3000
+    }
+
+    pub fn next_descriptor(&self) -> u16 {
+        self.next_descriptor
+    }
+
+    /// The device's side.
+    pub fn active(&self) -> Option<ActiveQueue> {
+        let mut queue = Queue::new(self.size).unwrap();
+        queue.set_size(self.size);
+        let low = |address: u64| Some(u32::try_from(address).unwrap());
+        queue.set_desc_table_address(low(self.base), Some(0));
+        queue.set_avail_ring_address(low(self.avail_ring()), Some(0));
+        queue.set_used_ring_address(low(self.used_ring()), Some(0));
+        queue.set_event_idx(self.event_idx);
+        queue.set_ready(true);
+        Some(ActiveQueue { queue, kick: self.kick.try_clone().unwrap() })
+    }
+
+    /// Writes a descriptor.
+    pub fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = GuestAddress(self.base + 16 * u64::from(index));
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.memory.write_slice(&bytes, at).unwrap();
+    }
+
+    /// Makes a chain of (address, length, writable) available; its head.
+    pub fn add(&mut self, buffers: &[(u64, u32, bool)]) -> u16 {
+        let head = self.next_descriptor;
+        for (i, (address, len, write)) in buffers.iter().enumerate() {
+            let index = self.next_descriptor;
+            self.next_descriptor = (index + 1) % self.size;
+            let next = if i + 1 < buffers.len() { NEXT } else { 0 };
+            let flags = next | if *write { WRITE } else { 0 };
+            self.descriptor(index, *address, *len, flags, self.next_descriptor);
+        }
+        self.offer(head);
+        head
+    }
+
+    /// Makes whatever is at `head` available.
+    pub fn offer(&mut self, head: u16) {
+        let slot = self.avail_ring() + 4 + 2 * u64::from(self.avail % self.size);
+        self.memory.write_obj(head.to_le(), GuestAddress(slot)).unwrap();
+        self.set_avail(self.avail.wrapping_add(1));
+    }
+
+    /// Sets the available index.
+    pub fn set_avail(&mut self, index: u16) {
+        self.avail = index;
+        let at = GuestAddress(self.avail_ring() + 2);
+        self.memory.store(index.to_le(), at, std::sync::atomic::Ordering::Release).unwrap();
+    }
+
+    pub fn kick(&self) {
+        self.kick.write(1).unwrap();
+    }
+
+    /// The next chain that the device returned: head and bytes written.
+    pub fn take_used(&mut self) -> Option<(u16, u32)> {
+        let at = GuestAddress(self.used_ring() + 2);
+        let index: u16 = self.memory.load(at, std::sync::atomic::Ordering::Acquire).unwrap();
+        if index == self.used {
+            return None;
+        }
+        let slot = self.used_ring() + 4 + 8 * u64::from(self.used % self.size);
+        self.used = self.used.wrapping_add(1);
+        if self.event_idx {
+            let event = GuestAddress(self.avail_ring() + 4 + 2 * u64::from(self.size));
+            self.memory.write_obj(self.used, event).unwrap();
+        }
+        let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
+        let len: u32 = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
+        Some((u16::try_from(head).unwrap(), len))
+    }
+
+    /// Waits for the next chain that the device returns.
+    pub fn wait_used(&mut self, interrupt: &TestInterrupt) -> (u16, u32) {
+        interrupt.wait(|| self.take_used())
+    }
+}
+
+/// An activation over queues.
+pub fn activation(
+    memory: &Memory,
+    features: u64,
+    queues: &[&DriverQueue],
+    interrupt: &Arc<TestInterrupt>,
+) -> Activation {
+    Activation {
+        memory: memory.clone(),
+        features,
+        queues: queues.iter().map(|queue| queue.active()).collect(),
+        interrupt: interrupt.clone(),
+    }
+}

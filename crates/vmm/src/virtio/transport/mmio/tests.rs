@@ -1,0 +1,352 @@
+use std::sync::Mutex;
+
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+use super::*;
+use crate::virtio::ActivateError;
+
+const MEMORY_SIZE: u64 = 1 << 20;
+const MAX_SIZE: u16 = 64;
+const FEATURE: u64 = 1 << 5;
+
+/// What the device was told.
+#[derive(Default)]
+struct Seen {
+    activations: Vec<Activation>,
+    resets: usize,
+    config_writes: usize,
+}
+
+struct Device {
+    seen: Arc<Mutex<Seen>>,
+    refuses: bool,
+}
+
+impl VirtioDevice for Device {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[MAX_SIZE, MAX_SIZE]
+    }
+    fn features(&self) -> u64 {
+        FEATURE
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(u8::try_from(offset & 0xff).unwrap());
+    }
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        self.seen.lock().unwrap().config_writes += 1;
+    }
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.seen.lock().unwrap().activations.push(activation);
+        if self.refuses { Err(ActivateError::QueueMissing(0)) } else { Ok(()) }
+    }
+    fn reset(&mut self) {
+        self.seen.lock().unwrap().resets += 1;
+    }
+}
+
+/// A driver in front of the registers.
+struct Driver {
+    transport: MmioTransport,
+    seen: Arc<Mutex<Seen>>,
+    interrupt: Arc<MmioInterrupt>,
+    line: EventFd,
+}
+
+fn driver_of(refuses: bool) -> Driver {
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let line = event();
+    let interrupt = Arc::new(MmioInterrupt::new(line.try_clone().unwrap()));
+    let memory =
+        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(MEMORY_SIZE).unwrap())]).unwrap());
+    let device = Box::new(Device { seen: seen.clone(), refuses });
+    let transport = MmioTransport::new(device, memory, interrupt.clone(), vec![event(), event()]);
+    Driver { transport, seen, interrupt, line }
+}
+
+fn driver() -> Driver {
+    driver_of(false)
+}
+
+impl Driver {
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    fn status(&mut self) -> u32 {
+        self.read(STATUS)
+    }
+
+    fn add_status(&mut self, bit: u32) {
+        let status = self.status();
+        self.write(STATUS, status | bit);
+    }
+
+    fn accept(&mut self, features: u64) {
+        for (select, word) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.write(DRIVER_FEATURES_SEL, select);
+            self.write(DRIVER_FEATURES, u32::try_from(word).unwrap());
+        }
+    }
+
+    /// Up to FEATURES_OK.
+    fn negotiate(&mut self, features: u64) {
+        self.write(STATUS, ACKNOWLEDGE);
+        self.add_status(DRIVER);
+        self.accept(features);
+        self.add_status(FEATURES_OK);
+    }
+
+    fn set_up_queue(&mut self, index: u32, size: u32, [descriptors, available, used]: [u64; 3]) {
+        self.write(QUEUE_SEL, index);
+        self.write(QUEUE_NUM, size);
+        let registers = [(QUEUE_DESC_LOW, descriptors), (QUEUE_DRIVER_LOW, available), (QUEUE_DEVICE_LOW, used)];
+        for (low, address) in registers {
+            self.write(low, u32::try_from(address & 0xffff_ffff).unwrap());
+            self.write(low + 4, u32::try_from(address >> 32).unwrap());
+        }
+        self.write(QUEUE_READY, 1);
+    }
+
+    /// Up to DRIVER_OK with queue 0.
+    fn start(&mut self) {
+        self.negotiate(VERSION_1 | EVENT_IDX);
+        self.set_up_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+        self.add_status(DRIVER_OK);
+    }
+
+    fn activations(&self) -> usize {
+        self.seen.lock().unwrap().activations.len()
+    }
+}
+
+#[test]
+fn identity_registers_say_what_the_device_is() {
+    let mut driver = driver();
+    assert_eq!(driver.read(REG_MAGIC).to_le_bytes(), *b"virt");
+    assert_eq!((driver.read(REG_VERSION), driver.read(DEVICE_ID)), (2, 42));
+    driver.write(DEVICE_FEATURES_SEL, 1);
+    assert_eq!(driver.read(DEVICE_FEATURES), 1);
+    driver.write(DEVICE_FEATURES_SEL, 2);
+    assert_eq!(driver.read(DEVICE_FEATURES), 0);
+    assert_eq!((driver.read(SHM_LEN_LOW), driver.read(SHM_BASE_HIGH)), (u32::MAX, u32::MAX));
+}
+
+#[test]
+fn orderly_driver_starts_the_device_with_its_queue() {
+    let mut driver = driver();
+    driver.start();
+    assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    let mut seen = driver.seen.lock().unwrap();
+    let activation = seen.activations.pop().unwrap();
+    assert_eq!(activation.features, VERSION_1 | EVENT_IDX);
+    let [Some(first), None] = activation.queues.as_slice() else { panic!("one queue of two was set up") };
+    let state = first.queue.state();
+    assert_eq!((state.size, state.desc_table, state.avail_ring, state.used_ring), (16, 0x1000, 0x2000, 0x3000));
+    assert!(state.event_idx_enabled && state.ready);
+    // The worker is to look at the queue once.
+    assert_eq!(first.kick.read().unwrap(), 1);
+}
+
+#[test]
+fn queue_select_out_of_range_reads_zero_and_changes_nothing() {
+    let mut driver = driver();
+    driver.negotiate(VERSION_1);
+    for index in [2, 0x8000, u32::MAX] {
+        driver.set_up_queue(index, 16, [0x1000, 0x2000, 0x3000]);
+        assert_eq!((driver.read(QUEUE_NUM_MAX), driver.read(QUEUE_READY)), (0, 0));
+    }
+    driver.write(QUEUE_SEL, 0);
+    assert_eq!((driver.read(QUEUE_NUM_MAX), driver.read(QUEUE_READY)), (u32::from(MAX_SIZE), 0));
+}
+
+#[test]
+fn steps_out_of_order_are_refused() {
+    let mut driver = driver();
+    for bit in [DRIVER, FEATURES_OK, DRIVER_OK, 0x20] {
+        driver.write(STATUS, bit);
+        assert_eq!(driver.status(), 0, "{bit:#x}");
+    }
+    driver.write(STATUS, ACKNOWLEDGE | DRIVER);
+    driver.add_status(DRIVER_OK);
+    driver.add_status(FEATURES_OK | DRIVER_OK);
+    assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER);
+    assert_eq!(driver.activations(), 0);
+}
+
+#[test]
+fn status_bits_go_away_only_by_reset() {
+    let mut driver = driver();
+    driver.start();
+    let running = driver.status();
+    for value in [ACKNOWLEDGE, running & !DRIVER_OK, running & !FEATURES_OK, DRIVER_OK] {
+        driver.write(STATUS, value);
+        assert_eq!(driver.status(), running, "{value:#x}");
+    }
+    driver.write(STATUS, running);
+    assert_eq!(driver.activations(), 1, "the same status again does not start the device again");
+    driver.write(STATUS, 0);
+    assert_eq!(driver.status(), 0);
+    assert_eq!(driver.seen.lock().unwrap().resets, 1);
+}
+
+#[test]
+fn features_that_were_not_offered_or_lack_version_1_are_refused() {
+    for features in [VERSION_1 | 1, VERSION_1 | (1 << 63), FEATURE, 0] {
+        let mut driver = driver();
+        driver.negotiate(features);
+        assert_eq!(driver.status() & FEATURES_OK, 0, "{features:#x}");
+    }
+}
+
+#[test]
+fn features_cannot_change_after_features_ok() {
+    let mut driver = driver();
+    driver.accept(u64::MAX); // before DRIVER: dropped
+    driver.negotiate(VERSION_1);
+    driver.accept(VERSION_1 | FEATURE);
+    driver.set_up_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+    driver.add_status(DRIVER_OK);
+    driver.accept(u64::MAX);
+    assert_eq!(driver.seen.lock().unwrap().activations[0].features, VERSION_1);
+}
+
+#[test]
+fn queues_cannot_change_before_features_ok_or_after_driver_ok() {
+    let mut driver = driver();
+    driver.set_up_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+    assert_eq!(driver.read(QUEUE_READY), 0);
+    driver.start();
+    for offset in (QUEUE_DESC_LOW..=QUEUE_DEVICE_HIGH).step_by(4).chain([QUEUE_NUM, QUEUE_READY]) {
+        driver.write(offset, 0);
+    }
+    driver.write(QUEUE_SEL, 1);
+    driver.write(QUEUE_READY, 1);
+    let registers = driver.transport.queues[0];
+    assert!(registers.ready && registers.size == 16);
+    assert_eq!((registers.descriptors, registers.available, registers.used), (0x1000, 0x2000, 0x3000));
+    assert_eq!(driver.read(QUEUE_READY), 0, "the other queue stays as it was");
+}
+
+#[test]
+fn queue_that_is_ready_keeps_its_registers() {
+    let mut driver = driver();
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+    driver.write(QUEUE_DESC_LOW, 0x9000);
+    assert_eq!(driver.transport.queues[0].descriptors, 0x1000);
+    driver.write(QUEUE_READY, 0);
+    driver.write(QUEUE_DESC_LOW, 0x9000);
+    assert_eq!(driver.transport.queues[0].descriptors, 0x9000);
+}
+
+#[test]
+fn queues_that_cannot_be_make_the_device_ask_for_a_reset() {
+    let good = [0x1000, 0x2000, 0x3000];
+    let cases = [
+        (0, good),
+        (3, good),
+        (u32::from(MAX_SIZE) * 2, good),
+        (0x1_0010, good),
+        (u32::MAX, good),
+        (16, [0x1008, 0x2000, 0x3000]),
+        (16, [0x1000, 0x2001, 0x3000]),
+        (16, [0x1000, 0x2000, 0x3002]),
+        (16, [0, 0x2000, 0x3000]),
+        (16, [MEMORY_SIZE - 16, 0x2000, 0x3000]),
+        (16, [0x1000, MEMORY_SIZE, 0x3000]),
+        (16, [0x1000, 0x2000, u64::MAX - 3]),
+        (16, [0xd000_0000, 0x2000, 0x3000]),
+        (16, [0x1000, 0x1010, 0x3000]),
+        (16, [0x1000, 0x2000, 0x2000]),
+    ];
+    for (size, rings) in cases {
+        let mut driver = driver();
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(0, size, rings);
+        driver.add_status(DRIVER_OK);
+        assert_eq!(driver.activations(), 0, "{size} {rings:x?}");
+        assert_ne!(driver.status() & NEEDS_RESET, 0, "{size} {rings:x?}");
+        assert_eq!(driver.line.read().unwrap(), 1, "the driver is told");
+        driver.write(STATUS, 0);
+        driver.start();
+        assert_eq!((driver.activations(), driver.status() & NEEDS_RESET), (1, 0), "it works after a reset");
+    }
+}
+
+#[test]
+fn device_that_refuses_to_start_asks_for_a_reset() {
+    let mut driver = driver_of(true);
+    driver.start();
+    assert_ne!(driver.status() & NEEDS_RESET, 0);
+}
+
+#[test]
+fn failed_driver_can_only_reset() {
+    let mut driver = driver();
+    driver.write(STATUS, ACKNOWLEDGE);
+    driver.add_status(FAILED);
+    driver.add_status(DRIVER);
+    assert_eq!(driver.status(), ACKNOWLEDGE | FAILED);
+    driver.write(STATUS, 0);
+    driver.start();
+    assert_eq!(driver.activations(), 1);
+}
+
+#[test]
+fn interrupt_status_stays_until_acknowledged() {
+    let mut driver = driver();
+    driver.start();
+    driver.interrupt.notify_queue(0);
+    driver.interrupt.notify_config();
+    assert_eq!((driver.read(INTERRUPT_STATUS), driver.read(CONFIG_GENERATION)), (3, 1));
+    driver.write(INTERRUPT_ACK, 1);
+    assert_eq!(driver.read(INTERRUPT_STATUS), 2);
+    driver.write(STATUS, 0);
+    assert_eq!(driver.read(INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn doorbell_of_a_missing_queue_or_a_stopped_device_is_ignored() {
+    let mut driver = driver();
+    driver.write(QUEUE_NOTIFY, 0);
+    assert!(driver.transport.kicks[0].read().is_err());
+    driver.start();
+    let _ = driver.transport.kicks[0].read();
+    for queue in [2, 0x1_0000, u32::MAX] {
+        driver.write(QUEUE_NOTIFY, queue);
+    }
+    assert!(driver.transport.kicks.iter().all(|kick| kick.read().is_err()));
+    driver.write(QUEUE_NOTIFY, 0);
+    assert_eq!(driver.transport.kicks[0].read().unwrap(), 1);
+}
+
+#[test]
+fn registers_are_words_and_the_configuration_is_bytes() {
+    let mut driver = driver();
+    for width in [1, 2, 8] {
+        let mut data = vec![0; width];
+        driver.transport.read(REG_MAGIC, &mut data);
+        assert!(data.iter().all(|byte| *byte == 0));
+        driver.transport.write(STATUS, &vec![1; width]);
+        driver.transport.read(CONFIG + 7, &mut data);
+        assert!(data.iter().all(|byte| *byte == 7));
+    }
+    assert_eq!(driver.status(), 0);
+    for offset in [1, 0x72, 0xff] {
+        assert_eq!(driver.read(offset), 0, "{offset:#x}");
+        driver.write(offset, u32::MAX);
+    }
+    driver.write(CONFIG, 1);
+    assert_eq!(driver.seen.lock().unwrap().config_writes, 0, "there is no driver yet");
+}

@@ -1,0 +1,127 @@
+//! Service mode: the binary, its control socket, and machines of a few bytes.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Child, Command as Process, Stdio};
+use std::sync::Mutex;
+
+use bulkhead_protocol::control::{self, Command, ExitReason, Reply, Request};
+use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use crate::common::{Start, kernel, kvm, spec};
+
+/// `ud2` without an interrupt table.
+const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
+/// `jmp .`
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+/// A VMM process and the shim's end of its control socket.
+struct Vmm {
+    socket: OwnedFd,
+    process: Child,
+}
+
+impl Vmm {
+    fn start() -> Self {
+        // Held from the moment when the descriptor can be inherited until it is closed here, so that only one child gets it.
+        static INHERITING: Mutex<()> = Mutex::new(());
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let guard = INHERITING.lock().unwrap();
+        fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
+        let process = Process::new(env!("CARGO_BIN_EXE_bulkhead-vmm"))
+            .args(["--control-fd", &theirs.as_raw_fd().to_string()])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        drop(theirs);
+        drop(guard);
+        Self { socket: ours, process }
+    }
+
+    fn send(&self, id: u64, command: Command, fds: &[OwnedFd]) {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        control::send(&self.socket, &Request { id, command }, &fds).unwrap();
+    }
+
+    /// Sends Boot for a spec whose serial port goes nowhere.
+    fn boot(&self, id: u64, spec: VmSpec, code: &[u8]) {
+        let fds = [kvm(), kernel(Start::Long, code, &[]).into()];
+        self.send(id, Command::Boot(VmSpec { serial: None, ..spec }), &fds);
+    }
+
+    fn reply(&self) -> Option<Reply> {
+        control::receive(&self.socket).unwrap().map(|(reply, _)| reply)
+    }
+
+    /// Closes the socket and waits; whether the process ended well.
+    fn end(mut self) -> bool {
+        drop(self.socket);
+        self.process.wait().unwrap().success()
+    }
+}
+
+#[test]
+fn guest_that_ends_is_reported_and_the_process_ends_well() {
+    let vmm = Vmm::start();
+    vmm.boot(7, spec(), &TRIPLE_FAULT);
+    let mut replies = [vmm.reply().unwrap(), vmm.reply().unwrap()];
+    // The guest may be faster than the reply.
+    replies.sort_by_key(|reply| !matches!(reply, Reply::Done { .. }));
+    assert_eq!(replies, [Reply::Done { id: 7 }, Reply::GuestExited { reason: ExitReason::Reset }]);
+    assert_eq!(vmm.reply(), None);
+    assert!(vmm.end());
+}
+
+#[test]
+fn vmm_ends_when_the_shim_does() {
+    let vmm = Vmm::start();
+    vmm.boot(1, VmSpec { vcpus: 2, ..spec() }, &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    assert!(vmm.end());
+}
+
+#[test]
+fn machine_that_cannot_be_built_is_reported_and_ends_the_process() {
+    let vmm = Vmm::start();
+    vmm.boot(3, VmSpec { memory_mib: 1, ..spec() }, &SPIN);
+    match vmm.reply() {
+        Some(Reply::Failed { id: 3, message }) => assert!(message.contains("1 MiB"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(vmm.reply(), None);
+    assert!(!vmm.end());
+}
+
+#[test]
+fn vsock_connections_need_a_machine_with_the_device() {
+    let vmm = Vmm::start();
+    let stream = || OwnedFd::from(std::io::pipe().unwrap().0);
+    vmm.send(1, Command::ConnectVsock { port: 1024 }, &[stream()]);
+    assert!(matches!(vmm.reply(), Some(Reply::Failed { id: 1, .. })));
+    vmm.boot(2, VmSpec { devices: vec![DeviceSpec::Vsock], ..spec() }, &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 2 }));
+    vmm.send(3, Command::ConnectVsock { port: 1024 }, &[]);
+    assert!(matches!(vmm.reply(), Some(Reply::Failed { id: 3, .. })));
+    assert!(vmm.end());
+}
+
+#[test]
+fn second_boot_is_refused_and_the_machine_goes_on() {
+    let vmm = Vmm::start();
+    vmm.boot(1, spec(), &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    vmm.boot(2, spec(), &SPIN);
+    assert!(matches!(vmm.reply(), Some(Reply::Failed { id: 2, .. })));
+    assert!(vmm.end());
+}
+
+#[test]
+fn control_fd_that_is_not_open_gives_one_sentence() {
+    let output = Process::new(env!("CARGO_BIN_EXE_bulkhead-vmm")).args(["--control-fd", "99"]).output().unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("--control-fd"), "{text}");
+}

@@ -1,0 +1,23 @@
+//! The end-to-end suites; they run in the test node (`make test-node`), one test at a time.
+
+mod exec;
+mod failure;
+mod lifecycle;
+mod network;
+mod refusal;
+mod resources;
+mod standalone;
+
+/// A file of the node, trimmed.
+fn read(path: &str) -> anyhow::Result<String> {
+    use anyhow::Context;
+    Ok(std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
+}
+
+/// The boot id of the node's kernel.
+fn node_boot_id() -> anyhow::Result<String> {
+    read("/proc/sys/kernel/random/boot_id")
+}
+
+/// The command that prints a kernel's boot id.
+const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";

@@ -1,0 +1,131 @@
+//! The pod's network: CNI's addresses in the guest, and traffic in both directions.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_cli::{cri, net};
+use bulkhead_e2e::{NGINX, PATIENCE, TestPod, node_command, on_node};
+
+async fn ipv4(pod: &TestPod) -> Result<Ipv4Addr> {
+    let addresses = pod.addresses().await?;
+    addresses.iter().find_map(|ip| ip.parse().ok()).with_context(|| format!("no IPv4 address in {addresses:?}"))
+}
+
+/// Starts busybox's web server with a page; it serves when this returns.
+async fn serve(pod: &TestPod, page: &str) -> Result<String> {
+    let container = pod.sleeper("server").await?;
+    pod.sh(&container, &format!("mkdir /www; echo {page} > /www/index.html; busybox httpd -p 80 -h /www")).await?;
+    Ok(container)
+}
+
+#[test]
+fn guest_has_the_cni_addresses_mtu_and_default_route() {
+    on_node(async |node| {
+        let pod = node.pod("addresses").await?;
+        let container = pod.sleeper("main").await?;
+        let shown = pod.sh(&container, "ip addr show eth0; ip route; ip -6 route").await?;
+        let addresses = pod.addresses().await?;
+        ensure!(!addresses.is_empty(), "the pod has no address");
+        for address in &addresses {
+            ensure!(shown.contains(&format!("{address}/")), "{address} is not on the guest's eth0: {shown}");
+        }
+        ensure!(shown.contains("default via") && shown.contains("mtu 1500"), "{shown}");
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_answers_ping_and_http_from_the_node_over_every_address() {
+    on_node(async |node| {
+        let pod = node.pod("served").await?;
+        serve(&pod, "hello").await?;
+        for address in pod.addresses().await? {
+            let address: IpAddr = address.parse()?;
+            net::ping(address).await?;
+            ensure!(net::http_get(address, 80, "/", PATIENCE).await?.trim() == "hello", "wrong page from {address}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn nginx_from_its_image_serves() {
+    on_node(async |node| {
+        node.cri.pull(NGINX).await?;
+        let pod = node.pod("nginx").await?;
+        pod.run(cri::container_config("nginx", NGINX, &[])).await?;
+        let page = net::http_get(ipv4(&pod).await?.into(), 80, "/", PATIENCE).await?;
+        ensure!(page.contains("nginx"), "{page}");
+        Ok(())
+    });
+}
+
+#[test]
+fn two_pods_reach_each_other_over_the_bridge() {
+    on_node(async |node| {
+        let (first, second) = (node.pod("left").await?, node.pod("right").await?);
+        let (one, two) = (serve(&first, "left-page").await?, serve(&second, "right-page").await?);
+        let (left, right) = (ipv4(&first).await?, ipv4(&second).await?);
+        ensure!(
+            first.sh(&one, &format!("wget -qO- http://{right}/")).await? == "right-page",
+            "left does not reach right"
+        );
+        ensure!(
+            second.sh(&two, &format!("wget -qO- http://{left}/")).await? == "left-page",
+            "right does not reach left"
+        );
+        first.sh(&one, &format!("ping -c 1 -W 10 {right}")).await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn service_address_reaches_a_pod_from_pods_and_node() {
+    on_node(async |node| {
+        let (client, server) = (node.pod("client").await?, node.pod("server").await?);
+        serve(&server, "service-page").await?;
+        let shell = client.sleeper("main").await?;
+        // What kube-proxy does for a ClusterIP.
+        let target = format!("{}:80", ipv4(&server).await?);
+        let rule = ["-d", "10.96.0.80", "-p", "tcp", "--dport", "8080", "-j", "DNAT", "--to-destination", &target];
+        let change = |verb: &'static str| -> Result<()> {
+            for chain in ["PREROUTING", "OUTPUT"] {
+                node_command("iptables", &[["-w", "-t", "nat", verb, chain].as_slice(), &rule].concat())?;
+            }
+            Ok(())
+        };
+        change("-A")?;
+        let from_pod = client.sh(&shell, "wget -qO- http://10.96.0.80:8080/").await;
+        let from_node = net::http_get(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 80)), 8080, "/", PATIENCE).await;
+        change("-D")?;
+        ensure!(from_pod? == "service-page", "the pod does not reach the service");
+        ensure!(from_node?.trim() == "service-page", "the node does not reach the service");
+        Ok(())
+    });
+}
+
+#[test]
+fn pod_has_hosts_and_resolver_files() {
+    on_node(async |node| {
+        let pod = node.pod("files").await?;
+        let container = pod.sleeper("main").await?;
+        let resolver = pod.sh(&container, "cat /etc/resolv.conf").await?;
+        ensure!(resolver.contains("nameserver 10.96.0.10") && resolver.contains("ndots:5"), "{resolver}");
+        ensure!(pod.sh(&container, "cat /etc/hostname").await? == "files", "hostname file");
+        Ok(())
+    });
+}
+
+#[test]
+fn bulk_transfer_in_both_directions_keeps_every_byte() {
+    on_node(async |node| {
+        let (first, second) = (node.pod("source").await?, node.pod("sink").await?);
+        let one = first.sleeper("main").await?;
+        let two = second.sleeper("main").await?;
+        first.sh(&one, "mkdir /www; head -c 8000000 /dev/urandom > /www/data; busybox httpd -p 80 -h /www").await?;
+        let address = ipv4(&first).await?;
+        let sum = first.sh(&one, "md5sum < /www/data").await?;
+        ensure!(second.sh(&two, &format!("wget -qO- http://{address}/data | md5sum")).await? == sum, "bytes were lost");
+        Ok(())
+    });
+}
