@@ -44,6 +44,7 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
         };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
         let agent = Agent::start(Listener::from(rpc)).await?;
+        println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
 }

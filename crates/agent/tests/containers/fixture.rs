@@ -1,5 +1,6 @@
 //! An agent in namespaces of its own, and what a shim would say to it.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -42,24 +43,26 @@ impl Guest {
         let dir = tempfile::Builder::new().prefix("bulkhead-test-").tempdir_in("/var/tmp").unwrap();
         let group = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let agent = Command::new("unshare")
+        let mut agent = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts", "--net", "--mount-proc"])
             .args(["sh", "-c", SETUP, env!("CARGO_BIN_EXE_bulkhead-agent")])
             .arg(dir.path())
             .arg(&group)
             .stdin(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
             .unwrap();
-        let socket = dir.path().join("rpc.sock");
-        // The only wait without a descriptor: the socket's appearance.
-        for _ in 0..500 {
-            if let Ok(client) = ttrpc::r#async::Client::connect(&format!("unix://{}", socket.display())).await {
-                return Self { agent, dir, client: AgentClient::new(client), group };
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        // The agent says so when it listens; its output ends without a line if it cannot.
+        let mut said = String::new();
+        BufReader::new(agent.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        if said.is_empty() {
+            let _ = agent.wait();
+            panic!("the agent does not come up: {}", std::fs::read_to_string(dir.path().join("log")).unwrap());
         }
-        panic!("the agent does not come up: {}", std::fs::read_to_string(dir.path().join("log")).unwrap());
+        let socket = dir.path().join("rpc.sock");
+        let client = ttrpc::r#async::Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
+        Self { agent, dir, client: AgentClient::new(client), group }
     }
 
     pub async fn create(&self, id: &str, args: &[&str], streams: Streams) -> Result<()> {

@@ -2,6 +2,8 @@
 //!
 //! Needs root, cgroup v2 in the kernel and a static busybox (Debian's busybox-static), and fails without them.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod fixture;
 
 use bulkhead_protocol::agent::{CreateSandboxRequest, Interface, Neighbour, PidNamespace, Route};
