@@ -1,17 +1,13 @@
 //! virtio-rng (section 5.4): entropy from getrandom(2).
 
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
-
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::Bytes;
 
-use super::serve::{Chain, serve};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::ring::Chain;
+use super::worker::RequestWorker;
+use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
-use crate::guest_log;
 
 const QUEUES: [u16; 1] = [8];
 
@@ -48,10 +44,9 @@ impl VirtioDevice for Rng {
     /// There is no configuration.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, interrupt, .. } = activation;
-        let requests = queues.into_iter().next().flatten().ok_or(ActivateError::QueueMissing(0))?;
-        self.worker = Some(self.event_loop.add(Box::new(Worker { requests, memory, interrupt }))?);
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let worker = RequestWorker::new("rng", &mut activation, 0, |chain| fill(&chain))?;
+        self.worker = Some(self.event_loop.add(Box::new(worker))?);
         Ok(())
     }
 
@@ -60,30 +55,8 @@ impl VirtioDevice for Rng {
     }
 }
 
-struct Worker {
-    requests: ActiveQueue,
-    memory: Memory,
-    interrupt: Arc<dyn Interrupt>,
-}
-
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if ops.add(Events::new(&self.requests.kick, EventSet::IN)).is_err() {
-            self.interrupt.needs_reset();
-        }
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        if let Err(error) = serve(&mut self.requests, 0, &self.memory, &*self.interrupt, fill) {
-            guest_log!("rng: {error}");
-            let _ = ops.remove(Events::empty_raw(self.requests.kick.as_raw_fd()));
-            self.interrupt.needs_reset();
-        }
-    }
-}
-
 /// Fills the writable part of a chain; returns how much of it.
-fn fill(chain: Chain<'_>) -> u32 {
+fn fill(chain: &Chain) -> usize {
     let mut bytes = [0; MAX_CHAIN];
     // It blocks only until the host's pool was first seeded, long before any guest.
     let Ok(count) = getrandom(&mut bytes[..], GetRandomFlags::empty()) else { return 0 };
@@ -101,7 +74,7 @@ fn fill(chain: Chain<'_>) -> u32 {
             break;
         }
     }
-    u32::try_from(written).unwrap_or(0)
+    written
 }
 
 #[cfg(test)]
