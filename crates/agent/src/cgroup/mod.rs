@@ -103,10 +103,20 @@ impl Cgroup {
         write(&self.dir.join("cgroup.kill"), "1")
     }
 
-    /// Kills every process and waits until none is left.
+    /// Kills every process and waits until none is left. A group that does not exist has none.
     pub async fn kill_and_wait(&self) -> Result<(), CgroupError> {
-        self.kill()?;
-        self.wait_for_event("populated", "0").await
+        let killed = async {
+            self.kill()?;
+            self.wait_for_event("populated", "0").await
+        };
+        match killed.await {
+            Err(CgroupError::Write { source, .. } | CgroupError::Read { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// Sends a signal to every process. One that ends meanwhile is no error.

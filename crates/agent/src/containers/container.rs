@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use bulkhead_protocol::guest::SHARE_DIR;
 use oci_spec::runtime::LinuxResources;
 
 use super::error::ContainerError;
@@ -44,7 +43,8 @@ impl Phase {
 pub struct Container {
     id: String,
     cgroup: Cgroup,
-    rootfs: PathBuf,
+    /// Known once its spec is.
+    rootfs: OnceLock<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -58,12 +58,7 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self {
-            id: id.into(),
-            cgroup,
-            rootfs: Path::new(SHARE_DIR).join(id).join("rootfs"),
-            state: Mutex::new(state),
-        }
+        Self { id: id.into(), cgroup, rootfs: OnceLock::new(), state: Mutex::new(state) }
     }
 
     /// Its id.
@@ -76,8 +71,13 @@ impl Container {
         &self.cgroup
     }
 
+    pub(super) fn set_rootfs(&self, path: PathBuf) {
+        let _ = self.rootfs.set(path);
+    }
+
+    /// Its root file system in the guest; an empty path before its creation.
     pub(super) fn rootfs(&self) -> &Path {
-        &self.rootfs
+        self.rootfs.get().map_or(Path::new(""), PathBuf::as_path)
     }
 
     /// One of its processes; an empty id means init.

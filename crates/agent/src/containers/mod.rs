@@ -96,6 +96,9 @@ impl Containers {
             terminal: request.streams.terminal,
         };
         let spec = spec::adapt(&request.spec, &placement)?;
+        if let Some(root) = spec.root() {
+            container.set_rootfs(root.path().clone());
+        }
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let created = self.runtime.create(id, &spec, stdio).await?;
         let process = self.adopt(container, "", created, ours, &request.streams)?;

@@ -1,0 +1,163 @@
+//! The annotations that say what a container is to its pod, and how large the pod is.
+//!
+//! containerd: internal/cri/annotations/annotations.go; CRI-O: pkg/annotations. Annotations of `io.bulkhead.` come from
+//! whoever writes the pod, so each is refused unless the node's configuration allows it.
+
+use std::collections::HashMap;
+
+const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
+const CRI_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
+const CRIO_SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const OWN_PREFIX: &str = "io.bulkhead.";
+
+/// Annotation that sets the number of vCPUs.
+pub const OWN_VCPUS: &str = "io.bulkhead.vcpus";
+/// Annotation that sets the memory in MiB.
+pub const OWN_MEMORY: &str = "io.bulkhead.memory-mib";
+
+/// A container's place in its pod.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Role {
+    /// The pod's own ("pause") container: the VM stands for it.
+    Sandbox,
+    /// A container of the pod with this sandbox id.
+    Member(String),
+    /// No pod around it (`ctr run`): a VM of its own.
+    Standalone,
+}
+
+/// Reads the role from a spec's annotations.
+pub fn role(annotations: &HashMap<String, String>) -> Result<Role, AnnotationError> {
+    let find = |a, b| annotations.get(a).or_else(|| annotations.get(b)).map(String::as_str);
+    let kind = find(CRI_TYPE, CRIO_TYPE);
+    let sandbox = find(CRI_SANDBOX, CRIO_SANDBOX).filter(|id| !id.is_empty());
+    match (kind, sandbox) {
+        (Some("sandbox"), _) => Ok(Role::Sandbox),
+        (Some("container") | None, Some(id)) if crate::cli::flags::is_identifier(id) => Ok(Role::Member(id.to_owned())),
+        (Some("container") | None, Some(id)) => Err(AnnotationError::bad(CRI_SANDBOX, id)),
+        (Some("container"), None) => Err(AnnotationError::NoSandbox),
+        (None, None) => Ok(Role::Standalone),
+        (Some(other), _) => Err(AnnotationError::bad(CRI_TYPE, other)),
+    }
+}
+
+/// What a pod asks for; `None` where it does not say.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Request {
+    /// Whole CPUs, the sum of the containers' limits rounded up.
+    pub cpus: Option<u64>,
+    /// Bytes, the sum of the containers' limits.
+    pub memory: Option<u64>,
+    /// vCPUs by our own annotation.
+    pub own_vcpus: Option<u64>,
+    /// MiB by our own annotation.
+    pub own_memory_mib: Option<u64>,
+}
+
+/// Reads the sizes. `allowed` lists which of our own annotations the node accepts.
+pub fn request(annotations: &HashMap<String, String>, allowed: &[String]) -> Result<Request, AnnotationError> {
+    for name in annotations.keys().filter(|name| name.starts_with(OWN_PREFIX)) {
+        if ![OWN_VCPUS, OWN_MEMORY].contains(&name.as_str()) {
+            return Err(AnnotationError::Unknown(name.clone()));
+        }
+        if !allowed.contains(name) {
+            return Err(AnnotationError::NotAllowed(name.clone()));
+        }
+    }
+    let quota = number::<i64>(annotations, CPU_QUOTA)?.and_then(|quota| u64::try_from(quota).ok());
+    let period = number::<u64>(annotations, CPU_PERIOD)?.unwrap_or(100_000);
+    if period == 0 {
+        return Err(AnnotationError::bad(CPU_PERIOD, "0"));
+    }
+    let memory = number::<i64>(annotations, MEMORY)?.and_then(|bytes| u64::try_from(bytes).ok());
+    Ok(Request {
+        cpus: quota.filter(|quota| *quota > 0).map(|quota| quota.div_ceil(period)),
+        memory: memory.filter(|bytes| *bytes > 0),
+        own_vcpus: number(annotations, OWN_VCPUS)?,
+        own_memory_mib: number(annotations, OWN_MEMORY)?,
+    })
+}
+
+fn number<T: std::str::FromStr>(
+    annotations: &HashMap<String, String>,
+    name: &'static str,
+) -> Result<Option<T>, AnnotationError> {
+    let Some(text) = annotations.get(name) else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| AnnotationError::bad(name, text))
+}
+
+/// An annotation that cannot be followed.
+#[derive(Debug, thiserror::Error, Eq, PartialEq)]
+pub enum AnnotationError {
+    /// Not a value of the annotation.
+    #[error("annotation {name} has the value {value:?}, which is malformed; correct it or remove it")]
+    Malformed {
+        /// The annotation.
+        name: &'static str,
+        /// Its value, shortened.
+        value: String,
+    },
+    /// A member without a sandbox.
+    #[error("the container says that it belongs to a pod but has no annotation {CRI_SANDBOX} that names it")]
+    NoSandbox,
+    /// Ours, but known to nobody.
+    #[error("annotation {0:?} is unknown; Bulkhead reads {OWN_VCPUS} and {OWN_MEMORY}")]
+    Unknown(String),
+    /// Ours, but the node's owner did not allow it.
+    #[error("annotation {0:?} is not allowed on this node; list it under `annotations` in /etc/bulkhead/config.toml")]
+    NotAllowed(String),
+}
+
+impl AnnotationError {
+    fn bad(name: &'static str, value: &str) -> Self {
+        Self::Malformed { name, value: value.chars().take(64).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn role_follows_either_runtimes_annotations() {
+        assert_eq!(role(&map(&[(CRI_TYPE, "sandbox"), (CRI_SANDBOX, "s")])), Ok(Role::Sandbox));
+        assert_eq!(role(&map(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "s")])), Ok(Role::Member("s".into())));
+        assert_eq!(role(&map(&[(CRIO_TYPE, "container"), (CRIO_SANDBOX, "s")])), Ok(Role::Member("s".into())));
+        assert_eq!(role(&map(&[])), Ok(Role::Standalone));
+        assert_eq!(role(&map(&[(CRI_TYPE, "container")])), Err(AnnotationError::NoSandbox));
+        assert!(role(&map(&[(CRI_TYPE, "podlet")])).is_err());
+        assert!(role(&map(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "../x")])).is_err());
+    }
+
+    #[test]
+    fn sizes_are_rounded_up_and_unlimited_means_none() {
+        let got = request(&map(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "100000"), (MEMORY, "1048576")]), &[]).unwrap();
+        assert_eq!((got.cpus, got.memory), (Some(2), Some(1 << 20)));
+        let none = request(&map(&[(CPU_QUOTA, "-1"), (MEMORY, "0")]), &[]).unwrap();
+        assert_eq!(none, Request::default());
+    }
+
+    #[test]
+    fn malformed_sizes_are_named() {
+        assert!(matches!(
+            request(&map(&[(MEMORY, "lots")]), &[]),
+            Err(AnnotationError::Malformed { name: MEMORY, .. })
+        ));
+        assert!(request(&map(&[(CPU_PERIOD, "0")]), &[]).is_err());
+    }
+
+    #[test]
+    fn own_annotations_are_denied_by_default() {
+        assert!(matches!(request(&map(&[(OWN_VCPUS, "2")]), &[]), Err(AnnotationError::NotAllowed(_))));
+        assert_eq!(request(&map(&[(OWN_VCPUS, "2")]), &[OWN_VCPUS.into()]).unwrap().own_vcpus, Some(2));
+        assert!(matches!(request(&map(&[("io.bulkhead.kernel", "/x")]), &[]), Err(AnnotationError::Unknown(_))));
+    }
+}

@@ -1,0 +1,37 @@
+//! `-v` and `-info`: who we are, for people and for containerd 2.x (containerd: pkg/shim/shim.go, api/types/introspection.proto).
+
+use std::io::Write;
+
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::{Message, MessageField};
+
+/// Prints the version for a person.
+pub fn print_version() -> Result<(), InfoError> {
+    let mut out = std::io::stdout();
+    writeln!(out, "containerd-shim-bulkhead-v2:\n  Version: {}", env!("CARGO_PKG_VERSION")).map_err(InfoError::Print)
+}
+
+/// Prints a `RuntimeInfo`. No features: user namespaces and recursive read-only mounts are not advertised.
+pub fn print_info() -> Result<(), InfoError> {
+    let info = RuntimeInfo {
+        name: "io.containerd.bulkhead.v2".to_owned(),
+        version: MessageField::some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..RuntimeVersion::default()
+        }),
+        ..RuntimeInfo::default()
+    };
+    let bytes = info.write_to_bytes().map_err(InfoError::Encode)?;
+    std::io::stdout().write_all(&bytes).map_err(InfoError::Print)
+}
+
+/// `-v` or `-info` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum InfoError {
+    /// stdout is gone.
+    #[error("cannot print")]
+    Print(#[source] std::io::Error),
+    /// Cannot happen with a message of ours.
+    #[error("cannot encode the runtime's description")]
+    Encode(#[source] protobuf::Error),
+}

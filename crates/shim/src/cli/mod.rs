@@ -1,0 +1,9 @@
+//! What containerd runs: the command line, `start`, `delete`, and the daemon that `start` leaves behind.
+
+pub mod bootstrap;
+pub mod delete;
+pub mod flags;
+pub mod info;
+pub mod logging;
+pub mod serve;
+pub mod start;

@@ -1,0 +1,96 @@
+//! The daemon of one pod: the Task service on the socket that `start` bound, until the last task is gone and containerd
+//! asks it to shut down.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::Mode;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::flags::Flags;
+use crate::events::Publisher;
+use crate::paths::{RUN_ROOT, RunDir};
+use crate::pod::{Pod, PodIdentity};
+use crate::service;
+
+/// Environment variable that names containerd's event socket.
+pub const TTRPC_VARIABLE: &str = "TTRPC_ADDRESS";
+
+/// How long the last answers may take to leave; containerd waits 3 s for a shutdown.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Runs the daemon to its end.
+pub fn run(flags: &Flags) -> Result<(), ServeError> {
+    let listener = std::io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
+    let listener = UnixListener::from(listener);
+    // A session of its own: no terminal's and no process group's signals. Fails only for a group's leader.
+    let _ = rustix::process::setsid();
+    // Modes of what is made here are given in full.
+    rustix::process::umask(Mode::empty());
+    let bundle = std::env::current_dir().map_err(ServeError::Bundle)?;
+    super::logging::init(&bundle, flags.debug);
+    // One thread: the shim's work is waiting. System calls that block go to a few short-lived threads.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_keep_alive(Duration::from_secs(1))
+        .thread_stack_size(256 << 10)
+        .build()
+        .map_err(ServeError::Runtime)?;
+    let result = runtime.block_on(serve(flags, listener));
+    let _ = std::fs::remove_file(&flags.socket);
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), ServeError> {
+    listener.set_nonblocking(true).map_err(ServeError::Listener)?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Listener)?;
+    let ttrpc = std::env::var(TTRPC_VARIABLE).ok().filter(|address| !address.is_empty());
+    let (publisher, drained) = Publisher::start(flags.namespace.clone(), ttrpc);
+    let identity = PodIdentity {
+        namespace: flags.namespace.clone(),
+        sandbox_id: flags.id.clone(),
+        run_dir: RunDir::new(&PathBuf::from(RUN_ROOT), &flags.namespace, &flags.id),
+    };
+    let pod = Arc::new(Pod::new(identity, publisher));
+    let mut server = ttrpc::asynchronous::Server::new()
+        .add_listener(ttrpc::asynchronous::transport::Listener::from(listener))
+        .register_service(service::services(pod.clone()));
+    server.start().await.map_err(ServeError::Serve)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signal)?;
+    tokio::select! {
+        () = pod.finished() => {}
+        _ = terminate.recv() => tracing::warn!("asked to terminate, ending the pod"),
+    }
+    pod.teardown().await;
+    let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
+    drop(server);
+    drop(pod);
+    // The last events go out before the process does.
+    let _ = tokio::time::timeout(FAREWELL, drained).await;
+    Ok(())
+}
+
+/// The daemon cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// stdin is no listening socket.
+    #[error("the daemon's stdin is not the socket that `start` binds")]
+    Listener(#[source] std::io::Error),
+    /// No working directory.
+    #[error("the daemon has no bundle as its working directory")]
+    Bundle(#[source] std::io::Error),
+    /// No reactor.
+    #[error("cannot start the runtime")]
+    Runtime(#[source] std::io::Error),
+    /// No signals.
+    #[error("cannot listen to signals")]
+    Signal(#[source] std::io::Error),
+    /// No server.
+    #[error("cannot serve")]
+    Serve(#[source] ttrpc::Error),
+}

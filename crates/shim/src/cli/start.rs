@@ -1,0 +1,128 @@
+//! `start`: leave a daemon behind for a new pod, or find the one of a pod that runs; print its address.
+//!
+//! The working directory is the bundle. containerd 1.6 and 1.7 reload from the `address` file that is written here
+//! (containerd: cmd/containerd-shim-runc-v2/manager/manager_linux.go). The daemon must hold neither stdout nor stderr:
+//! containerd reads both to their end.
+
+use std::fs::DirBuilder;
+use std::io::{ErrorKind, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::bootstrap;
+use super::flags::Flags;
+use crate::annotations::Role;
+use crate::bundle::{self, BundleError};
+use crate::paths::{SOCKET_DIR, socket_path};
+
+/// File in the bundle that names the address.
+const ADDRESS_FILE: &str = "address";
+
+/// Runs the action.
+pub fn run(flags: &Flags) -> Result<(), StartError> {
+    let params = bootstrap::read_params(std::io::stdin().lock(), flags);
+    let ttrpc = params.as_ref().map(|params| params.containerd_ttrpc_address.as_str());
+    let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
+    let socket = match bundle::read_role(&bundle)? {
+        Role::Member(sandbox) => find(flags, &sandbox)?,
+        Role::Sandbox | Role::Standalone => launch(flags, ttrpc)?,
+    };
+    let address = format!("unix://{}", socket.display());
+    std::fs::write(bundle.join(ADDRESS_FILE), &address).map_err(StartError::Address)?;
+    let answer = bootstrap::answer(params.as_ref(), &address).map_err(StartError::Encode)?;
+    std::io::stdout().write_all(&answer).map_err(StartError::Answer)
+}
+
+/// The socket of a pod that runs.
+fn find(flags: &Flags, sandbox: &str) -> Result<PathBuf, StartError> {
+    let path = socket_path(&flags.address, &flags.namespace, sandbox);
+    match UnixStream::connect(&path) {
+        Ok(_) => Ok(path),
+        Err(source) => Err(StartError::NoSandbox { id: sandbox.to_owned(), source }),
+    }
+}
+
+/// Starts the daemon of a new pod on a socket that is bound here, so that it accepts before anyone is told of it.
+fn launch(flags: &Flags, ttrpc: Option<&str>) -> Result<PathBuf, StartError> {
+    let path = socket_path(&flags.address, &flags.namespace, &flags.id);
+    let Some(listener) = listen(&path)? else { return Ok(path) };
+    let binary = std::env::current_exe().map_err(StartError::Spawn)?;
+    let mut daemon = Command::new(binary);
+    daemon.args(["-namespace", &flags.namespace, "-address", &flags.address, "-id", &flags.id]);
+    daemon.args(["-publish-binary", &flags.publish_binary]).arg("-socket").arg(&path);
+    if flags.debug {
+        daemon.arg("-debug");
+    }
+    if let Some(address) = ttrpc.filter(|address| !address.is_empty()) {
+        daemon.env(super::serve::TTRPC_VARIABLE, address);
+    }
+    // The listener is the daemon's stdin: inherited without clearing close-on-exec on anything.
+    daemon.arg("serve").stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::null());
+    let spawned = daemon.spawn();
+    if spawned.is_err() {
+        let _ = std::fs::remove_file(&path);
+    }
+    spawned.map(|_| path).map_err(StartError::Spawn)
+}
+
+/// Binds the socket; `None` if a daemon answers there already. A socket that nobody answers is a dead shim's.
+fn listen(path: &Path) -> Result<Option<UnixListener>, StartError> {
+    let failed = |source| StartError::Listen { path: path.to_path_buf(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(SOCKET_DIR).map_err(failed)?;
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Ok(None);
+            }
+            std::fs::remove_file(path).map_err(failed)?;
+            UnixListener::bind(path).map_err(failed)?
+        }
+        other => other.map_err(failed)?,
+    };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(Some(listener))
+}
+
+/// `start` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No working directory.
+    #[error("cannot tell the bundle: the working directory is gone")]
+    Bundle(#[source] std::io::Error),
+    /// The bundle's spec.
+    #[error(transparent)]
+    Spec(#[from] BundleError),
+    /// A container of a pod whose shim does not answer.
+    #[error("the shim of sandbox {id} does not answer; the pod has ended, remove it and let it be created again")]
+    NoSandbox {
+        /// The sandbox.
+        id: String,
+        /// connect(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// bind(2) and what goes with it.
+    #[error("cannot listen on the shim's socket {path}; is /run/containerd writable?")]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Cannot run ourselves.
+    #[error("cannot start the shim's daemon")]
+    Spawn(#[source] std::io::Error),
+    /// The `address` file.
+    #[error("cannot write the shim's address into the bundle")]
+    Address(#[source] std::io::Error),
+    /// Cannot happen with a message of ours.
+    #[error("cannot encode the answer to start")]
+    Encode(#[source] protobuf::Error),
+    /// stdout is gone.
+    #[error("cannot print the shim's address")]
+    Answer(#[source] std::io::Error),
+}

@@ -1,0 +1,219 @@
+//! The operator's configuration, `/etc/bulkhead/config.toml`.
+//!
+//! Two types: [`RawConfig`] is what the file says, [`Config`] what is true after checking it against this node.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::annotations::Request;
+
+/// Where the configuration is unless somebody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
+
+/// Environment variable that names another file, for tests and for CRI-O.
+pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
+
+const LIB_DIR: &str = "/usr/lib/bulkhead";
+
+/// vCPUs that the VMM can make, see [`bulkhead_protocol::vmspec::VmSpec::vcpus`].
+const MOST_VCPUS: u8 = 64;
+
+/// Least boot memory in MiB: kernel, initramfs and agent need about half of it.
+const LEAST_MEMORY_MIB: u64 = 64;
+
+/// What the file may say. An unknown key is an error: a misspelt limit must not be silently absent.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    vmm: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
+    default_vcpus: Option<u8>,
+    max_vcpus: Option<u8>,
+    default_memory_mib: Option<u64>,
+    max_memory_mib: Option<u64>,
+    kernel_params: Option<String>,
+    annotations: Option<Vec<String>>,
+    boot_timeout_s: Option<u64>,
+}
+
+/// The configuration of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The VMM's binary.
+    pub vmm: PathBuf,
+    /// The guest's kernel, an uncompressed ELF file.
+    pub kernel: PathBuf,
+    /// The guest's image.
+    pub initramfs: PathBuf,
+    /// vCPUs of a pod that asks for fewer or for none.
+    pub default_vcpus: u8,
+    /// Most vCPUs of a pod.
+    pub max_vcpus: u8,
+    /// Memory in MiB that a pod gets beyond the sum of its limits: for the guest's kernel and for containers without one.
+    pub default_memory_mib: u64,
+    /// Most memory of a pod in MiB.
+    pub max_memory_mib: u64,
+    /// Kernel parameters after our own.
+    pub kernel_params: String,
+    /// Which of our annotations pods may use.
+    pub annotations: Vec<String>,
+    /// How long a guest may take from the VMM's start until its agent listens.
+    pub boot_timeout: Duration,
+}
+
+/// How large one pod's VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// MiB.
+    pub memory_mib: u64,
+}
+
+impl Config {
+    /// Reads the file that `path` names, else the one of [`PATH_VARIABLE`], else [`DEFAULT_PATH`], which may be absent.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let variable = std::env::var_os(PATH_VARIABLE).map(PathBuf::from);
+        let named = path.map(Path::to_path_buf).or(variable);
+        let may_be_absent = named.is_none();
+        let path = named.unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
+        let raw = match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                toml::from_str(&text).map_err(|source| ConfigError::Parse { path, source: Box::new(source) })?
+            }
+            Err(error) if may_be_absent && error.kind() == ErrorKind::NotFound => RawConfig::default(),
+            Err(source) => return Err(ConfigError::Read { path, source }),
+        };
+        Self::validate(raw)
+    }
+
+    /// Fills in defaults and checks the bounds. Pure.
+    pub fn validate(raw: RawConfig) -> Result<Self, ConfigError> {
+        let lib = |name: &str| Path::new(LIB_DIR).join(name);
+        let config = Self {
+            vmm: raw.vmm.unwrap_or_else(|| lib("bulkhead-vmm")),
+            kernel: raw.kernel.unwrap_or_else(|| lib("vmlinux")),
+            initramfs: raw.initramfs.unwrap_or_else(|| lib("initramfs.cpio")),
+            default_vcpus: raw.default_vcpus.unwrap_or(1),
+            max_vcpus: raw.max_vcpus.unwrap_or(MOST_VCPUS),
+            default_memory_mib: raw.default_memory_mib.unwrap_or(256),
+            max_memory_mib: raw.max_memory_mib.unwrap_or(1 << 20),
+            kernel_params: raw.kernel_params.unwrap_or_default(),
+            annotations: raw.annotations.unwrap_or_default(),
+            // Cold boots take well under a second on hardware; emulated CI nodes are some fifty times slower.
+            boot_timeout: Duration::from_secs(raw.boot_timeout_s.unwrap_or(60)),
+        };
+        let relative = [&config.vmm, &config.kernel, &config.initramfs].into_iter().find(|path| path.is_relative());
+        if let Some(path) = relative {
+            return Err(ConfigError::Relative(path.clone()));
+        }
+        bounded("default_vcpus", u64::from(config.default_vcpus), 1, u64::from(config.max_vcpus))?;
+        bounded("max_vcpus", u64::from(config.max_vcpus), 1, u64::from(MOST_VCPUS))?;
+        bounded("default_memory_mib", config.default_memory_mib, LEAST_MEMORY_MIB, config.max_memory_mib)?;
+        bounded("boot_timeout_s", config.boot_timeout.as_secs(), 1, 3600)?;
+        Ok(config)
+    }
+
+    /// Sizes a pod's VM.
+    pub fn size(&self, request: &Request) -> Result<Size, ConfigError> {
+        let asked = request.own_vcpus.or(request.cpus).unwrap_or(0).max(u64::from(self.default_vcpus));
+        let vcpus = if request.own_vcpus.is_some() {
+            bounded("the pod's vCPUs", asked, 1, u64::from(self.max_vcpus))?
+        } else {
+            // A limit beyond the ceiling is still kept by the ceiling.
+            asked.min(u64::from(self.max_vcpus))
+        };
+        let limits_mib = request.memory.unwrap_or(0).div_ceil(1 << 20);
+        let memory_mib = request.own_memory_mib.unwrap_or_else(|| self.default_memory_mib.saturating_add(limits_mib));
+        bounded("the pod's memory in MiB", memory_mib, LEAST_MEMORY_MIB, self.max_memory_mib)?;
+        Ok(Size { vcpus: u8::try_from(vcpus).unwrap_or(self.max_vcpus), memory_mib })
+    }
+}
+
+fn bounded(what: &'static str, value: u64, least: u64, most: u64) -> Result<u64, ConfigError> {
+    if (least..=most).contains(&value) { Ok(value) } else { Err(ConfigError::Bounds { what, value, least, most }) }
+}
+
+/// The configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read Bulkhead's configuration {path}; make it readable for root, or remove it for the defaults")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// open(2) or read(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// Not TOML, or an unknown key.
+    #[error("Bulkhead's configuration {path} is malformed; correct the line that follows")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A relative path would depend on who starts the shim.
+    #[error("Bulkhead's configuration names {0}, a relative path; write an absolute one")]
+    Relative(PathBuf),
+    /// A number out of its bounds.
+    #[error("{what} is {value} but must be {least} to {most}; change the pod or Bulkhead's configuration")]
+    Bounds {
+        /// Which number.
+        what: &'static str,
+        /// What it is.
+        value: u64,
+        /// Lower bound.
+        least: u64,
+        /// Upper bound.
+        most: u64,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Result<Config, ConfigError> {
+        Config::validate(toml::from_str(text).unwrap())
+    }
+
+    #[test]
+    fn empty_file_gives_the_defaults() {
+        let config = config("").unwrap();
+        assert_eq!(config.kernel, Path::new("/usr/lib/bulkhead/vmlinux"));
+        assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 256));
+    }
+
+    #[test]
+    fn unknown_key_and_bad_bounds_are_refused() {
+        assert!(toml::from_str::<RawConfig>("kernal = '/x'").is_err());
+        assert!(matches!(config("default_vcpus = 0"), Err(ConfigError::Bounds { what: "default_vcpus", .. })));
+        assert!(matches!(config("max_vcpus = 65"), Err(ConfigError::Bounds { .. })));
+        assert!(matches!(config("kernel = 'vmlinux'"), Err(ConfigError::Relative(_))));
+    }
+
+    #[test]
+    fn pod_is_sized_by_its_limits_within_the_nodes_bounds() {
+        let config = config("max_vcpus = 4\nmax_memory_mib = 1024").unwrap();
+        let size = |request| config.size(&request);
+        assert_eq!(size(Request::default()).unwrap(), Size { vcpus: 1, memory_mib: 256 });
+        let limits = Request { cpus: Some(3), memory: Some(512 << 20), ..Request::default() };
+        assert_eq!(size(limits).unwrap(), Size { vcpus: 3, memory_mib: 768 });
+        assert_eq!(size(Request { cpus: Some(40), ..Request::default() }).unwrap().vcpus, 4);
+        assert!(size(Request { memory: Some(u64::MAX), ..Request::default() }).is_err());
+        assert!(size(Request { own_vcpus: Some(9), ..Request::default() }).is_err());
+        assert!(size(Request { own_memory_mib: Some(1), ..Request::default() }).is_err());
+    }
+
+    #[test]
+    fn named_file_must_exist() {
+        assert!(matches!(Config::load(Some(Path::new("/nonexistent/x"))), Err(ConfigError::Read { .. })));
+    }
+}

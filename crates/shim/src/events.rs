@@ -1,0 +1,116 @@
+//! Events to containerd: one ordered queue, bounded, sent one after the other
+//! (containerd: pkg/shim/publisher.go, api/services/ttrpc/events/v1/events.proto).
+//!
+//! containerd may restart while a pod runs, so a failed send is tried again on a new connection. CRI-O gives no address:
+//! then nobody listens and nothing is kept.
+
+use std::time::Duration;
+
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::events::task as messages;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use containerd_shim_protos::topics;
+use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
+use protobuf::{MessageDyn, MessageField, MessageFull};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Events that wait at most; containerd's own publisher keeps as many.
+const QUEUE: usize = 2048;
+
+/// Attempts for one event; containerd's own publisher makes as many.
+const ATTEMPTS: u32 = 5;
+
+/// containerd's own deadline for one event.
+const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Time between attempts: containerd takes about so long to listen again after its restart.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Where events are put. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Publisher(mpsc::Sender<Envelope>, String);
+
+impl Publisher {
+    /// Starts the sender. The handle ends when every publisher is dropped and the queue is empty.
+    pub fn start(namespace: String, address: Option<String>) -> (Self, JoinHandle<()>) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        (Self(sender, namespace), tokio::spawn(forward_all(queue, address)))
+    }
+
+    /// Queues an event. Never waits: when the queue is full the event is lost, and that is logged.
+    pub fn publish(&self, event: &impl Event) {
+        let Ok(value) = event.write_to_bytes() else { return };
+        let type_url = event.descriptor_dyn().full_name().to_owned();
+        let envelope = Envelope {
+            timestamp: MessageField::some(Timestamp::now()),
+            namespace: self.1.clone(),
+            topic: event.topic().to_owned(),
+            event: MessageField::some(Any { type_url, value, ..Any::default() }),
+            ..Envelope::default()
+        };
+        if self.0.try_send(envelope).is_err() {
+            tracing::error!(topic = event.topic(), "event lost: the queue is full, containerd has not listened for long");
+        }
+    }
+}
+
+async fn forward_all(mut queue: mpsc::Receiver<Envelope>, address: Option<String>) {
+    let mut client = None;
+    while let Some(envelope) = queue.recv().await {
+        let Some(address) = &address else { continue };
+        forward(&mut client, address, envelope).await;
+    }
+}
+
+async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Envelope) {
+    let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
+    for attempt in 1..=ATTEMPTS {
+        match try_forward(client, address, &request).await {
+            Ok(()) => return,
+            Err(error) => {
+                *client = None;
+                tracing::warn!(%error, attempt, "cannot forward an event to containerd");
+            }
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+    tracing::error!(topic = %request.envelope.topic, "event lost: containerd did not take it");
+}
+
+async fn try_forward(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> ttrpc::Result<()> {
+    let connected = match client {
+        Some(client) => client,
+        None => client.insert(EventsClient::new(Client::connect(&format!("unix://{address}")).await?)),
+    };
+    connected.forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request).await.map(|_| ())
+}
+
+/// A message that is an event of containerd's.
+pub trait Event: MessageFull {
+    /// Its topic (containerd: core/runtime/events.go).
+    fn topic(&self) -> &'static str;
+}
+
+macro_rules! topics {
+    ($($message:ident => $topic:ident),* $(,)?) => {
+        $(impl Event for messages::$message {
+            fn topic(&self) -> &'static str {
+                topics::$topic
+            }
+        })*
+    };
+}
+
+topics! {
+    TaskCreate => TASK_CREATE_EVENT_TOPIC,
+    TaskStart => TASK_START_EVENT_TOPIC,
+    TaskOOM => TASK_OOM_EVENT_TOPIC,
+    TaskExit => TASK_EXIT_EVENT_TOPIC,
+    TaskDelete => TASK_DELETE_EVENT_TOPIC,
+    TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
+    TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
+    TaskPaused => TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed => TASK_RESUMED_EVENT_TOPIC,
+}

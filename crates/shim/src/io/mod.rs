@@ -1,0 +1,185 @@
+//! Standard streams: containerd's fifos on one side, a vsock connection for each stream on the other (DESIGN D8).
+//!
+//! Bytes are copied with backpressure: a reader that does not read stops the writer in the guest. A fifo is opened for
+//! reading and writing at once where the contract asks for it, so that neither open blocks nor a restart of containerd
+//! breaks the stream (containerd: cmd/containerd-shim-runc-v2/process/io.go does the same with two descriptors).
+
+mod copy;
+mod target;
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bulkhead_protocol::agent::Streams;
+use bulkhead_protocol::stdio::{ACCEPTED, HeaderError, Stream, StreamHeader, encode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
+use target::{Input, Output};
+
+/// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long the guest may take to accept or refuse a stream; see `CONNECT_DEADLINE` of the VM for its size.
+const HEADER: Duration = Duration::from_secs(30);
+
+/// Where a process's streams are, as containerd says.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Stdio {
+    /// Path, or empty for none.
+    pub stdin: String,
+    /// Path or URI, or empty for none.
+    pub stdout: String,
+    /// Path or URI, or empty for none.
+    pub stderr: String,
+    /// Whether the process has a terminal, whose output is stdout.
+    pub terminal: bool,
+}
+
+impl Stdio {
+    /// The same for the agent.
+    pub fn streams(&self) -> Streams {
+        Streams {
+            terminal: self.terminal,
+            stdin: !self.stdin.is_empty(),
+            stdout: !self.stdout.is_empty(),
+            stderr: !self.stderr.is_empty() && !self.terminal,
+            ..Streams::default()
+        }
+    }
+}
+
+/// The running copies of one process.
+#[derive(Debug, Default)]
+pub struct ProcessIo {
+    /// Set to close stdin when what is in it has been read.
+    close_stdin: Option<watch::Sender<bool>>,
+    /// Set when the process has ended: what it wrote is on its way, and nothing more will come.
+    ended: watch::Sender<bool>,
+    input: Mutex<Option<JoinHandle<()>>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl ProcessIo {
+    /// Connects the streams of a process that exists in the guest.
+    pub async fn connect(agent: &Agent, key: &ProcessKey, stdio: &Stdio) -> Result<Self, IoError> {
+        let streams = stdio.streams();
+        let mut io = Self::default();
+        // Everything is opened and connected before the first byte is copied: a failure leaves nothing running.
+        let stdout = if streams.stdout { Some(Output::open(&stdio.stdout)?) } else { None };
+        let stderr = if streams.stderr { Some(Output::open(&stdio.stderr)?) } else { None };
+        let stdin = if streams.stdin { Some(Input::open(&stdio.stdin)?) } else { None };
+        let mut outputs = Vec::new();
+        for (stream, output) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
+            if let Some(output) = output {
+                outputs.push((connect_stream(agent, key, stream).await?, output));
+            }
+        }
+        if let Some(input) = stdin {
+            let connection = connect_stream(agent, key, Stream::Stdin).await?;
+            let (close, closed) = watch::channel(false);
+            io.close_stdin = Some(close);
+            io.input = Mutex::new(Some(tokio::spawn(copy::to_guest(input, connection, closed))));
+        }
+        let copies = outputs.into_iter().map(|(connection, output)| {
+            tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe()))
+        });
+        let copies = copies.collect();
+        io.outputs = Mutex::new(copies);
+        Ok(io)
+    }
+
+    /// The process has ended: its output ends when the guest says so, or falls silent.
+    pub fn process_ended(&self) {
+        self.ended.send_replace(true);
+    }
+
+    /// containerd has closed stdin: what is in the fifo still goes to the process, then its stdin ends.
+    pub fn close_stdin(&self) {
+        if let Some(close) = &self.close_stdin {
+            close.send_replace(true);
+        }
+    }
+
+    /// Ends the copies: output is drained, in bounded time, and the fifos are closed.
+    pub async fn finish(&self) {
+        if let Some(input) = take(&self.input) {
+            input.abort();
+        }
+        let outputs = take(&self.outputs);
+        let aborts: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
+        let drained = async {
+            for output in outputs {
+                let _ = output.await;
+            }
+        };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            tracing::warn!("output did not end within {DRAIN:?}, closing it");
+            aborts.iter().for_each(tokio::task::AbortHandle::abort);
+        }
+    }
+}
+
+fn take<T: Default>(slot: &Mutex<T>) -> T {
+    slot.lock().map(|mut value| std::mem::take(&mut *value)).unwrap_or_default()
+}
+
+impl Drop for ProcessIo {
+    fn drop(&mut self) {
+        if let Some(input) = take(&self.input) {
+            input.abort();
+        }
+        take(&self.outputs).iter().for_each(JoinHandle::abort);
+    }
+}
+
+async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Result<UnixStream, IoError> {
+    let header = StreamHeader { container_id: key.container.clone(), exec_id: key.exec.clone(), stream };
+    let bytes = encode(&header).map_err(IoError::Header)?;
+    let mut connection = agent.stream().await?;
+    let handshake = async {
+        connection.write_all(&bytes).await?;
+        connection.read_u8().await
+    };
+    match tokio::time::timeout(HEADER, handshake).await {
+        Ok(Ok(ACCEPTED)) => Ok(connection),
+        Ok(Ok(_)) => Err(IoError::Refused(stream)),
+        Ok(Err(source)) => Err(IoError::Handshake(source)),
+        Err(_) => Err(IoError::Handshake(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// A standard stream cannot be connected.
+#[derive(Debug, thiserror::Error)]
+pub enum IoError {
+    /// The host's end.
+    #[error("cannot open {path} for a standard stream")]
+    Open {
+        /// As containerd gave it.
+        path: String,
+        /// open(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// A scheme that we do not have.
+    #[error("a standard stream has the unknown scheme {0:?}; fifos and file:// are supported")]
+    Scheme(String),
+    /// The ids are too long.
+    #[error(transparent)]
+    Header(HeaderError),
+    /// The guest does not have it.
+    #[error("the guest refused the stream {0:?}")]
+    Refused(Stream),
+    /// The connection broke.
+    #[error("the guest broke the handshake of a standard stream")]
+    Handshake(#[source] std::io::Error),
+    /// No connection.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+#[cfg(test)]
+mod tests;

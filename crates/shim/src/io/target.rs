@@ -1,0 +1,71 @@
+//! The host's end of a stream: a fifo, or a file that containerd names by URI (containerd: pkg/cio/io.go).
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use tokio::net::unix::pipe;
+
+use super::IoError;
+
+/// Where output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// A fifo, held open for reading as well: the last reader going away (containerd's restart) is not an error.
+    Fifo(pipe::Sender),
+    /// A file that is appended to.
+    File(File),
+}
+
+impl Output {
+    /// Opens a path or URI. Never blocks.
+    pub fn open(target: &str) -> Result<Self, IoError> {
+        let (scheme, path) = split(target);
+        let failed = |source| IoError::Open { path: target.to_owned(), source };
+        let is_fifo = || std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
+        match scheme {
+            "file" => append(path).map(Self::File).map_err(failed),
+            "" if !is_fifo() => append(path).map(Self::File).map_err(failed),
+            "" | "fifo" => {
+                pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed)
+            }
+            other => Err(IoError::Scheme(other.to_owned())),
+        }
+    }
+}
+
+fn append(path: &str) -> std::io::Result<File> {
+    if let Some(parent) = Path::new(path).parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    OpenOptions::new().create(true).append(true).mode(0o640).open(path)
+}
+
+/// Where stdin comes from.
+#[derive(Debug)]
+pub struct Input {
+    /// Its reading end.
+    pub reader: pipe::Receiver,
+    /// Held until containerd says that stdin is closed, so that a restart of containerd does not end it.
+    pub keep_open: Option<pipe::Sender>,
+}
+
+impl Input {
+    /// Opens a fifo. Never blocks.
+    pub fn open(target: &str) -> Result<Self, IoError> {
+        let (scheme, path) = split(target);
+        if !matches!(scheme, "" | "fifo") {
+            return Err(IoError::Scheme(scheme.to_owned()));
+        }
+        let failed = |source| IoError::Open { path: target.to_owned(), source };
+        let reader = pipe::OpenOptions::new().open_receiver(path).map_err(failed)?;
+        let keep_open = pipe::OpenOptions::new().open_sender(path).map_err(failed)?;
+        Ok(Self { reader, keep_open: Some(keep_open) })
+    }
+}
+
+fn split(target: &str) -> (&str, &str) {
+    let (scheme, rest) = target.split_once("://").unwrap_or(("", target));
+    // A query names options of other schemes; a path of ours has none.
+    (scheme, if scheme.is_empty() { rest } else { rest.split('?').next().unwrap_or(rest) })
+}

@@ -1,0 +1,82 @@
+//! Copies between fifos and a socketpair that stands for the guest's stream.
+
+use super::*;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use std::io::Read;
+use std::path::PathBuf;
+
+fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
+    let path = dir.path().join(name);
+    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn output_reaches_the_fifo_and_its_reader_sees_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "out");
+    let mut reader = tokio::net::unix::pipe::OpenOptions::new().open_receiver(&path).unwrap();
+    let (mut guest, connection) = UnixStream::pair().unwrap();
+    let copy = tokio::spawn(copy::from_guest(connection, Output::open(path.to_str().unwrap()).unwrap(), watch::channel(false).1));
+    guest.write_all(b"hello").await.unwrap();
+    drop(guest);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).await.unwrap();
+    copy.await.unwrap();
+    assert_eq!(text, "hello");
+}
+
+#[tokio::test]
+async fn stdin_ends_only_after_close_and_keeps_what_is_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "in");
+    let input = Input::open(path.to_str().unwrap()).unwrap();
+    let (mut guest, connection) = UnixStream::pair().unwrap();
+    let (close, closed) = watch::channel(false);
+    let copy = tokio::spawn(copy::to_guest(input, connection, closed));
+    for text in ["one", "two"] {
+        // A writer that comes and goes, as containerd does when it restarts.
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        let mut writer = tokio::net::unix::pipe::OpenOptions::new().open_sender(&path).unwrap();
+        writer.write_all(text.as_bytes()).await.unwrap();
+    }
+    let mut got = [0; 6];
+    guest.read_exact(&mut got).await.unwrap();
+    assert_eq!(&got, b"onetwo");
+    close.send_replace(true);
+    assert_eq!(guest.read(&mut got).await.unwrap(), 0);
+    copy.await.unwrap();
+}
+
+#[tokio::test]
+async fn file_uri_is_appended_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("logs/c.log");
+    let (mut guest, connection) = UnixStream::pair().unwrap();
+    let output = Output::open(&format!("file://{}?x=y", path.display())).unwrap();
+    guest.write_all(b"line\n").await.unwrap();
+    drop(guest);
+    copy::from_guest(connection, output, watch::channel(false).1).await;
+    let mut text = String::new();
+    std::fs::File::open(path).unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "line\n");
+    assert!(matches!(Output::open("binary:///bin/logger"), Err(IoError::Scheme(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_never_ends_is_given_up_after_its_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let (_guest, connection) = UnixStream::pair().unwrap();
+    let (end, ended) = watch::channel(false);
+    let copy = tokio::spawn(copy::from_guest(connection, Output::open(path.to_str().unwrap()).unwrap(), ended));
+    end.send_replace(true);
+    copy.await.unwrap();
+}
+
+#[test]
+fn a_terminal_has_no_stderr() {
+    let stdio = Stdio { stdin: "i".into(), stdout: "o".into(), stderr: "e".into(), terminal: true };
+    let streams = stdio.streams();
+    assert!(streams.terminal && streams.stdin && streams.stdout && !streams.stderr);
+}

@@ -1,0 +1,68 @@
+//! A thread in another network namespace (setns(2) moves the calling thread alone).
+
+use std::future::Future;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Runs `body` to its end on a new thread that has entered the namespace, with a reactor of its own: sockets belong to
+/// the namespace in which they are made.
+pub async fn run_in<T, F, B>(netns: &Path, body: B) -> Result<T, NetnsError>
+where
+    T: Send + 'static,
+    F: Future<Output = T>,
+    B: FnOnce() -> F + Send + 'static,
+{
+    let path = netns.to_path_buf();
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("bulkhead-netns".to_owned())
+        .stack_size(512 << 10)
+        .spawn(move || {
+            let _ = tell.send(enter_and_run(&path, body));
+        })
+        .map_err(NetnsError::Thread)?;
+    told.await.map_err(|_| NetnsError::Lost)?
+}
+
+fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F) -> Result<T, NetnsError> {
+    let enter = |path: &Path| {
+        let netns = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
+    };
+    enter(path).map_err(|error| NetnsError::Enter { path: path.to_path_buf(), source: error.into() })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(NetnsError::Thread)?;
+    Ok(runtime.block_on(body()))
+}
+
+/// An rtnetlink(7) connection in the calling thread's namespace.
+pub fn connect() -> Result<rtnetlink::Handle, NetnsError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetnsError::Socket)?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+/// The namespace cannot be worked in.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// open(2) or setns(2).
+    #[error("cannot enter the pod's network namespace {path}; did CNI set it up?")]
+    Enter {
+        /// The namespace.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No thread or no reactor.
+    #[error("cannot start a thread for the pod's network")]
+    Thread(#[source] std::io::Error),
+    /// No netlink socket.
+    #[error("cannot open a netlink socket")]
+    Socket(#[source] std::io::Error),
+    /// A defect of ours.
+    #[error("the thread for the pod's network ended early")]
+    Lost,
+}

@@ -1,0 +1,89 @@
+//! Reading and attaching in network namespaces of their own. Without privileges they cannot run and say so. The redirect
+//! itself needs kernel modules that not every build machine has; the test node has them.
+
+use std::process::Command;
+
+use super::*;
+
+/// A named namespace with a bridge as its Ethernet interface, made by ip(8).
+struct Netns(String);
+
+impl Netns {
+    fn new(name: &str, commands: &[&str]) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() || !run(&format!("ip netns add {name}")) {
+            eprintln!("needs root and ip(8): the pod's network is not tested");
+            return None;
+        }
+        let made = Self(name.to_owned());
+        for command in commands {
+            assert!(run(&format!("ip -n {name} {command}")), "{command}");
+        }
+        Some(made)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        run(&format!("ip netns del {}", self.0));
+    }
+}
+
+fn run(line: &str) -> bool {
+    let mut words = line.split(' ');
+    Command::new(words.next().unwrap()).args(words).status().is_ok_and(|status| status.success())
+}
+
+#[tokio::test]
+async fn cni_setup_is_read_for_the_guest() {
+    let name = format!("bhtest-read-{}", std::process::id());
+    let commands = [
+        "link add eth0 type bridge",
+        "link set eth0 mtu 1450 address 02:00:00:00:00:07 up",
+        "addr add 10.22.0.5/24 dev eth0",
+        "route add default via 10.22.0.1 dev eth0",
+        "route add 169.254.1.1/32 dev eth0 scope link",
+        "neigh add 10.22.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent",
+    ];
+    let Some(netns) = Netns::new(&name, &commands) else { return };
+    let read = async || {
+        let handle = netns::connect()?;
+        let links = inspect::links(&handle).await?;
+        inspect::network(&handle, &links).await
+    };
+    let network = netns::run_in(&netns.path(), read).await.unwrap().unwrap();
+    let [eth0] = network.interfaces.as_slice() else { panic!("{:?}", network.interfaces) };
+    assert_eq!((eth0.name.as_str(), eth0.mac.as_str(), eth0.mtu), ("eth0", "02:00:00:00:00:07", 1450));
+    assert_eq!(eth0.addresses, ["10.22.0.5/24"]);
+    let routes: Vec<_> = network.routes.iter().map(|r| (r.destination.as_str(), r.gateway.as_str(), r.scope)).collect();
+    assert_eq!(routes, [("169.254.1.1/32", "", 253), ("", "10.22.0.1", 0)]);
+    assert_eq!(network.neighbours.len(), 1);
+    assert_eq!(network.neighbours[0].mac, "02:00:00:00:00:01");
+}
+
+#[tokio::test]
+async fn tap_is_made_in_the_namespace_and_goes_with_its_descriptor() {
+    let name = format!("bhtest-tap-{}", std::process::id());
+    let Some(netns) = Netns::new(&name, &[]) else { return };
+    let make = async || {
+        let handle = netns::connect().unwrap();
+        let tap = tap::open("tap-9").unwrap();
+        tap::raise(&handle, "tap-9", 1400).await.unwrap();
+        tap
+    };
+    let tap = netns::run_in(&netns.path(), make).await.unwrap();
+    assert!(run(&format!("ip -n {name} link show tap-9")));
+    assert!(!run("ip link show tap-9"), "not in the host's namespace");
+    drop(tap);
+    assert!(!run(&format!("ip -n {name} link show tap-9")));
+}
+
+#[tokio::test]
+async fn namespace_that_is_gone_is_named() {
+    let error = attach(PathBuf::from("/run/netns/none-such")).await.unwrap_err();
+    assert!(error.to_string().contains("/run/netns/none-such"));
+    detach(Path::new("/run/netns/none-such")).await.unwrap();
+}

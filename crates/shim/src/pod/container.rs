@@ -1,0 +1,99 @@
+//! A container: its init and its execs.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::types::task::Status;
+
+use super::error::TaskError;
+use super::process::Process;
+
+/// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
+/// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
+const EXEC_ENDS: Duration = Duration::from_secs(2);
+
+/// What a container is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// The pod's own: the VM stands for it, and nothing runs.
+    Sandbox,
+    /// One that runs in the pod's VM.
+    Member,
+    /// One without a pod, with the VM to itself.
+    Standalone,
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Its bundle on the host.
+    pub bundle: PathBuf,
+    /// Its first process.
+    pub init: Arc<Process>,
+    execs: Mutex<HashMap<String, (Arc<Process>, Arc<[u8]>)>>,
+}
+
+impl Container {
+    /// A created container.
+    pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>) -> Self {
+        Self { id, kind, bundle, init, execs: Mutex::default() }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, (Arc<Process>, Arc<[u8]>)>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An exec by its id.
+    pub fn exec(&self, id: &str) -> Result<Arc<Process>, TaskError> {
+        let found = self.execs().get(id).map(|(process, _)| process.clone());
+        found.ok_or_else(|| TaskError::NotFound(format!("exec {id} of container {}", self.id)))
+    }
+
+    /// An exec's OCI process.
+    pub fn exec_spec(&self, id: &str) -> Result<Arc<[u8]>, TaskError> {
+        let found = self.execs().get(id).map(|(_, spec)| spec.clone());
+        found.ok_or_else(|| TaskError::NotFound(format!("exec {id} of container {}", self.id)))
+    }
+
+    /// Adds an exec that is not started yet.
+    pub fn add_exec(&self, process: Arc<Process>, spec: Vec<u8>) -> Result<(), TaskError> {
+        let mut execs = self.execs();
+        let id = process.key.exec.clone();
+        if execs.contains_key(&id) {
+            return Err(TaskError::Exists(format!("exec {id}")));
+        }
+        execs.insert(id, (process, spec.into()));
+        Ok(())
+    }
+
+    /// Forgets an exec.
+    pub fn remove_exec(&self, id: &str) {
+        self.execs().remove(id);
+    }
+
+    /// Init and execs that run.
+    pub fn running(&self) -> Vec<Arc<Process>> {
+        let mut all = vec![self.init.clone()];
+        all.extend(self.execs().values().map(|(process, _)| process.clone()));
+        all.retain(|process| process.status() != Status::STOPPED && process.pid() != 0);
+        all
+    }
+
+    /// Waits until the execs that ran have ended, in bounded time.
+    pub async fn execs_ended(&self) {
+        let running: Vec<_> =
+            self.running().into_iter().filter(|process| !process.key.exec.is_empty()).collect();
+        let all = async {
+            for process in running {
+                process.wait().await;
+            }
+        };
+        let _ = tokio::time::timeout(EXEC_ENDS, all).await;
+    }
+}

@@ -1,0 +1,80 @@
+//! Calls on a running container: pause, resume, update, numbers, terminal size, closing stdin.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use containerd_shim_protos::types::task::Status;
+use protobuf::well_known_types::any::Any;
+
+use super::Pod;
+use super::container::{Container, Kind};
+use super::error::TaskError;
+use crate::{spec, stats};
+
+impl Pod {
+    /// Freezes a container.
+    pub async fn pause(self: Arc<Self>, id: String) -> Result<(), TaskError> {
+        let container = self.member(&id)?;
+        container.init.expect("pause", &[Status::RUNNING])?;
+        self.sandbox()?.agent.pause_container(&id).await?;
+        container.init.set_status(Status::PAUSED);
+        self.publisher.publish(&TaskPaused { container_id: id, ..TaskPaused::default() });
+        Ok(())
+    }
+
+    /// Thaws a container.
+    pub async fn resume(self: Arc<Self>, id: String) -> Result<(), TaskError> {
+        let container = self.member(&id)?;
+        container.init.expect("resume", &[Status::PAUSED])?;
+        self.sandbox()?.agent.resume_container(&id).await?;
+        container.init.set_status(Status::RUNNING);
+        self.publisher.publish(&TaskResumed { container_id: id, ..TaskResumed::default() });
+        Ok(())
+    }
+
+    /// Changes a container's resources; `resources` is OCI JSON.
+    pub async fn update(self: Arc<Self>, id: String, resources: Vec<u8>) -> Result<(), TaskError> {
+        let container = self.container(&id)?;
+        if container.kind == Kind::Sandbox {
+            // The sandbox has no process to limit.
+            return Ok(());
+        }
+        let resources = spec::translate_resources(&resources)?;
+        Ok(self.sandbox()?.agent.update_container(&id, resources).await?)
+    }
+
+    /// A container's numbers, also after its end. The sandbox's own are none: nothing runs in it.
+    pub async fn stats(&self, id: &str) -> Result<Any, TaskError> {
+        let container = self.container(id)?;
+        if container.kind == Kind::Sandbox {
+            return stats::empty();
+        }
+        stats::pack(self.sandbox()?.agent.stats(id).await?)
+    }
+
+    /// Sets a terminal's size.
+    pub async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<(), TaskError> {
+        let process = self.process(id, exec)?;
+        process.expect("resize the terminal of", &[Status::CREATED, Status::RUNNING, Status::PAUSED])?;
+        if self.container(id)?.kind == Kind::Sandbox || process.pid() == 0 {
+            return Ok(());
+        }
+        Ok(self.sandbox()?.agent.resize(&process.key, width, height).await?)
+    }
+
+    /// Closes a process's stdin once what is in it has been read.
+    pub fn close_stdin(&self, id: &str, exec: &str) -> Result<(), TaskError> {
+        if let Some(io) = self.process(id, exec)?.io() {
+            io.close_stdin();
+        }
+        Ok(())
+    }
+
+    fn member(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let container = self.container(id)?;
+        if container.kind == Kind::Sandbox {
+            return Err(TaskError::Unsupported("pausing a sandbox"));
+        }
+        Ok(container)
+    }
+}

@@ -1,0 +1,161 @@
+//! `Kill` and `Delete`: both end in bounded time, whatever the guest does (DESIGN D9).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskDelete;
+use containerd_shim_protos::types::task::Status;
+use protobuf::MessageField;
+
+use super::Pod;
+use super::container::{Container, Kind};
+use super::error::TaskError;
+use super::process::{Exit, Process};
+use super::start::SIGKILL;
+use crate::sandbox::agent::AgentError;
+use crate::sandbox::{Sandbox, blocking};
+use crate::share::ShareError;
+
+/// How long a process that was never started may take to die of SIGKILL before its VM is killed.
+const UNSTARTED_END: Duration = Duration::from_secs(10);
+
+/// Signals that end a sandbox: HUP, INT, QUIT, ABRT, KILL, TERM. The pause program would ignore the others.
+const ENDING: [u32; 6] = [1, 2, 3, 6, SIGKILL, 15];
+
+/// What is left of a process.
+#[derive(Clone, Debug)]
+pub struct Deleted {
+    /// The pid that it had.
+    pub pid: u32,
+    /// How it ended.
+    pub exit: Exit,
+}
+
+impl Pod {
+    /// Sends a signal to a process, or to all of a container's.
+    pub async fn kill(self: Arc<Self>, id: String, exec: String, signal: u32, all: bool) -> Result<(), TaskError> {
+        let container = self.container(&id)?;
+        let process = self.process(&id, &exec)?;
+        match process.status() {
+            Status::STOPPED => return Err(TaskError::Finished),
+            Status::CREATED if !exec.is_empty() => {
+                return Err(TaskError::State { what: "kill", state: "created" });
+            }
+            _ => {}
+        }
+        let sandbox = self.sandbox()?;
+        if container.kind == Kind::Sandbox {
+            if ENDING.contains(&signal) {
+                // containerd waits for the end by Wait, not by the answer to Kill.
+                tokio::spawn(async move { sandbox.stop().await });
+            }
+            return Ok(());
+        }
+        match sandbox.agent.signal(&process.key, signal, all).await {
+            Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
+            Err(error @ AgentError::Refused { .. }) => Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%error, "killing the VM of a guest that does not deliver a signal");
+                sandbox.vm.kill().await;
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Deletes an ended process, with all that is left of it.
+    pub async fn delete(self: Arc<Self>, id: String, exec: String) -> Result<Deleted, TaskError> {
+        let container = self.container(&id)?;
+        if exec.is_empty() { self.delete_container(&container).await } else { self.delete_exec(&container, &exec).await }
+    }
+
+    async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {
+        let process = container.exec(exec)?;
+        process.expect("delete", &[Status::STOPPED, Status::CREATED])?;
+        finish_io(&process).await;
+        if let Ok(sandbox) = self.sandbox()
+            && process.pid() != 0
+        {
+            tolerate(&sandbox, sandbox.agent.delete_process(&process.key).await).await;
+        }
+        container.remove_exec(exec);
+        Ok(deleted(&process))
+    }
+
+    async fn delete_container(&self, container: &Container) -> Result<Deleted, TaskError> {
+        let init = &container.init;
+        if init.status() == Status::CREATED {
+            self.end_unstarted(container).await;
+        }
+        init.expect("delete", &[Status::STOPPED])?;
+        finish_io(init).await;
+        if container.kind == Kind::Sandbox {
+            let _gate = self.gate.lock().await;
+            self.teardown().await;
+        } else {
+            self.remove_member(container).await?;
+        }
+        self.containers().remove(&container.id);
+        let deleted = deleted(init);
+        self.publisher.publish(&TaskDelete {
+            container_id: container.id.clone(),
+            pid: deleted.pid,
+            exit_status: deleted.exit.code,
+            exited_at: MessageField::some(deleted.exit.at.clone()),
+            ..TaskDelete::default()
+        });
+        Ok(deleted)
+    }
+
+    async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
+        if container.kind == Kind::Standalone {
+            let _gate = self.gate.lock().await;
+            self.teardown().await;
+            return Ok(());
+        }
+        // The VM may have ended and be gone; the container's mounts went with it then.
+        let Some(sandbox) = self.sandbox_slot().clone() else { return Ok(()) };
+        if !sandbox.vm.has_ended() {
+            tolerate(&sandbox, sandbox.agent.delete_container(&container.id).await).await;
+        }
+        let (share, id) = (sandbox.share.clone(), container.id.clone());
+        let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
+        Ok(removed?)
+    }
+
+    /// A created container has a process that waits to be started; it is killed first.
+    async fn end_unstarted(&self, container: &Container) {
+        let Ok(sandbox) = self.sandbox() else { return };
+        if container.kind == Kind::Sandbox {
+            sandbox.stop().await;
+        } else {
+            let _ = sandbox.agent.signal(&container.init.key, SIGKILL, true).await;
+        }
+        if tokio::time::timeout(UNSTARTED_END, container.init.wait()).await.is_err() {
+            sandbox.vm.kill().await;
+            container.init.wait().await;
+        }
+    }
+}
+
+async fn finish_io(process: &Process) {
+    if let Some(io) = process.io() {
+        io.finish().await;
+    }
+}
+
+/// A refusal while cleaning up is logged; a guest that does not answer at all has its VM killed.
+async fn tolerate(sandbox: &Sandbox, answer: Result<(), AgentError>) {
+    match answer {
+        Ok(()) => {}
+        Err(error @ AgentError::Refused { .. }) => tracing::warn!(%error, "the guest does not clean up"),
+        Err(error) => {
+            tracing::warn!(%error, "killing the VM of a guest that does not clean up");
+            sandbox.vm.kill().await;
+        }
+    }
+}
+
+fn deleted(process: &Process) -> Deleted {
+    Deleted { pid: process.pid(), exit: process.exit().unwrap_or_default() }
+}

@@ -1,0 +1,142 @@
+//! Why a task call failed, in the terms of containerd's errors (containerd: api errdefs, gRPC codes).
+
+use std::error::Error;
+
+use ttrpc::Code;
+
+use crate::bundle::BundleError;
+use crate::config::ConfigError;
+use crate::io::IoError;
+use crate::sandbox::SandboxError;
+use crate::sandbox::agent::AgentError;
+use crate::share::ShareError;
+use crate::spec::SpecError;
+
+/// A task call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    /// No such container or exec.
+    #[error("{0} not found")]
+    NotFound(String),
+    /// The process has ended already.
+    #[error("process already finished")]
+    Finished,
+    /// The id is in use.
+    #[error("{0} already exists")]
+    Exists(String),
+    /// Not in this state.
+    #[error("cannot {what} a {state} process")]
+    State {
+        /// What was asked.
+        what: &'static str,
+        /// Its state.
+        state: &'static str,
+    },
+    /// The VM is gone, or never was.
+    #[error("the pod's VM is not running; remove the pod and let it be created again")]
+    NoSandbox,
+    /// Another pod's container came here.
+    #[error("the container belongs to sandbox {0}, which this shim does not serve")]
+    WrongSandbox(String),
+    /// What a VM has no use for.
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    /// What cannot be understood.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// A thread.
+    #[error("cannot make a pid for the process; is the node out of threads?")]
+    HostPid(#[source] std::io::Error),
+    /// The call was cut off by the end of the daemon.
+    #[error("the shim is ending")]
+    Ending,
+    /// The bundle.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The spec.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The VM.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Mounts.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The guest.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// Standard streams.
+    #[error(transparent)]
+    Io(#[from] IoError),
+}
+
+impl TaskError {
+    /// The gRPC code that containerd knows this by.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) | Self::Finished => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::State { .. } | Self::NoSandbox | Self::WrongSandbox(_) => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Agent(error) | Self::Io(IoError::Agent(error)) => agent_code(error),
+            Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
+            Self::Bundle(_) | Self::Config(_) | Self::Sandbox(_) | Self::Share(_) | Self::Io(_) => Code::UNKNOWN,
+        }
+    }
+}
+
+/// The guest may choose among the codes of its contract; whatever else it says is `UNKNOWN`. Above all it may not say
+/// `UNIMPLEMENTED`, which would make containerd downgrade the shim.
+fn agent_code(error: &AgentError) -> Code {
+    match error {
+        AgentError::Refused { code, .. } => match code {
+            Code::NOT_FOUND | Code::ALREADY_EXISTS | Code::FAILED_PRECONDITION | Code::INVALID_ARGUMENT => *code,
+            _ => Code::UNKNOWN,
+        },
+        AgentError::Silent => Code::DEADLINE_EXCEEDED,
+        AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
+    }
+}
+
+/// An error with its causes, in one line. A transparent error is its cause, and is not said twice.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_names_every_cause_once() {
+        let error = TaskError::Config(ConfigError::Read {
+            path: "/x".into(),
+            source: std::io::ErrorKind::PermissionDenied.into(),
+        });
+        assert_eq!(
+            chain(&error),
+            "cannot read Bulkhead's configuration /x; make it readable for root, or remove it for the defaults: permission denied"
+        );
+    }
+
+    #[test]
+    fn guest_cannot_claim_that_a_method_is_missing() {
+        let refused = |code| TaskError::Agent(AgentError::Refused { code, message: String::new() }).code();
+        assert_eq!(refused(Code::NOT_FOUND), Code::NOT_FOUND);
+        assert_eq!(refused(Code::UNIMPLEMENTED), Code::UNKNOWN);
+    }
+}

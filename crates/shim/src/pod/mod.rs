@@ -1,0 +1,110 @@
+//! A pod: its VM and the tasks that containerd knows of it.
+//!
+//! The calls of the Task API are in files by what they do: [`create`], [`start`], [`end`] and [`control`]. Locks: the boot
+//! gate, then a process's `order`, then the maps, which are never held across an await.
+
+mod container;
+mod control;
+mod create;
+mod end;
+pub mod error;
+mod options;
+pub mod process;
+mod start;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+use crate::events::Publisher;
+use crate::paths::RunDir;
+use crate::sandbox::Sandbox;
+use container::Container;
+pub use create::CreateTask;
+pub use start::ExecTask;
+use error::TaskError;
+use process::Process;
+
+/// Names a pod.
+#[derive(Clone, Debug)]
+pub struct PodIdentity {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The id of the sandbox, or of the container that has no pod.
+    pub sandbox_id: String,
+    /// Where its files are.
+    pub run_dir: RunDir,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    identity: PodIdentity,
+    publisher: Publisher,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    sandbox: Mutex<Option<Arc<Sandbox>>>,
+    /// Held while the VM is made or unmade.
+    gate: tokio::sync::Mutex<()>,
+    finished: watch::Sender<bool>,
+}
+
+impl Pod {
+    /// A pod without a VM.
+    pub fn new(identity: PodIdentity, publisher: Publisher) -> Self {
+        Self {
+            identity,
+            publisher,
+            containers: Mutex::default(),
+            sandbox: Mutex::default(),
+            gate: tokio::sync::Mutex::new(()),
+            finished: watch::channel(false).0,
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sandbox_slot(&self) -> MutexGuard<'_, Option<Arc<Sandbox>>> {
+        self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM, if there is one that runs.
+    fn sandbox(&self) -> Result<Arc<Sandbox>, TaskError> {
+        let sandbox = self.sandbox_slot().clone().ok_or(TaskError::NoSandbox)?;
+        if sandbox.vm.has_ended() { Err(TaskError::NoSandbox) } else { Ok(sandbox) }
+    }
+
+    /// A container by its id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        self.containers().get(id).cloned().ok_or_else(|| TaskError::NotFound(format!("container {id}")))
+    }
+
+    /// A container's init, or its exec if the id is not empty.
+    pub fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>, TaskError> {
+        let container = self.container(id)?;
+        if exec.is_empty() { Ok(container.init.clone()) } else { container.exec(exec) }
+    }
+
+    /// Returns when containerd has asked the daemon to end and nothing is left to serve.
+    pub async fn finished(&self) {
+        let mut finished = self.finished.subscribe();
+        let _ = finished.wait_for(|finished| *finished).await;
+    }
+
+    /// Ends the daemon if no container is left.
+    pub fn shutdown(&self) {
+        if self.containers().is_empty() {
+            self.finished.send_replace(true);
+        }
+    }
+
+    /// Removes the VM and everything of it.
+    pub async fn teardown(&self) {
+        let sandbox = self.sandbox_slot().take();
+        if let Some(sandbox) = sandbox {
+            sandbox.destroy().await;
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! `Start` and `Exec`: processes begin, and each is waited for from then on.
+
+use std::sync::Arc;
+
+use bulkhead_protocol::agent::ExecRequest;
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
+use containerd_shim_protos::types::task::Status;
+use protobuf::MessageField;
+
+use super::Pod;
+use super::container::{Container, Kind};
+use super::error::TaskError;
+use super::process::{Exit, Process};
+use crate::cli::flags::is_identifier;
+use crate::io::{ProcessIo, Stdio};
+use crate::sandbox::Sandbox;
+use crate::sandbox::agent::{AgentError, ProcessKey};
+use crate::spec;
+
+/// What containerd asks to execute.
+#[derive(Clone, Debug, Default)]
+pub struct ExecTask {
+    /// The container.
+    pub id: String,
+    /// The exec.
+    pub exec_id: String,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// Its OCI process as JSON.
+    pub process: Vec<u8>,
+}
+
+impl Pod {
+    /// Starts a container's init or an exec and answers its pid.
+    pub async fn start(self: Arc<Self>, id: String, exec: String) -> Result<u32, TaskError> {
+        let container = self.container(&id)?;
+        if exec.is_empty() { self.start_init(&container).await } else { self.start_exec(&container, &exec).await }
+    }
+
+    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+        let init = &container.init;
+        let _order = init.order.lock().await;
+        init.expect("start", &[Status::CREATED])?;
+        let sandbox = self.sandbox()?;
+        if container.kind != Kind::Sandbox {
+            sandbox.agent.start_container(&container.id).await?;
+        }
+        init.set_status(Status::RUNNING);
+        let (container_id, pid) = (container.id.clone(), init.pid());
+        self.publisher.publish(&TaskStart { container_id, pid, ..TaskStart::default() });
+        Ok(pid)
+    }
+
+    async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<u32, TaskError> {
+        let process = container.exec(exec)?;
+        let order = process.order.lock().await;
+        process.expect("start", &[Status::CREATED])?;
+        container.init.expect("execute in", &[Status::RUNNING])?;
+        let sandbox = self.sandbox()?;
+        let pid = process.assign_pid()?;
+        let request = ExecRequest {
+            container_id: container.id.clone(),
+            exec_id: exec.to_owned(),
+            process: container.exec_spec(exec)?.to_vec(),
+            streams: MessageField::some(process.stdio.streams()),
+            ..ExecRequest::default()
+        };
+        sandbox.agent.exec(request).await?;
+        match ProcessIo::connect(&sandbox.agent, &process.key, &process.stdio).await {
+            Ok(io) => process.set_io(io),
+            Err(error) => {
+                let _ = sandbox.agent.signal(&process.key, SIGKILL, false).await;
+                return Err(error.into());
+            }
+        }
+        process.set_status(Status::RUNNING);
+        let (container_id, exec_id) = (container.id.clone(), exec.to_owned());
+        self.publisher.publish(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
+        drop(order);
+        tokio::spawn(self.clone().follow(container.clone(), process, sandbox));
+        Ok(pid)
+    }
+
+    /// Adds an exec, to be started later.
+    pub fn exec(&self, task: ExecTask) -> Result<(), TaskError> {
+        let container = self.container(&task.id)?;
+        if container.kind == Kind::Sandbox {
+            return Err(TaskError::Unsupported("executing in a sandbox, which has no process of its own,"));
+        }
+        if !is_identifier(&task.exec_id) {
+            return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
+        }
+        let spec = spec::translate_process(&task.process)?;
+        let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
+        container.add_exec(Arc::new(Process::new(key, task.stdio)), spec)?;
+        let (container_id, exec_id) = (task.id, task.exec_id);
+        self.publisher.publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
+        Ok(())
+    }
+
+    /// Waits for a created container's init from now on: it may be killed before it is started.
+    pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>) -> Result<(), TaskError> {
+        let sandbox = self.sandbox_slot().clone().ok_or(TaskError::NoSandbox)?;
+        let init = container.init.clone();
+        match container.kind {
+            Kind::Sandbox => tokio::spawn(self.clone().follow_vm(container, sandbox)),
+            Kind::Member | Kind::Standalone => tokio::spawn(self.clone().follow(container, init, sandbox)),
+        };
+        Ok(())
+    }
+
+    async fn follow_vm(self: Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
+        sandbox.vm.ended().await;
+        self.process_ended(&container, &container.init.clone(), Exit::KILLED).await;
+    }
+
+    /// Waits for a process in the guest. Its VM's end is its end; a guest that does not say how a process ended is not one.
+    async fn follow(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+        let code = tokio::select! {
+            answer = sandbox.agent.wait(&process.key) => match answer {
+                Ok(status) => status.code,
+                Err(error) => {
+                    if !matches!(error, AgentError::Refused { .. }) {
+                        sandbox.vm.kill().await;
+                    }
+                    tracing::warn!(%error, process = ?process.key, "the guest does not tell how a process ended");
+                    Exit::KILLED
+                }
+            },
+            () = sandbox.vm.ended() => Exit::KILLED,
+        };
+        self.process_ended(&container, &process, code).await;
+    }
+
+    async fn process_ended(&self, container: &Container, process: &Process, code: u32) {
+        // Not before its start has been told, nor an init's before its execs' ends.
+        let _order = process.order.lock().await;
+        let is_init = process.key.exec.is_empty();
+        if is_init {
+            container.execs_ended().await;
+        }
+        let exit = Exit::now(code);
+        if !process.ended(exit.clone()) {
+            return;
+        }
+        let id = if is_init { &container.id } else { &process.key.exec };
+        self.publisher.publish(&TaskExit {
+            container_id: container.id.clone(),
+            id: id.clone(),
+            pid: process.pid(),
+            exit_status: exit.code,
+            exited_at: MessageField::some(exit.at),
+            ..TaskExit::default()
+        });
+    }
+}
+
+/// signal(7).
+pub(super) const SIGKILL: u32 = 9;

@@ -1,0 +1,214 @@
+//! Calls to the agent. Every one has a deadline, because the guest may never answer; only waiting for a process and for
+//! an event has none, and both end with the VM.
+
+use std::time::Duration;
+
+use bulkhead_protocol::agent as proto;
+use bulkhead_protocol::agent::AgentClient;
+use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT};
+use tokio::net::UnixStream;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::Context;
+use ttrpc::{Code, asynchronous::Client};
+
+use super::vm::{Vm, VmError};
+
+/// What an ordinary call may take. Creating a container is milliseconds of work; emulated CI nodes are some fifty times
+/// slower, and the kubelet gives up after two minutes.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a signal may take: the guest's kernel delivers it, so a guest that takes longer is not going to answer.
+const KILL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What the numbers of one container may take: the kubelet's collector waits 10 s for all containers of the node.
+const STATS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Longest text of the guest in an error message, in characters.
+const MAX_TEXT: usize = 1024;
+
+/// The agent of one guest. Cheap to clone.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    vm: Vm,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
+/// A process of a container: its exec id, empty for the init.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct ProcessKey {
+    /// The container.
+    pub container: String,
+    /// The exec.
+    pub exec: String,
+}
+
+impl ProcessKey {
+    fn request(&self) -> proto::ProcessRequest {
+        proto::ProcessRequest {
+            container_id: self.container.clone(),
+            exec_id: self.exec.clone(),
+            ..proto::ProcessRequest::default()
+        }
+    }
+}
+
+impl Agent {
+    /// Connects to the agent, which listens already.
+    pub async fn connect(vm: &Vm) -> Result<Self, AgentError> {
+        let stream = vm.connect(AGENT_RPC_PORT).await?;
+        Ok(Self { client: AgentClient::new(Client::new(Socket::from(stream))), vm: vm.clone() })
+    }
+
+    /// A connection for a standard stream.
+    pub async fn stream(&self) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(AGENT_STDIO_PORT).await?)
+    }
+
+    /// See `Agent.CreateSandbox`.
+    pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.DestroySandbox`.
+    pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
+        within(KILL_DEADLINE, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)
+    }
+
+    /// See `Agent.CreateContainer`.
+    pub async fn create_container(&self, request: proto::CreateContainerRequest) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.create_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.StartContainer`.
+    pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.start_container(Context::default(), &container(id))).await.map(drop)
+    }
+
+    /// See `Agent.DeleteContainer`.
+    pub async fn delete_container(&self, id: &str) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.delete_container(Context::default(), &container(id))).await.map(drop)
+    }
+
+    /// See `Agent.PauseContainer`.
+    pub async fn pause_container(&self, id: &str) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.pause_container(Context::default(), &container(id))).await.map(drop)
+    }
+
+    /// See `Agent.ResumeContainer`.
+    pub async fn resume_container(&self, id: &str) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.resume_container(Context::default(), &container(id))).await.map(drop)
+    }
+
+    /// See `Agent.UpdateContainer`.
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = proto::UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources,
+            ..proto::UpdateContainerRequest::default()
+        };
+        within(DEADLINE, self.client.update_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.GetStats`.
+    pub async fn stats(&self, id: &str) -> Result<proto::Stats, AgentError> {
+        within(STATS_DEADLINE, self.client.get_stats(Context::default(), &container(id))).await
+    }
+
+    /// See `Agent.Exec`.
+    pub async fn exec(&self, request: proto::ExecRequest) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.exec(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.DeleteProcess`.
+    pub async fn delete_process(&self, key: &ProcessKey) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.delete_process(Context::default(), &key.request())).await.map(drop)
+    }
+
+    /// See `Agent.SignalProcess`.
+    pub async fn signal(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), AgentError> {
+        let request = proto::SignalRequest {
+            container_id: key.container.clone(),
+            exec_id: key.exec.clone(),
+            signal,
+            all,
+            ..proto::SignalRequest::default()
+        };
+        within(KILL_DEADLINE, self.client.signal_process(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.ResizeTerminal`.
+    pub async fn resize(&self, key: &ProcessKey, width: u32, height: u32) -> Result<(), AgentError> {
+        let request = proto::ResizeRequest {
+            container_id: key.container.clone(),
+            exec_id: key.exec.clone(),
+            width,
+            height,
+            ..proto::ResizeRequest::default()
+        };
+        within(KILL_DEADLINE, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.WaitProcess`. Ends with the process or with the VM.
+    pub async fn wait(&self, key: &ProcessKey) -> Result<proto::ExitStatus, AgentError> {
+        self.client.wait_process(Context::default(), &key.request()).await.map_err(AgentError::from)
+    }
+
+    /// See `Agent.NextEvent`. Ends with an event or with the VM.
+    pub async fn next_event(&self) -> Result<proto::Event, AgentError> {
+        self.client.next_event(Context::default(), &proto::Empty::new()).await.map_err(AgentError::from)
+    }
+}
+
+fn container(id: &str) -> proto::ContainerRequest {
+    proto::ContainerRequest { container_id: id.to_owned(), ..proto::ContainerRequest::default() }
+}
+
+async fn within<T>(deadline: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    match tokio::time::timeout(deadline, call).await {
+        Ok(answer) => answer.map_err(AgentError::from),
+        Err(_) => Err(AgentError::Silent),
+    }
+}
+
+/// A call to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The agent says no.
+    #[error("{message}")]
+    Refused {
+        /// Its gRPC code.
+        code: Code,
+        /// Its words, bounded.
+        message: String,
+    },
+    /// The agent did not answer in time.
+    #[error("the pod's guest does not answer")]
+    Silent,
+    /// The connection is gone: the VM has ended, or the agent's bytes made no sense.
+    #[error("the connection to the pod's guest is gone: {0}")]
+    Gone(String),
+    /// No connection.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+}
+
+impl From<ttrpc::Error> for AgentError {
+    fn from(error: ttrpc::Error) -> Self {
+        match error {
+            ttrpc::Error::RpcStatus(status) => {
+                Self::Refused { code: status.code(), message: bounded(&status.message) }
+            }
+            other => Self::Gone(bounded(&other.to_string())),
+        }
+    }
+}
+
+fn bounded(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect()
+}

@@ -1,0 +1,95 @@
+//! The machine that a pod gets, as the VMM is told: descriptors, devices and kernel parameters (DESIGN D1).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use bulkhead_protocol::guest::SHARE_TAG;
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use rustix::fs::{Mode, OFlags};
+
+use super::{Cgroup, VmError};
+use crate::config::{Config, Size};
+use crate::network::NetDevice;
+
+/// Our own kernel parameters: a quiet boot whose panics still reach the log, and end the guest instead of hanging it.
+const CMDLINE: &str = "quiet console=hvc0 panic=-1 rdinit=/init";
+
+/// What every machine is made from.
+#[derive(Debug)]
+pub struct Files {
+    kvm: OwnedFd,
+    kernel: OwnedFd,
+    initramfs: OwnedFd,
+}
+
+impl Files {
+    /// Opens what the configuration names; fails with the remedy before anything is made.
+    pub fn open(config: &Config) -> Result<Self, VmError> {
+        let kvm = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| VmError::NoKvm(error.into()))?;
+        let file = |what, path: &Path| {
+            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|error| VmError::NoFile { what, path: path.to_path_buf(), source: error.into() })
+        };
+        if let Err(source) = std::fs::metadata(&config.vmm) {
+            return Err(VmError::NoFile { what: "vmm", path: config.vmm.clone(), source });
+        }
+        Ok(Self { kvm, kernel: file("kernel", &config.kernel)?, initramfs: file("initramfs", &config.initramfs)? })
+    }
+}
+
+/// A machine to build.
+pub struct Machine<'a> {
+    /// Kernel and image.
+    pub files: Files,
+    /// CPUs and memory.
+    pub size: Size,
+    /// The pod's network.
+    pub devices: Vec<NetDevice>,
+    /// The pod's share.
+    pub share: OwnedFd,
+    /// Where the VMM is accounted.
+    pub cgroup: Option<&'a Cgroup>,
+}
+
+/// Descriptors in the order of their indices.
+struct Fds<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> Fds<'a> {
+    fn add(&mut self, fd: &'a OwnedFd) -> FdIndex {
+        self.0.push(fd.as_fd());
+        FdIndex(self.0.len() - 1)
+    }
+}
+
+impl Machine<'_> {
+    /// The message that boots the machine, with its descriptors.
+    pub fn spec<'a>(&'a self, config: &Config, console: &'a OwnedFd) -> (VmSpec, Vec<BorrowedFd<'a>>) {
+        let mut fds = Fds(Vec::new());
+        let kvm = fds.add(&self.files.kvm);
+        let kernel = fds.add(&self.files.kernel);
+        let initramfs = Some(fds.add(&self.files.initramfs));
+        let mut devices = vec![
+            DeviceSpec::Console { output: fds.add(console) },
+            DeviceSpec::Vsock,
+            DeviceSpec::Fs { tag: SHARE_TAG.to_owned(), root: fds.add(&self.share) },
+            DeviceSpec::Rng,
+        ];
+        for device in &self.devices {
+            devices.push(DeviceSpec::Net { tap: fds.add(&device.tap), mac: device.mac, mtu: device.mtu });
+        }
+        let cmdline = format!("{CMDLINE} {}", config.kernel_params).trim_end().to_owned();
+        let spec = VmSpec {
+            kvm,
+            kernel,
+            initramfs,
+            cmdline,
+            vcpus: self.size.vcpus,
+            boot_vcpus: 1,
+            memory_mib: self.size.memory_mib,
+            devices,
+            serial: None,
+        };
+        (spec, fds.0)
+    }
+}

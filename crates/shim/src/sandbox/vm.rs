@@ -1,0 +1,314 @@
+//! The VMM's process and its control socket (DESIGN D1, D2).
+//!
+//! One task owns both. It ends, and with it the VM as far as anyone else is concerned, when the process has been waited
+//! for; that happens at once when the process dies, however it dies. The socket is the process's stdin: inherited without
+//! clearing close-on-exec on any descriptor of the shim.
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::Interest;
+use tokio::net::{UnixDatagram, UnixStream};
+use tokio::process::Child;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::console::{self, Tail};
+use super::hypervisor::Machine;
+use crate::config::Config;
+
+/// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
+/// a second is much on hardware; emulated CI nodes are some fifty times slower.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Requests that wait for the task; each is one connection.
+const REQUESTS: usize = 64;
+
+type Answer = oneshot::Sender<Result<(), VmError>>;
+
+/// A VM, as long as its VMM's process is there. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    pid: u32,
+    requests: mpsc::Sender<Order>,
+    ended: watch::Receiver<bool>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Connect { port: u32, end: OwnedFd, answer: Answer },
+    Kill,
+}
+
+impl Vm {
+    /// Starts the VMM, boots the machine and waits until its agent listens.
+    pub async fn boot(config: &Config, machine: Machine<'_>, pid_file: &Path) -> Result<Self, VmError> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(io_error)?;
+        let tail = Tail::default();
+        let (console, stderr) = (console::follow("guest", &tail)?, console::follow("vmm", &tail)?);
+        let mut command = tokio::process::Command::new(&config.vmm);
+        command.args(["--control-fd", "0"]).stdin(theirs).stdout(Stdio::null()).stderr(stderr);
+        command.env_clear().current_dir("/").kill_on_drop(true);
+        let spawned = command.spawn();
+        // The command holds the VMM's end of the socket and of stderr; only the VMM may.
+        drop(command);
+        let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
+        let pid = child.id().unwrap_or(0);
+        super::record(pid_file, pid);
+        if let Some(cgroup) = machine.cgroup {
+            cgroup.add(pid);
+        }
+        let (spec, fds) = machine.spec(config, &console);
+        let boot = Request { id: 0, command: Command::Boot(spec) };
+        control::send(&ours, &boot, &fds).map_err(VmError::Control)?;
+        drop(fds);
+        drop((machine, console));
+        let (vm, ready) = Self::supervise(ours, child, pid)?;
+        match tokio::time::timeout(config.boot_timeout, ready).await {
+            Ok(Ok(Ok(()))) => Ok(vm),
+            Ok(Ok(Err(error))) => Err(vm.fail(error).await),
+            Ok(Err(_)) => Err(vm.fail(VmError::DiedEarly(tail.last_line())).await),
+            Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
+        }
+    }
+
+    fn supervise(socket: OwnedFd, child: Child, pid: u32) -> Result<(Self, oneshot::Receiver<Result<(), VmError>>), VmError> {
+        // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
+        let socket = std::os::unix::net::UnixDatagram::from(socket);
+        socket.set_nonblocking(true).map_err(VmError::Socket)?;
+        let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
+        let (requests, orders) = mpsc::channel(REQUESTS);
+        let (tell_end, ended) = watch::channel(false);
+        let (tell_ready, ready) = oneshot::channel();
+        let supervisor =
+            Supervisor { socket, child, waiting: HashMap::new(), next_id: 1, ready: Some(tell_ready), deaf: false };
+        tokio::spawn(supervisor.run(orders, tell_end));
+        Ok((Self { pid, requests, ended }, ready))
+    }
+
+    async fn fail(self, error: VmError) -> VmError {
+        self.kill().await;
+        error
+    }
+
+    /// The VMM's process.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether the VMM's process is gone.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
+    /// Returns when the VMM's process is gone.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // An error means that the task is gone, and the process with it.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// Kills the VMM and waits for its process: SIGKILL is not refused, so this ends.
+    pub async fn kill(&self) {
+        let _ = self.requests.send(Order::Kill).await;
+        self.ended().await;
+    }
+
+    /// Connects to a vsock port of the guest.
+    pub async fn connect(&self, port: u32) -> Result<UnixStream, VmError> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Socket)?;
+        let (answer, answered) = oneshot::channel();
+        let order = Order::Connect { port, end: theirs.into(), answer };
+        self.requests.send(order).await.map_err(|_| VmError::Ended)?;
+        match tokio::time::timeout(CONNECT_DEADLINE, answered).await {
+            Ok(Ok(done)) => done?,
+            Ok(Err(_)) => return Err(VmError::Ended),
+            Err(_) => return Err(VmError::ConnectTimeout(port)),
+        }
+        ours.set_nonblocking(true).map_err(VmError::Socket)?;
+        UnixStream::from_std(ours).map_err(VmError::Socket)
+    }
+}
+
+fn io_error(error: Errno) -> VmError {
+    VmError::Socket(error.into())
+}
+
+struct Supervisor {
+    socket: UnixDatagram,
+    child: Child,
+    waiting: HashMap<u64, Answer>,
+    next_id: u64,
+    ready: Option<oneshot::Sender<Result<(), VmError>>>,
+    /// The socket has ended, or spoke nonsense: only the process's end is awaited.
+    deaf: bool,
+}
+
+impl Supervisor {
+    async fn run(mut self, mut orders: mpsc::Receiver<Order>, ended: watch::Sender<bool>) {
+        loop {
+            tokio::select! {
+                status = self.child.wait() => {
+                    tracing::info!(?status, "the VMM has ended");
+                    break;
+                }
+                received = receive(&self.socket), if !self.deaf => self.take(received),
+                order = orders.recv() => match order {
+                    Some(Order::Connect { port, end, answer }) => self.connect(port, &end, answer).await,
+                    Some(Order::Kill) => self.kill(),
+                    None => {
+                        self.kill();
+                        let _ = self.child.wait().await;
+                        break;
+                    }
+                },
+            }
+        }
+        ended.send_replace(true);
+    }
+
+    fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
+            tracing::warn!(%error, "cannot kill the VMM");
+        }
+    }
+
+    fn take(&mut self, received: Result<Option<Reply>, ControlError>) {
+        match received {
+            Ok(Some(reply)) => self.answer(reply),
+            Ok(None) => self.deaf = true,
+            Err(error) => {
+                tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
+                self.deaf = true;
+                self.kill();
+            }
+        }
+    }
+
+    fn answer(&mut self, reply: Reply) {
+        match reply {
+            Reply::GuestReady => self.tell_ready(Ok(())),
+            Reply::GuestExited { reason } => tracing::info!(?reason, "the guest has ended"),
+            Reply::Done { id } => {
+                if let Some(answer) = self.waiting.remove(&id) {
+                    let _ = answer.send(Ok(()));
+                }
+            }
+            Reply::Failed { id: 0, message } => self.tell_ready(Err(VmError::Refused(bounded(&message)))),
+            Reply::Failed { id, message } => {
+                if let Some(answer) = self.waiting.remove(&id) {
+                    let _ = answer.send(Err(VmError::Refused(bounded(&message))));
+                }
+            }
+        }
+    }
+
+    fn tell_ready(&mut self, result: Result<(), VmError>) {
+        if let Some(ready) = self.ready.take() {
+            let _ = ready.send(result);
+        }
+    }
+
+    async fn connect(&mut self, port: u32, end: &OwnedFd, answer: Answer) {
+        // Whoever gave up is forgotten, so that the table holds no more than what is being waited for.
+        self.waiting.retain(|_, answer| !answer.is_closed());
+        let id = self.next_id;
+        self.next_id += 1;
+        let request = Request { id, command: Command::ConnectVsock { port } };
+        match send(&self.socket, &request, &[end.as_fd()]).await {
+            Ok(()) => drop(self.waiting.insert(id, answer)),
+            Err(error) => drop(answer.send(Err(VmError::Control(error)))),
+        }
+    }
+}
+
+async fn receive(socket: &UnixDatagram) -> Result<Option<Reply>, ControlError> {
+    let mut got = Ok(None);
+    let wait = socket.async_io(Interest::READABLE, || {
+        got = control::receive::<Reply>(socket);
+        would_block(matches!(&got, Err(ControlError::Receive(error)) if *error == Errno::AGAIN))
+    });
+    // An error of the reactor's own: the socket is of no use any more.
+    if wait.await.is_err() {
+        return Ok(None);
+    }
+    // A VMM sends no descriptors; what came is closed here.
+    got.map(|message| message.map(|(reply, _)| reply))
+}
+
+async fn send(socket: &UnixDatagram, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+    let mut sent = Ok(());
+    let wait = socket.async_io(Interest::WRITABLE, || {
+        sent = control::send(socket, request, fds);
+        would_block(matches!(&sent, Err(ControlError::Send(error)) if *error == Errno::AGAIN))
+    });
+    match wait.await {
+        Ok(()) => sent,
+        Err(_) => Err(ControlError::Send(Errno::PIPE)),
+    }
+}
+
+fn would_block(yes: bool) -> std::io::Result<()> {
+    if yes { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+}
+
+/// The VMM's words may be the guest's: bounded, and one line.
+fn bounded(message: &str) -> String {
+    message.chars().filter(|c| !c.is_control()).take(512).collect()
+}
+
+/// The machine cannot be had, or is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// No KVM.
+    #[error("cannot open /dev/kvm; enable virtualization in the firmware and load kvm_intel or kvm_amd")]
+    NoKvm(#[source] std::io::Error),
+    /// A file of the installation.
+    #[error("cannot open the {what} {path}; install it, or set `{what}` in /etc/bulkhead/config.toml")]
+    NoFile {
+        /// Its key in the configuration.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// open(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM cannot be run.
+    #[error("cannot start the VMM {path}")]
+    Spawn {
+        /// The binary.
+        path: PathBuf,
+        /// execve(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// A socket or pipe.
+    #[error("cannot make a socket or pipe for the VMM")]
+    Socket(#[source] std::io::Error),
+    /// The control socket.
+    #[error("the VMM does not understand or does not answer")]
+    Control(#[source] ControlError),
+    /// The VMM says no.
+    #[error("the VMM refused: {0}")]
+    Refused(String),
+    /// The VMM ended while booting.
+    #[error("the VMM ended before the guest was ready; its last words: {0:?}")]
+    DiedEarly(String),
+    /// The guest took too long.
+    #[error("the guest was not ready within {0:?}; its last words: {1:?}; raise boot_timeout_s on a slow node")]
+    NotReady(Duration, String),
+    /// The VM is gone.
+    #[error("the pod's VM has ended")]
+    Ended,
+    /// The guest did not accept.
+    #[error("the guest did not accept a connection to its port {0} within {CONNECT_DEADLINE:?}")]
+    ConnectTimeout(u32),
+}

@@ -1,0 +1,32 @@
+//! The services that containerd calls, over one socket.
+
+mod task;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use containerd_shim_protos::shim_async::create_task;
+use ttrpc::asynchronous::Service;
+
+use crate::pod::Pod;
+use task::TaskService;
+
+/// What the generated code calls the service; version 2 has the same methods and messages.
+const TASK_V3: &str = "containerd.task.v3.Task";
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// Every service by its full name: one implementation under both names of the Task API.
+pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
+    let mut services = HashMap::new();
+    for name in [TASK_V2, TASK_V3] {
+        let made = create_task(Arc::new(TaskService::new(pod.clone())));
+        services.extend(made.into_iter().map(|(generated, service)| {
+            let name = if generated == TASK_V3 { name.to_owned() } else { generated };
+            (name, service)
+        }));
+    }
+    services
+}
+
+#[cfg(test)]
+mod tests;

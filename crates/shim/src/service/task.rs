@@ -1,0 +1,164 @@
+//! The Task API (containerd: api/runtime/task/v3/shim.proto): each method translates and calls the pod.
+//!
+//! A call that changes something runs in a task of its own: a caller who gives up or goes away must not leave it half
+//! done. Errors become gRPC statuses in [`status`] alone.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::types::task::ProcessInfo;
+use protobuf::well_known_types::empty::Empty;
+use protobuf::{EnumOrUnknown, MessageField};
+use ttrpc::asynchronous::TtrpcContext;
+
+use crate::io::Stdio;
+use crate::pod::error::{TaskError, chain};
+use crate::pod::{CreateTask, ExecTask, Pod};
+
+/// The service of one pod.
+pub struct TaskService {
+    pod: Arc<Pod>,
+}
+
+impl TaskService {
+    /// Serves a pod.
+    pub fn new(pod: Arc<Pod>) -> Self {
+        Self { pod }
+    }
+}
+
+/// The one place where an error becomes a status.
+fn status(error: TaskError) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+}
+
+async fn detached<T: Send + 'static>(
+    call: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    tokio::spawn(call).await.unwrap_or(Err(TaskError::Ending)).map_err(status)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, r: api::CreateTaskRequest) -> ttrpc::Result<api::CreateTaskResponse> {
+        if !r.checkpoint.is_empty() {
+            return Err(status(TaskError::Unsupported("restoring a checkpoint")));
+        }
+        let stdio = Stdio { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let (bundle, options) = (r.bundle.into(), r.options.into_option());
+        let task = CreateTask { id: r.id, bundle, rootfs: r.rootfs, stdio, options };
+        let pid = detached(self.pod.clone().create(task)).await?;
+        Ok(api::CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, r: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
+        let pid = detached(self.pod.clone().start(r.id, r.exec_id)).await?;
+        Ok(api::StartResponse { pid, ..Default::default() })
+    }
+
+    async fn state(&self, _: &TtrpcContext, r: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
+        let container = self.pod.container(&r.id).map_err(status)?;
+        let process = self.pod.process(&r.id, &r.exec_id).map_err(status)?;
+        let exit = process.exit();
+        Ok(api::StateResponse {
+            id: r.id,
+            bundle: container.bundle.display().to_string(),
+            pid: process.pid(),
+            status: EnumOrUnknown::new(process.status()),
+            stdin: process.stdio.stdin.clone(),
+            stdout: process.stdio.stdout.clone(),
+            stderr: process.stdio.stderr.clone(),
+            terminal: process.stdio.terminal,
+            exit_status: exit.as_ref().map_or(0, |exit| exit.code),
+            exited_at: exit.map(|exit| exit.at).into(),
+            exec_id: r.exec_id,
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, r: api::WaitRequest) -> ttrpc::Result<api::WaitResponse> {
+        let process = self.pod.process(&r.id, &r.exec_id).map_err(status)?;
+        let exit = process.wait().await;
+        let exited_at = MessageField::some(exit.at);
+        Ok(api::WaitResponse { exit_status: exit.code, exited_at, ..Default::default() })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, r: api::KillRequest) -> ttrpc::Result<Empty> {
+        detached(self.pod.clone().kill(r.id, r.exec_id, r.signal, r.all)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, r: api::DeleteRequest) -> ttrpc::Result<api::DeleteResponse> {
+        let deleted = detached(self.pod.clone().delete(r.id, r.exec_id)).await?;
+        Ok(api::DeleteResponse {
+            pid: deleted.pid,
+            exit_status: deleted.exit.code,
+            exited_at: MessageField::some(deleted.exit.at),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, r: api::ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let stdio = Stdio { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let process = r.spec.into_option().unwrap_or_default().value;
+        self.pod.exec(ExecTask { id: r.id, exec_id: r.exec_id, stdio, process }).map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, r: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
+        let container = self.pod.container(&r.id).map_err(status)?;
+        let info = |pid| ProcessInfo { pid, ..Default::default() };
+        let processes = container.running().iter().map(|process| info(process.pid())).collect();
+        Ok(api::PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, r: api::PauseRequest) -> ttrpc::Result<Empty> {
+        detached(self.pod.clone().pause(r.id)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, r: api::ResumeRequest) -> ttrpc::Result<Empty> {
+        detached(self.pod.clone().resume(r.id)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(status(TaskError::Unsupported("checkpointing a container")))
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, r: api::ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.pod.resize(&r.id, &r.exec_id, r.width, r.height).await.map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, r: api::CloseIORequest) -> ttrpc::Result<Empty> {
+        if r.stdin {
+            self.pod.close_stdin(&r.id, &r.exec_id).map_err(status)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, r: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = r.resources.into_option().unwrap_or_default().value;
+        detached(self.pod.clone().update(r.id, resources)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, r: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
+        let stats = self.pod.stats(&r.id).await.map_err(status)?;
+        Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, r: api::ConnectRequest) -> ttrpc::Result<api::ConnectResponse> {
+        let task_pid = self.pod.container(&r.id).map_or(0, |container| container.init.pid());
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(api::ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.pod.shutdown();
+        Ok(Empty::new())
+    }
+}

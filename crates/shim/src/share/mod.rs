@@ -1,0 +1,233 @@
+//! The pod's share: the one directory of the host that the guest sees, through virtio-fs (DESIGN D5).
+//!
+//! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes. Everything in it
+//! is a mount: nothing is copied, and removing a container is unmounting. Volumes are made private (or slave) after
+//! binding, because unmounting in a peer group of the host's would unmount there too (mount_namespaces(7)); a read-only
+//! volume is a read-only mount here, never only in the guest.
+
+mod mountinfo;
+mod rootfs;
+
+use std::fs::{DirBuilder, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::types::mount::Mount;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, mount_remount,
+    unmount,
+};
+
+use crate::paths::RunDir;
+use crate::spec::Volume;
+
+/// A pod's share. Its methods block: mount(2) on a slow file system does.
+#[derive(Clone, Debug)]
+pub struct Share {
+    dir: PathBuf,
+}
+
+impl Share {
+    /// Makes the directory a mount of its own, shared, so that a jailed VMM sees what is mounted later.
+    pub fn create(run_dir: &RunDir) -> Result<Self, ShareError> {
+        let dir = run_dir.share();
+        let failed = |what| move |source: std::io::Error| ShareError::at(what, &run_dir.share(), source);
+        run_dir.create().map_err(failed("make the pod's directory"))?;
+        make_dir(&dir).map_err(failed("make"))?;
+        mount_bind(&dir, &dir).map_err(|e| failed("bind")(e.into()))?;
+        // Private first: the parent mount may be shared, and a peer of it must not see the pod.
+        mount_change(&dir, MountPropagationFlags::PRIVATE).map_err(|e| failed("make private")(e.into()))?;
+        mount_change(&dir, MountPropagationFlags::SHARED).map_err(|e| failed("make shared")(e.into()))?;
+        Ok(Self { dir })
+    }
+
+    /// The share of a pod whose shim is gone, for cleaning up.
+    pub fn of(run_dir: &RunDir) -> Self {
+        Self { dir: run_dir.share() }
+    }
+
+    /// The directory as a descriptor, for the VMM.
+    pub fn open(&self) -> Result<OwnedFd, ShareError> {
+        rustix::fs::open(&self.dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| ShareError::at("open", &self.dir, error.into()))
+    }
+
+    /// Mounts a container's root file system: what containerd describes, else the bundle's own directory.
+    pub fn add_rootfs(&self, id: &str, mounts: &[Mount], prepared: &Path) -> Result<(), ShareError> {
+        let target = self.dir.join(id).join("rootfs");
+        make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
+        if mounts.is_empty() {
+            return bind(prepared, &target, true)
+                .map_err(|error| ShareError::Rootfs { path: prepared.to_path_buf(), source: error.into() });
+        }
+        for mount in mounts {
+            rootfs::mount_one(mount, &target)?;
+        }
+        Ok(())
+    }
+
+    /// Binds a volume of a container.
+    pub fn add_volume(&self, id: &str, index: usize, volume: &Volume) -> Result<(), ShareError> {
+        let source = &volume.source;
+        let kind = std::fs::metadata(source).map_err(|error| ShareError::volume(source, error))?.file_type();
+        let target = self.dir.join(id).join("mounts").join(index.to_string());
+        let parent = target.parent().unwrap_or(&self.dir);
+        make_dir(parent).map_err(|error| ShareError::at("make", parent, error))?;
+        if kind.is_dir() {
+            make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
+        } else if kind.is_file() {
+            File::create_new(&target).map(drop).map_err(|error| ShareError::at("make", &target, error))?;
+        } else if kind.is_socket() {
+            return Err(ShareError::Socket(source.clone()));
+        } else {
+            return Err(ShareError::Device(source.clone()));
+        }
+        bind(source, &target, volume.recursive).map_err(|error| ShareError::volume(source, error.into()))?;
+        let propagation = if volume.follows_host {
+            MountPropagationFlags::DOWNSTREAM
+        } else {
+            MountPropagationFlags::PRIVATE
+        };
+        mount_change(&target, propagation | MountPropagationFlags::REC)
+            .map_err(|error| ShareError::volume(source, error.into()))?;
+        if volume.read_only {
+            remount_read_only(&target).map_err(|error| ShareError::volume(source, error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Unmounts and removes what a container had. What is already gone is no error.
+    pub fn remove_container(&self, id: &str) -> Result<(), ShareError> {
+        remove_tree(&self.dir.join(id))
+    }
+
+    /// Unmounts and removes the share and the pod's directory.
+    pub fn destroy(run_dir: &RunDir) -> Result<(), ShareError> {
+        remove_tree(&run_dir.share())?;
+        let done = std::fs::remove_dir_all(run_dir.path());
+        ignore_absent(done).map_err(|error| ShareError::at("remove", run_dir.path(), error))?;
+        // The namespace's directory stays for the other pods; it goes with the last one.
+        if let Some(namespace) = run_dir.path().parent() {
+            let _ = std::fs::remove_dir(namespace);
+        }
+        Ok(())
+    }
+}
+
+fn make_dir(path: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+fn bind(source: &Path, target: &Path, recursive: bool) -> Result<(), Errno> {
+    if recursive { mount_bind_recursive(source, target) } else { mount_bind(source, target) }
+}
+
+/// Makes a bind mount read-only. The flags that the file system is mounted with must be repeated, since a remount clears
+/// those that are not named (mount(2), MS_REMOUNT | MS_BIND).
+fn remount_read_only(target: &Path) -> Result<(), Errno> {
+    let kept = rustix::fs::statvfs(target)?.f_flag;
+    let mut flags = MountFlags::BIND | MountFlags::RDONLY;
+    for (set, flag) in [
+        (rustix::fs::StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (rustix::fs::StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (rustix::fs::StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (rustix::fs::StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+        (rustix::fs::StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+        (rustix::fs::StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
+    ] {
+        if kept.contains(set) {
+            flags |= flag;
+        }
+    }
+    mount_remount(target, flags, "")
+}
+
+/// Detaches every mount at or below `path`, the newest first, and removes the emptied directories.
+fn remove_tree(path: &Path) -> Result<(), ShareError> {
+    let mounts = mountinfo::mounts_below(path).map_err(ShareError::MountTable)?;
+    for mount in mounts.iter().rev() {
+        match unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(ShareError::at("unmount", mount, error.into())),
+        }
+    }
+    // Only after nothing is mounted there any more: removing must never reach into a volume.
+    if !mountinfo::mounts_below(path).map_err(ShareError::MountTable)?.is_empty() {
+        return Err(ShareError::at("unmount", path, Errno::BUSY.into()));
+    }
+    ignore_absent(std::fs::remove_dir_all(path)).map_err(|error| ShareError::at("remove", path, error))
+}
+
+fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The share cannot be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// A step on a path of the share.
+    #[error("cannot {what} {path}")]
+    Step {
+        /// Which step.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A volume cannot be bound.
+    #[error("cannot give the volume {path} to the pod")]
+    Volume {
+        /// Its source on the host.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The root file system cannot be mounted.
+    #[error("cannot mount the container's root file system {path}")]
+    Rootfs {
+        /// Its source.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file system type of a rootfs mount that we do not mount.
+    #[error(
+        "rootfs type {0:?} is not supported; configure containerd's overlayfs or native snapshotter for this runtime"
+    )]
+    RootfsType(String),
+    /// Options that the kernel's interface cannot take.
+    #[error("the image has too many layers for this kernel's mount interface; squash the image or use Linux 6.8")]
+    TooManyLayers(#[source] std::io::Error),
+    /// A socket as a volume.
+    #[error("the volume {0} is a socket of the host, which has no peer inside the guest; remove it from the pod")]
+    Socket(PathBuf),
+    /// A device as a volume.
+    #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
+    Device(PathBuf),
+    /// /proc/self/mountinfo.
+    #[error("cannot read the mount table; is /proc mounted?")]
+    MountTable(#[source] std::io::Error),
+}
+
+impl ShareError {
+    fn at(what: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::Step { what, path: path.to_path_buf(), source }
+    }
+
+    fn volume(path: &Path, source: std::io::Error) -> Self {
+        Self::Volume { path: path.to_path_buf(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests;

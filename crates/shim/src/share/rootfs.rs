@@ -1,0 +1,110 @@
+//! Mounts of a container's root file system as containerd describes them (containerd: core/mount/mount_linux.go).
+
+use std::path::Path;
+
+use containerd_shim_protos::types::mount::Mount;
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change, move_mount, unmount,
+};
+
+use super::{ShareError, bind, remount_read_only};
+
+/// mount(2) copies one page of options, the terminating zero included.
+const MAX_DATA: usize = 4095;
+
+/// Mounts one entry at `target`.
+pub fn mount_one(entry: &Mount, target: &Path) -> Result<(), ShareError> {
+    let options = Options::parse(&entry.options);
+    let failed = |error: Errno| ShareError::Rootfs { path: entry.source.clone().into(), source: error.into() };
+    match entry.type_.as_str() {
+        "overlay" if options.data_len() <= MAX_DATA => {
+            mount(entry.source.as_str(), target, "overlay", options.flags, Some(options.data().as_c_str()))
+                .map_err(failed)
+        }
+        "overlay" => mount_layers(&options, target),
+        "bind" | "rbind" | "" if options.bind || entry.type_ == "bind" || entry.type_ == "rbind" => {
+            bind_rootfs(entry, &options, target).map_err(failed)
+        }
+        other => Err(ShareError::RootfsType(other.to_owned())),
+    }
+}
+
+fn bind_rootfs(entry: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Errno> {
+    bind(Path::new(&entry.source), target, options.recursive || entry.type_ == "rbind")?;
+    mount_change(target, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    if !options.flags.contains(MountFlags::RDONLY) {
+        return Ok(());
+    }
+    remount_read_only(target).inspect_err(|_| {
+        let _ = unmount(target, UnmountFlags::DETACH);
+    })
+}
+
+/// Overlay with more layers than mount(2) takes: each layer is an option of its own (Linux 6.8, overlayfs `lowerdir+`).
+fn mount_layers(options: &Options<'_>, target: &Path) -> Result<(), ShareError> {
+    try_mount_layers(options, target).map_err(|error| ShareError::TooManyLayers(error.into()))
+}
+
+fn try_mount_layers(options: &Options<'_>, target: &Path) -> Result<(), Errno> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for option in &options.data {
+        match option.split_once('=') {
+            Some(("lowerdir", layers)) => {
+                for layer in layers.split(':') {
+                    fsconfig_set_string(&context, "lowerdir+", layer)?;
+                }
+            }
+            Some((key, value)) => fsconfig_set_string(&context, key, value)?,
+            None => fsconfig_set_flag(&context, *option)?,
+        }
+    }
+    fsconfig_create(&context)?;
+    let attributes = if options.flags.contains(MountFlags::RDONLY) {
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+    } else {
+        MountAttrFlags::empty()
+    };
+    let detached = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    move_mount(&detached, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+/// fstab(5) style options, sorted into what mount(2) wants.
+struct Options<'a> {
+    flags: MountFlags,
+    bind: bool,
+    recursive: bool,
+    data: Vec<&'a str>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(options: &'a [String]) -> Self {
+        let mut parsed = Self { flags: MountFlags::empty(), bind: false, recursive: false, data: Vec::new() };
+        for option in options {
+            match option.as_str() {
+                "ro" => parsed.flags |= MountFlags::RDONLY,
+                "nosuid" => parsed.flags |= MountFlags::NOSUID,
+                "nodev" => parsed.flags |= MountFlags::NODEV,
+                "noexec" => parsed.flags |= MountFlags::NOEXEC,
+                "noatime" => parsed.flags |= MountFlags::NOATIME,
+                "relatime" => parsed.flags |= MountFlags::RELATIME,
+                "bind" => parsed.bind = true,
+                "rbind" => (parsed.bind, parsed.recursive) = (true, true),
+                "rw" | "defaults" | "suid" | "dev" | "exec" | "atime" => {}
+                data => parsed.data.push(data),
+            }
+        }
+        parsed
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.iter().map(|option| option.len() + 1).sum()
+    }
+
+    fn data(&self) -> std::ffi::CString {
+        // A path with a zero byte cannot come out of a protobuf string that containerd mounted before.
+        std::ffi::CString::new(self.data.join(",")).unwrap_or_default()
+    }
+}

@@ -1,0 +1,100 @@
+//! The share's mounts, each test in a mount namespace of its own. Without privileges they cannot run and say so.
+
+use super::*;
+use std::os::unix::net::UnixListener;
+
+/// Runs `body` in a thread with a private mount namespace. unshare(2) of the file system attributes is per thread.
+fn in_mount_namespace(body: impl FnOnce(&Path) + Send + 'static) {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("needs root: the share's mounts are not tested");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_path_buf();
+    std::thread::spawn(move || {
+        // SAFETY: of the flags only FILES can break other threads' descriptors, and it is not given.
+        #[allow(unsafe_code)]
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        body(&path);
+    })
+    .join()
+    .unwrap();
+}
+
+fn volume(source: &Path) -> Volume {
+    Volume { source: source.to_path_buf(), recursive: true, read_only: false, follows_host: false }
+}
+
+fn overlay(dir: &Path) -> Mount {
+    let made = ["lower", "upper", "work"].map(|name| dir.join(name));
+    made.iter().for_each(|path| std::fs::create_dir(path).unwrap());
+    std::fs::write(made[0].join("file"), "lower").unwrap();
+    let [lower, upper, work] = made.map(|path| path.display().to_string());
+    Mount {
+        type_: "overlay".into(),
+        source: "overlay".into(),
+        options: vec![format!("lowerdir={lower}"), format!("upperdir={upper}"), format!("workdir={work}")],
+        ..Mount::default()
+    }
+}
+
+#[test]
+fn container_appears_and_leaves_nothing() {
+    in_mount_namespace(|dir| {
+        // overlayfs takes no overlay as its upper directory, and / may be one.
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        std::fs::create_dir(dir.join("vol")).unwrap();
+        std::fs::write(dir.join("vol/data"), "v").unwrap();
+        share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
+        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        share.add_volume("c", 1, &Volume { read_only: true, ..volume(&dir.join("vol/data")) }).unwrap();
+        let at = run.share().join("c");
+        assert_eq!(std::fs::read_to_string(at.join("rootfs/file")).unwrap(), "lower");
+        assert_eq!(std::fs::read_to_string(at.join("mounts/0/data")).unwrap(), "v");
+        assert!(std::fs::write(at.join("mounts/1"), "x").is_err(), "read-only on the host side");
+        share.remove_container("c").unwrap();
+        assert!(!at.exists());
+        Share::destroy(&run).unwrap();
+        assert!(!run.path().exists());
+        assert_eq!(std::fs::read_to_string(dir.join("vol/data")).unwrap(), "v", "the volume itself is untouched");
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn unmounting_a_volume_leaves_the_hosts_mounts() {
+    in_mount_namespace(|dir| {
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        mount_change(dir, MountPropagationFlags::SHARED).unwrap();
+        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
+        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        std::fs::write(dir.join("vol/inner/kept"), "").unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        assert!(run.share().join("c/mounts/0/inner/kept").exists());
+        share.remove_container("c").unwrap();
+        assert!(dir.join("vol/inner/kept").exists());
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn unsupported_rootfs_and_volumes_are_named() {
+    in_mount_namespace(|dir| {
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let block = Mount { type_: "ext4".into(), source: "/dev/vda".into(), ..Mount::default() };
+        assert!(matches!(share.add_rootfs("c", &[block], dir), Err(ShareError::RootfsType(t)) if t == "ext4"));
+        let socket = dir.join("s");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        assert!(matches!(share.add_volume("c", 0, &volume(&socket)), Err(ShareError::Socket(_))));
+        assert!(matches!(share.add_volume("c", 1, &volume(Path::new("/dev/null"))), Err(ShareError::Device(_))));
+        assert!(matches!(share.add_volume("c", 2, &volume(&dir.join("none"))), Err(ShareError::Volume { .. })));
+        share.remove_container("c").unwrap();
+        Share::destroy(&run).unwrap();
+    });
+}

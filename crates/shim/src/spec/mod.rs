@@ -1,0 +1,164 @@
+//! A container's OCI spec, rewritten for the guest (the contract is at `CreateContainerRequest` in agent.proto).
+//!
+//! Pure: what has to be bound on the host comes out as a list. Whatever names a thing of the host (namespace paths,
+//! cgroups, security labels, cpusets, host devices' numbers) is dropped; what cannot be honoured in a guest is refused.
+
+mod mounts;
+mod namespaces;
+mod sandbox;
+
+use bulkhead_protocol::agent::PidNamespace;
+use bulkhead_protocol::guest::SHARE_DIR;
+use oci_spec::runtime::{Linux, LinuxResources, Process, Root, Spec};
+
+pub use mounts::Volume;
+pub use sandbox::{SandboxSpec, sandbox};
+
+/// A container as the agent is asked to create it.
+#[derive(Clone, Debug)]
+pub struct GuestSpec {
+    /// The spec as JSON.
+    pub json: Vec<u8>,
+    /// What to bind into the share, the n-th at `mounts/<n>`.
+    pub volumes: Vec<Volume>,
+    /// Where the pid namespace comes from.
+    pub pid: PidChoice,
+}
+
+/// Where a container's pid namespace comes from, by the pids that the shim has reported.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PidChoice {
+    /// A new one.
+    Own,
+    /// The pod's.
+    Pod,
+    /// That of the container with this reported pid, or the pod's if it is the sandbox's.
+    OfReported(u32),
+}
+
+impl PidChoice {
+    /// The protocol's form; `target` is whether a container was found for the pid.
+    pub fn to_protocol(self, target: bool) -> PidNamespace {
+        match self {
+            Self::Own => PidNamespace::PID_NAMESPACE_OWN,
+            Self::OfReported(_) if target => PidNamespace::PID_NAMESPACE_TARGET,
+            Self::Pod | Self::OfReported(_) => PidNamespace::PID_NAMESPACE_POD,
+        }
+    }
+}
+
+/// Rewrites a container's spec.
+pub fn translate(mut spec: Spec, id: &str) -> Result<GuestSpec, SpecError> {
+    refuse_hooks(&spec)?;
+    let pid = namespaces::strip(&mut spec)?;
+    let volumes = mounts::rewrite(&mut spec, id)?;
+    let mut root = spec.root().clone().unwrap_or_default();
+    root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
+    spec.set_root(Some(root));
+    if let Some(process) = spec.process_mut() {
+        strip_labels(process);
+    }
+    if let Some(linux) = spec.linux_mut() {
+        strip_linux(linux);
+    }
+    let json = serde_json::to_vec(&spec).map_err(SpecError::Encode)?;
+    Ok(GuestSpec { json, volumes, pid })
+}
+
+/// The root directory that a spec names, relative to the bundle unless absolute.
+pub fn root_path(spec: &Spec) -> std::path::PathBuf {
+    spec.root().as_ref().map_or_else(|| "rootfs".into(), |root: &Root| root.path().clone())
+}
+
+/// Rewrites an exec's process: JSON in, JSON out.
+pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+    let mut process: Process = serde_json::from_slice(json).map_err(SpecError::Process)?;
+    strip_labels(&mut process);
+    serde_json::to_vec(&process).map_err(SpecError::Encode)
+}
+
+/// Rewrites an update's resources: JSON in, JSON out.
+pub fn translate_resources(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+    let mut resources: LinuxResources = serde_json::from_slice(json).map_err(SpecError::Resources)?;
+    strip_resources(&mut resources);
+    serde_json::to_vec(&resources).map_err(SpecError::Encode)
+}
+
+/// Hooks are programs of the host that expect the container to be there.
+fn refuse_hooks(spec: &Spec) -> Result<(), SpecError> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let empty = serde_json::to_value(hooks).ok().and_then(|value| {
+        value.as_object().map(|map| map.values().all(|list| list.as_array().is_none_or(Vec::is_empty)))
+    });
+    if empty == Some(false) { Err(SpecError::Hooks) } else { Ok(()) }
+}
+
+/// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement.
+fn strip_labels(process: &mut Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+fn strip_linux(linux: &mut Linux) {
+    linux.set_cgroups_path(None);
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    // Propagation beyond the guest does not exist; inside, the container's tree is its own.
+    linux.set_rootfs_propagation(None);
+    // The pod's sysctls are set once, when the sandbox is created.
+    linux.set_sysctl(None);
+    if let Some(resources) = linux.resources_mut() {
+        strip_resources(resources);
+    }
+}
+
+/// Drops what speaks of the host's CPUs, disks, huge pages and cgroup v1 classes.
+fn strip_resources(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+        cpu.set_realtime_period(None);
+        cpu.set_realtime_runtime(None);
+    }
+    resources.set_block_io(None);
+    resources.set_hugepage_limits(None);
+    resources.set_network(None);
+    resources.set_rdma(None);
+}
+
+/// A spec that a guest cannot honour.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The pod wants the host's network.
+    #[error("hostNetwork is not possible in a VM, which has a network of its own; remove hostNetwork from the pod")]
+    HostNetwork,
+    /// The pod wants the host's IPC.
+    #[error("hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod")]
+    HostIpc,
+    /// A mount shall propagate into the host.
+    #[error(
+        "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"
+    )]
+    Bidirectional(std::path::PathBuf),
+    /// OCI hooks.
+    #[error("the container has OCI hooks, programs of the host that cannot reach into a VM; remove what adds them")]
+    Hooks,
+    /// A bind mount without a source.
+    #[error("the mount at {0:?} has no source")]
+    NoSource(std::path::PathBuf),
+    /// A pid namespace path that names no process.
+    #[error("the pid namespace path {0:?} is not /proc/<pid>/ns/pid")]
+    PidPath(std::path::PathBuf),
+    /// An exec's process.
+    #[error("the exec's process is not an OCI process")]
+    Process(#[source] serde_json::Error),
+    /// An update's resources.
+    #[error("the update's resources are not OCI resources")]
+    Resources(#[source] serde_json::Error),
+    /// Cannot happen with what was parsed before.
+    #[error("cannot encode the spec")]
+    Encode(#[source] serde_json::Error),
+}
+
+#[cfg(test)]
+mod tests;

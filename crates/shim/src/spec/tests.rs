@@ -1,0 +1,134 @@
+//! Translation of specs as containerd writes them.
+
+use super::*;
+use serde_json::{Value, json};
+
+fn spec(value: Value) -> Spec {
+    serde_json::from_value(value).unwrap()
+}
+
+fn container() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs", "readonly": true},
+        "process": {
+            "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["sh"],
+            "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x"
+        },
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/sandboxes/s/shm", "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/pods/u/etc-hosts", "options": ["rbind", "rprivate", "ro"]},
+            {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["bind", "rslave"]},
+            {"destination": "/x", "type": "bind", "source": "/dev/null", "options": ["bind"]}
+        ],
+        "linux": {
+            "cgroupsPath": "kubepods-pod1.slice:cri-containerd:c",
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"},
+                {"type": "network", "path": "/proc/7/ns/net"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                {"type": "uts", "path": "/proc/7/ns/uts"}
+            ],
+            "resources": {
+                "cpu": {"shares": 2, "cpus": "3-4", "mems": "0"},
+                "memory": {"limit": 1024},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
+            },
+            "sysctl": {"net.core.somaxconn": "1"}
+        }
+    })
+}
+
+fn translated(value: Value) -> (Value, GuestSpec) {
+    let guest = translate(spec(value), "c").unwrap();
+    (serde_json::from_slice(&guest.json).unwrap(), guest)
+}
+
+#[test]
+fn nothing_of_the_host_is_left() {
+    let (json, guest) = translated(container());
+    assert_eq!(json["root"]["path"], "/run/bulkhead/share/c/rootfs");
+    assert_eq!(json["root"]["readonly"], true);
+    let kinds: Vec<_> = json["linux"]["namespaces"].as_array().unwrap().iter().map(|n| n["type"].clone()).collect();
+    assert_eq!(kinds, ["pid", "mount", "cgroup"]);
+    assert!(json["linux"]["cgroupsPath"].is_null());
+    assert!(json["linux"]["sysctl"].is_null());
+    assert!(json["process"]["apparmorProfile"].is_null() && json["process"]["selinuxLabel"].is_null());
+    assert_eq!(json["linux"]["resources"]["cpu"]["shares"], 2);
+    assert!(json["linux"]["resources"]["cpu"]["cpus"].is_null());
+    assert_eq!(json["linux"]["resources"]["memory"]["limit"], 1024);
+    assert_eq!(guest.pid, PidChoice::Own);
+    assert!(!String::from_utf8_lossy(&guest.json).contains("/srv/data"));
+}
+
+#[test]
+fn binds_come_through_the_share() {
+    let (json, guest) = translated(container());
+    let sources: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
+    assert_eq!(
+        sources,
+        ["proc", "/run/bulkhead/shm", "/run/bulkhead/share/c/mounts/0", "/run/bulkhead/share/c/mounts/1", "/dev/null"]
+    );
+    let hosts = Volume {
+        source: "/var/lib/kubelet/pods/u/etc-hosts".into(),
+        recursive: true,
+        read_only: true,
+        follows_host: false,
+    };
+    let data = Volume { source: "/srv/data".into(), recursive: false, read_only: false, follows_host: true };
+    assert_eq!(guest.volumes, [hosts, data]);
+}
+
+#[test]
+fn an_empty_dir_called_shm_is_a_volume() {
+    let mut value = container();
+    value["mounts"][1]["source"] = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/shm".into();
+    assert_eq!(translated(value).1.volumes.len(), 3);
+}
+
+#[test]
+fn pid_namespace_is_told_by_the_reported_pid() {
+    let mut value = container();
+    value["linux"]["namespaces"][0]["path"] = "/proc/4711/ns/pid".into();
+    assert_eq!(translated(value.clone()).1.pid, PidChoice::OfReported(4711));
+    value["linux"]["namespaces"][0]["path"] = "/var/run/ns/pid".into();
+    assert!(matches!(translate(spec(value.clone()), "c"), Err(SpecError::PidPath(_))));
+    value["linux"]["namespaces"] = json!([{"type": "mount"}]);
+    assert_eq!(translated(value).1.pid, PidChoice::Pod);
+}
+
+#[test]
+fn what_a_vm_cannot_do_is_refused() {
+    let mut shared = container();
+    shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
+    assert!(matches!(translate(spec(shared), "c"), Err(SpecError::Bidirectional(_))));
+    let mut hooked = container();
+    hooked["hooks"] = json!({"prestart": [{"path": "/bin/true"}]});
+    assert!(matches!(translate(spec(hooked), "c"), Err(SpecError::Hooks)));
+    let mut host_network = container();
+    host_network["linux"]["namespaces"] = json!([{"type": "ipc"}]);
+    assert!(matches!(sandbox(&spec(host_network.clone())), Err(SpecError::HostNetwork)));
+    host_network["linux"]["namespaces"] = json!([{"type": "network"}]);
+    assert!(matches!(sandbox(&spec(host_network)), Err(SpecError::HostIpc)));
+}
+
+#[test]
+fn sandbox_says_what_the_vm_is() {
+    let mut value = container();
+    value["hostname"] = "pod-1".into();
+    value["linux"]["namespaces"][3]["path"] = "/var/run/netns/cni-1".into();
+    let got = sandbox(&spec(value)).unwrap();
+    assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Some("/var/run/netns/cni-1".into())));
+    assert_eq!(got.sysctls["net.core.somaxconn"], "1");
+}
+
+#[test]
+fn process_and_resources_are_rewritten_alone() {
+    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p"});
+    let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
+    assert!(out["apparmorProfile"].is_null());
+    let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
+    let out: Value = serde_json::from_slice(&translate_resources(resources.to_string().as_bytes()).unwrap()).unwrap();
+    assert_eq!(out["cpu"]["quota"], 5);
+    assert!(translate_process(b"[]").is_err());
+}
