@@ -2,6 +2,7 @@
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
 use super::ring::Chain;
@@ -57,24 +58,24 @@ impl VirtioDevice for Rng {
 
 /// Fills the writable part of a chain; returns how much of it.
 fn fill(chain: &Chain) -> usize {
+    let room = chain.clone().writable().fold(0usize, |sum, buffer| sum.saturating_add(len(&buffer)));
     let mut bytes = [0; MAX_CHAIN];
+    let (wanted, _) = bytes.split_at_mut(room.min(MAX_CHAIN));
     // It blocks only until the host's pool was first seeded, long before any guest.
-    let Ok(count) = getrandom(&mut bytes[..], GetRandomFlags::empty()) else { return 0 };
-    let mut rest = bytes.get(..count).unwrap_or_default();
-    let mut written = 0;
-    let memory = chain.memory();
-    for descriptor in chain.clone().writable() {
-        let (part, left) = rest.split_at(rest.len().min(usize::try_from(descriptor.len()).unwrap_or(0)));
-        if memory.write_slice(part, descriptor.addr()).is_err() {
+    let Ok(count) = getrandom(&mut *wanted, GetRandomFlags::empty()) else { return 0 };
+    let mut rest = wanted.get(..count).unwrap_or_default();
+    for buffer in chain.clone().writable() {
+        let (part, left) = rest.split_at(rest.len().min(len(&buffer)));
+        if chain.memory().write_slice(part, buffer.addr()).is_err() {
             break;
         }
-        written += part.len();
         rest = left;
-        if rest.is_empty() {
-            break;
-        }
     }
-    written
+    count - rest.len()
+}
+
+fn len(buffer: &Descriptor) -> usize {
+    usize::try_from(buffer.len()).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
