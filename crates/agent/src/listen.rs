@@ -39,9 +39,12 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     crate::cgroup::prepare_hierarchy().map_err(io::Error::other).map_err(ListenError::Runtime)?;
     block_on(async {
-        let bind = |name| UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source });
+        let bind = |name| {
+            UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })
+        };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
         let agent = Agent::start(Listener::from(rpc)).await?;
+        println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
 }

@@ -277,7 +277,9 @@ pub enum CgroupError {
     #[allow(missing_docs)]
     Update { path: PathBuf, reason: String },
     /// The processes of the group did not freeze or end in time.
-    #[error("processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer")]
+    #[error(
+        "processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer"
+    )]
     #[allow(missing_docs)]
     Unsettled { path: PathBuf },
 }

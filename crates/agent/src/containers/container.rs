@@ -23,6 +23,8 @@ pub(super) enum Phase {
     Created,
     /// Init was started.
     Running,
+    /// Its processes are frozen.
+    Paused,
     /// On its way out.
     Deleting,
 }
@@ -32,7 +34,8 @@ impl Phase {
         match self {
             Self::Creating => "being created",
             Self::Created => "created",
-            Self::Running => "started",
+            Self::Running => "running",
+            Self::Paused => "paused",
             Self::Deleting => "being deleted",
         }
     }
@@ -91,10 +94,22 @@ impl Container {
         Ok(self.cgroup.processes()?.into_iter().collect())
     }
 
-    /// Freezes or thaws it.
-    pub async fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+    /// Freezes its processes.
+    pub async fn pause(&self) -> Result<(), ContainerError> {
         self.expect_running()?;
-        Ok(self.cgroup.freeze(frozen).await?)
+        self.advance(Phase::Running, Phase::Paused)?;
+        if let Err(error) = self.cgroup.freeze(true).await {
+            // Half frozen helps nobody.
+            let _ = self.resume().await;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Lets its processes go on.
+    pub async fn resume(&self) -> Result<(), ContainerError> {
+        self.advance(Phase::Paused, Phase::Running)?;
+        Ok(self.cgroup.freeze(false).await?)
     }
 
     /// Changes its limits; `resources` is OCI's object as JSON.
@@ -105,7 +120,11 @@ impl Container {
     }
 
     pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {
-        if signal == SIGKILL { self.cgroup.kill()? } else { self.cgroup.signal_all(signal)? }
+        if signal == SIGKILL {
+            self.cgroup.kill()?
+        } else {
+            self.cgroup.signal_all(signal)?
+        }
         Ok(())
     }
 
@@ -176,12 +195,7 @@ impl Container {
 ///
 /// With a pid namespace of its own the kernel ends the other processes with init. In a shared one they would live on, in
 /// a container that everybody holds for dead.
-pub(super) async fn follow(
-    container: Arc<Container>,
-    init: Arc<Process>,
-    events: events::Sender,
-    shares_pids: bool,
-) {
+pub(super) async fn follow(container: Arc<Container>, init: Arc<Process>, events: events::Sender, shares_pids: bool) {
     let mut oom = container.cgroup.watch_oom().ok();
     loop {
         let killed = async {

@@ -20,9 +20,9 @@ use std::sync::Arc;
 use bulkhead_protocol::control::{self, ControlError};
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::AsyncWriteExt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::io::AsyncWriteExt;
 
 use crate::reaper::{Exit, ExitWatch, Reaper};
 use crate::sys;
@@ -224,7 +224,9 @@ pub enum RuntimeError {
     #[error("cannot talk to the helper that creates containers")]
     Talk(#[source] ControlError),
     /// It crashed or was killed.
-    #[error("the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why")]
+    #[error(
+        "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
+    )]
     #[allow(missing_docs)]
     HelperEnded { code: Option<u32> },
     /// libcontainer's own words.

@@ -1,13 +1,15 @@
 //! An agent in namespaces of its own, and what a shim would say to it.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::agent::{
-    AgentClient, ContainerRequest, CreateContainerRequest, Empty, ExecRequest, ExitStatus, PidNamespace, ProcessRequest,
-    ResizeRequest, SignalRequest, Stats, Streams,
+    AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Event, ExecRequest, ExitStatus,
+    PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams, UpdateContainerRequest,
 };
 use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -41,24 +43,26 @@ impl Guest {
         let dir = tempfile::Builder::new().prefix("bulkhead-test-").tempdir_in("/var/tmp").unwrap();
         let group = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let agent = Command::new("unshare")
+        let mut agent = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts", "--net", "--mount-proc"])
             .args(["sh", "-c", SETUP, env!("CARGO_BIN_EXE_bulkhead-agent")])
             .arg(dir.path())
             .arg(&group)
             .stdin(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
             .unwrap();
-        let socket = dir.path().join("rpc.sock");
-        // The only wait without a descriptor: the socket's appearance.
-        for _ in 0..500 {
-            if let Ok(client) = ttrpc::r#async::Client::connect(&format!("unix://{}", socket.display())).await {
-                return Self { agent, dir, client: AgentClient::new(client), group };
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        // The agent says so when it listens; its output ends without a line if it cannot.
+        let mut said = String::new();
+        BufReader::new(agent.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        if said.is_empty() {
+            let _ = agent.wait();
+            panic!("the agent does not come up: {}", std::fs::read_to_string(dir.path().join("log")).unwrap());
         }
-        panic!("the agent does not come up: {}", std::fs::read_to_string(dir.path().join("log")).unwrap());
+        let socket = dir.path().join("rpc.sock");
+        let client = ttrpc::r#async::Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
+        Self { agent, dir, client: AgentClient::new(client), group }
     }
 
     pub async fn create(&self, id: &str, args: &[&str], streams: Streams) -> Result<()> {
@@ -66,7 +70,14 @@ impl Guest {
         self.create_with(id, spec, streams, PidNamespace::PID_NAMESPACE_OWN, "").await
     }
 
-    pub async fn create_with(&self, id: &str, spec: Value, streams: Streams, pids: PidNamespace, target: &str) -> Result<()> {
+    pub async fn create_with(
+        &self,
+        id: &str,
+        spec: Value,
+        streams: Streams,
+        pids: PidNamespace,
+        target: &str,
+    ) -> Result<()> {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: serde_json::to_vec(&spec).unwrap(),
@@ -163,6 +174,41 @@ impl Guest {
         socket
     }
 
+    pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<Empty> {
+        self.client.create_sandbox(context(), request).await
+    }
+
+    /// Ends the sandbox; the reply may be lost.
+    pub async fn destroy_sandbox(&self) {
+        let _ = self.client.destroy_sandbox(context(), &Empty::new()).await;
+    }
+
+    pub async fn update(&self, id: &str, resources: &Value) -> Result<Empty> {
+        let resources = serde_json::to_vec(resources).unwrap();
+        let request = UpdateContainerRequest { container_id: id.into(), resources, ..Default::default() };
+        self.client.update_container(context(), &request).await
+    }
+
+    pub async fn next_event(&self) -> Event {
+        self.client.next_event(context(), &Empty::new()).await.unwrap()
+    }
+
+    /// Runs a script in the agent's namespaces.
+    pub fn run(&self, script: &str) -> String {
+        let target = self.agent_pid().to_string();
+        let output = Command::new("nsenter")
+            .args(["--target", &target, "--mount", "--net", "--uts", "--cgroup", "sh", "-c", script])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Whether the agent is gone.
+    pub fn ended(mut self) -> bool {
+        self.agent.wait().is_ok()
+    }
+
     /// What the agent's directories and control groups hold of containers, in its mount namespace.
     pub fn leftovers(&self) -> Vec<String> {
         let root = self.agent_root();
@@ -192,8 +238,9 @@ impl Drop for Guest {
             eprintln!("{}", std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default());
         }
         // With its init all of the pid namespace ends, and unshare(1) after it.
-        let pid = rustix::process::Pid::from_raw(self.agent_pid()).unwrap();
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        if let Some(pid) = self.agent.try_wait().unwrap().map_or_else(|| Pid::from_raw(self.agent_pid()), |_| None) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
         let _ = self.agent.wait();
         let removed = Command::new("unshare").args(["--mount", "sh", "-c", CLEANUP, &self.group]).status();
         if !removed.is_ok_and(|status| status.success()) {
@@ -280,7 +327,10 @@ fn make_rootfs(rootfs: &Path) {
         return;
     }
     std::fs::copy("/bin/busybox", &busybox).expect("these tests need busybox-static");
-    for applet in ["sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "sleep", "stty", "test", "tr", "true", "tty", "wc", "yes"] {
+    for applet in [
+        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "sleep", "stty", "tail", "test", "tr",
+        "true", "tty", "wc", "yes",
+    ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }
     std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\n").unwrap();

@@ -151,7 +151,7 @@ impl MmioTransport {
             QUEUE_NOTIFY => self.notify(value),
             INTERRUPT_ACK => self.interrupt.acknowledge(value),
             STATUS => self.write_status(value),
-            // There is nothing to select.
+            // Every one is absent, whichever is selected.
             SHM_SEL => {}
             QUEUE_NUM | QUEUE_READY | QUEUE_DESC_LOW..=QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
             _ => guest_log!("write to register {offset:#x}, which is not there or read-only"),
