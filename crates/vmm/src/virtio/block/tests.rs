@@ -13,6 +13,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const INDIRECT: u16 = 4;
 const HEADER_BUFFER: (u64, u32, bool) = (HEADER, 16, false);
 const STATUS_BUFFER: (u64, u32, bool) = (STATUS, 1, true);
 
@@ -161,6 +162,32 @@ fn chain_that_loops_ends() {
     fixture.driver.descriptor(1, DATA, 512, NEXT | WRITE, 1);
     fixture.driver.offer(0);
     assert_eq!(fixture.serve().0, 1);
+}
+
+#[test]
+fn same_chain_twice_is_answered_twice() {
+    let mut fixture = fixture(false);
+    fixture.header(IN, 0);
+    let head = fixture.driver.add(&[HEADER_BUFFER, (DATA, 512, true), STATUS_BUFFER]);
+    fixture.driver.offer(head);
+    assert_eq!(fixture.serve(), (513, 0));
+}
+
+#[test]
+fn indirect_table_is_followed_and_a_bad_one_is_given_back() {
+    const TABLE: u64 = 0x9000;
+    for (len, nested, answered) in [(48, false, true), (47, false, false), (0, false, false), (48, true, false)] {
+        let mut fixture = fixture(false);
+        fixture.header(IN, 0);
+        // A queue whose descriptor table is the indirect one.
+        let table = DriverQueue::new(&fixture.memory, TABLE, 128);
+        table.descriptor(0, HEADER, 16, if nested { INDIRECT } else { NEXT }, 1);
+        table.descriptor(1, DATA, 512, NEXT | WRITE, 2);
+        table.descriptor(2, STATUS, 1, WRITE, 0);
+        fixture.driver.descriptor(0, TABLE, len, INDIRECT, 0);
+        fixture.driver.offer(0);
+        assert_eq!(fixture.serve(), if answered { (513, 0) } else { (0, 0xaa) }, "{len} {nested}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! virtio-console with one port (section 5.3), output only: what the guest writes goes to a descriptor, and what that
 //! does not take at once is lost. A guest can neither stall the VMM with its output nor make it grow.
 
-mod output;
+pub mod output;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
