@@ -46,8 +46,8 @@ fn finish(reason: ExitReason) -> anyhow::Result<()> {
 /// Takes over a descriptor that the parent process has left open for us.
 fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
     #![allow(unsafe_code)] // a number becomes an owned descriptor
-    if fd <= 2 {
-        bail!("--control-fd {fd} is one of the standard streams");
+    if matches!(fd, 1 | 2) {
+        bail!("--control-fd {fd} is the standard output or error; stdin may be it");
     }
     // SAFETY: this is the first thing that the process does with descriptors, so nothing else owns it; that it is open is
     // checked before it is used.

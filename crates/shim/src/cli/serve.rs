@@ -52,7 +52,6 @@ async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), ServeError> 
     let ttrpc = std::env::var(TTRPC_VARIABLE).ok().filter(|address| !address.is_empty());
     let (publisher, drained) = Publisher::start(flags.namespace.clone(), ttrpc);
     let identity = PodIdentity {
-        namespace: flags.namespace.clone(),
         sandbox_id: flags.id.clone(),
         run_dir: RunDir::new(&PathBuf::from(RUN_ROOT), &flags.namespace, &flags.id),
     };

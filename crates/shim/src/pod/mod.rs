@@ -29,8 +29,6 @@ use process::Process;
 /// Names a pod.
 #[derive(Clone, Debug)]
 pub struct PodIdentity {
-    /// containerd's namespace.
-    pub namespace: String,
     /// The id of the sandbox, or of the container that has no pod.
     pub sandbox_id: String,
     /// Where its files are.

@@ -20,7 +20,7 @@ async fn serve() -> Served {
     let dir = tempfile::tempdir().unwrap();
     let (publisher, _) = Publisher::start("k8s.io".into(), None);
     let run_dir = RunDir::new(&dir.path().join("run"), "k8s.io", "s");
-    let identity = PodIdentity { namespace: "k8s.io".into(), sandbox_id: "s".into(), run_dir };
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir };
     let pod = Arc::new(Pod::new(identity, publisher));
     let address = format!("unix://{}", dir.path().join("sock").display());
     let server = ttrpc::asynchronous::Server::new().bind(&address).unwrap();

@@ -123,3 +123,23 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn syncfs(&self, ctx: Context, inode: F::Inode) -> io::Result<()>;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whiteouts_and_file_capabilities_are_allowed() {
+        assert!(node(libc::S_IFCHR | 0o600, 0).is_ok());
+        assert!(node(libc::S_IFIFO | 0o600, 0).is_ok());
+        assert!(label(c"security.capability").is_ok());
+        assert!(label(c"user.security.x").is_ok());
+    }
+
+    #[test]
+    fn devices_and_labels_are_not() {
+        assert!(node(libc::S_IFCHR | 0o600, 0x103).is_err());
+        assert!(node(libc::S_IFBLK | 0o600, 0).is_err());
+        assert!(label(c"security.selinux").is_err());
+    }
+}

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::guard::Guard;
 use super::memory::ServerMemory;
+use crate::guest_log;
 use crate::virtio::ring::{Chain, Ring, RingError, Step};
 use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
 
@@ -84,7 +85,11 @@ impl Worker {
 
     /// Serves until it is stopped, or until the driver breaks a queue.
     pub fn run(&mut self) {
-        if self.serve().is_err() && !self.stop.is_requested() {
+        let result = self.serve();
+        if let Err(error) = result
+            && !self.stop.is_requested()
+        {
+            guest_log!("fs: {error}");
             self.interrupt.needs_reset();
         }
     }
