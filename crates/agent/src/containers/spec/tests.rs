@@ -79,5 +79,5 @@ fn limits_of_zero_are_none() {
     assert_eq!((memory.limit(), memory.swap(), memory.reservation()), (Some(1000), None, None));
     let memory = adapt_resources(br#"{"memory": {"limit": 0, "swap": 5}}"#).unwrap().memory().unwrap();
     assert_eq!((memory.limit(), memory.swap()), (None, None));
-    assert!(matches!(adapt_resources(b"[]"), Err(ContainerError::Json { what: "resources", .. })));
+    assert!(matches!(adapt_resources(b"{"), Err(ContainerError::Json { what: "resources", .. })));
 }
