@@ -25,6 +25,7 @@ pub fn serve_vsock() -> Result<Infallible, ListenError> {
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let agent = Agent::start(Listener::from(rpc)).await?;
+        tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await

@@ -178,9 +178,12 @@ async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), Ru
         let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
         match control::receive(channel.get_ref()) {
             Err(ControlError::Receive(rustix::io::Errno::AGAIN)) => ready.clear_ready(),
+            // It ended with the request unread.
+            Err(ControlError::Receive(rustix::io::Errno::CONNRESET)) | Ok(None) => {
+                return Err(RuntimeError::HelperEnded { code: None });
+            }
             Err(error) => return Err(RuntimeError::Talk(error)),
             Ok(Some(reply)) => return Ok(reply),
-            Ok(None) => return Err(RuntimeError::HelperEnded { code: None }),
         }
     }
 }
