@@ -9,6 +9,7 @@ use std::io;
 use rustix::fs::{Mode, mkdir};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
@@ -21,6 +22,7 @@ pub fn init() -> Result<Infallible, BootError> {
     leave_rootfs().map_err(BootError::Root)?;
     mount_file_systems()?;
     start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    raise_limits();
     cgroup::prepare_hierarchy()?;
     listen::serve_vsock().map_err(Into::into)
 }
@@ -65,7 +67,10 @@ fn file_systems() -> [FileSystem; 9] {
         },
         FileSystem { optional: true, ..required("mqueue", "/dev/mqueue", safe) },
         required("tmpfs", "/dev/shm", MountFlags::NOSUID.union(MountFlags::NODEV)),
-        FileSystem { data: Some(c"mode=0755"), ..required("tmpfs", "/run", MountFlags::NOSUID.union(MountFlags::NODEV)) },
+        FileSystem {
+            data: Some(c"mode=0755"),
+            ..required("tmpfs", "/run", MountFlags::NOSUID.union(MountFlags::NODEV))
+        },
         required("tmpfs", "/tmp", MountFlags::NOSUID.union(MountFlags::NODEV)),
         required("cgroup2", cgroup::ROOT, safe),
     ]
@@ -73,12 +78,11 @@ fn file_systems() -> [FileSystem; 9] {
 
 fn mount_file_systems() -> Result<(), BootError> {
     for fs in file_systems() {
-        let mounted = make_dir(fs.target)
-            .and_then(|()| match mount(fs.kind, fs.target, fs.kind, fs.flags, fs.data) {
-                // The kernel, or entry.rs, was here first.
-                Err(Errno::BUSY) => Ok(()),
-                other => other.map_err(Into::into),
-            });
+        let mounted = make_dir(fs.target).and_then(|()| match mount(fs.kind, fs.target, fs.kind, fs.flags, fs.data) {
+            // The kernel, or entry.rs, was here first.
+            Err(Errno::BUSY) => Ok(()),
+            other => other.map_err(Into::into),
+        });
         match mounted {
             Err(source) if !fs.optional => return Err(BootError::Mount { kind: fs.kind, target: fs.target, source }),
             _ => {}
@@ -92,6 +96,16 @@ fn make_dir(path: &str) -> io::Result<()> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Most descriptors of a process in a container whose spec does not say: what containerd's service file gives on a host.
+const MAX_OPEN_FILES: u64 = 1 << 20;
+
+/// Resource limits are inherited, and the kernel's for init are small.
+fn raise_limits() {
+    let limit = |count| Rlimit { current: count, maximum: count };
+    let _ = setrlimit(Resource::Nofile, limit(Some(MAX_OPEN_FILES)));
+    let _ = setrlimit(Resource::Nproc, limit(None));
 }
 
 /// Starts logging to the console, warnings and worse unless the kernel command line says otherwise.

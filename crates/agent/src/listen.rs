@@ -25,6 +25,7 @@ pub fn serve_vsock() -> Result<Infallible, ListenError> {
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let agent = Agent::start(Listener::from(rpc)).await?;
+        tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
@@ -39,9 +40,12 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     crate::cgroup::prepare_hierarchy().map_err(io::Error::other).map_err(ListenError::Runtime)?;
     block_on(async {
-        let bind = |name| UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source });
+        let bind = |name| {
+            UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })
+        };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
         let agent = Agent::start(Listener::from(rpc)).await?;
+        println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
 }

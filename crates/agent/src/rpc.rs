@@ -8,8 +8,8 @@ use bulkhead_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Event, ExecRequest, ExitStatus,
     ListProcessesResponse, ProcessId, ProcessRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
 };
-use ttrpc::r#async::TtrpcContext;
 use ttrpc::Code;
+use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
@@ -20,8 +20,8 @@ use crate::{events, sys};
 
 /// Implements the protocol's service.
 pub struct Service {
-    sandbox: Sandbox,
-    containers: Containers,
+    sandbox: Arc<Sandbox>,
+    containers: Arc<Containers>,
     events: events::Receiver,
 }
 
@@ -29,22 +29,26 @@ impl Service {
     /// A guest without a pod.
     pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         let (sender, events) = events::channel();
-        Self { sandbox: Sandbox::default(), containers: Containers::new(reaper, streams, sender), events }
+        let containers = Arc::new(Containers::new(reaper, streams, sender));
+        Self { sandbox: Arc::default(), containers, events }
     }
 }
 
 #[async_trait]
 impl Agent for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
-        done(self.sandbox.create(request).await)
+        let sandbox = Arc::clone(&self.sandbox);
+        done(whole(async move { sandbox.create(request).await }).await?)
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        done(self.sandbox.destroy().await)
+        let sandbox = Arc::clone(&self.sandbox);
+        done(whole(async move { sandbox.destroy().await }).await?)
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<ProcessId> {
-        self.containers.create(request).await.map(process_id).map_err(status)
+        let containers = Arc::clone(&self.containers);
+        whole(async move { containers.create(request).await }).await?.map(process_id).map_err(status)
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
@@ -52,17 +56,18 @@ impl Agent for Service {
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
-        done(self.containers.delete(&request.container_id).await)
+        let containers = Arc::clone(&self.containers);
+        done(whole(async move { containers.delete(&request.container_id).await }).await?)
     }
 
     async fn pause_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
-        done(container.freeze(true).await)
+        done(container.pause().await)
     }
 
     async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
-        done(container.freeze(false).await)
+        done(container.resume().await)
     }
 
     async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
@@ -70,7 +75,11 @@ impl Agent for Service {
         done(container.update(&request.resources))
     }
 
-    async fn list_processes(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<ListProcessesResponse> {
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
         let pids = container.pids().map_err(status)?;
         Ok(ListProcessesResponse { pids, ..Default::default() })
@@ -84,7 +93,8 @@ impl Agent for Service {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessId> {
-        self.containers.exec(request).await.map(process_id).map_err(status)
+        let containers = Arc::clone(&self.containers);
+        whole(async move { containers.exec(request).await }).await?.map(process_id).map_err(status)
     }
 
     async fn delete_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
@@ -112,6 +122,13 @@ impl Agent for Service {
     }
 }
 
+/// Runs work that must not stop half way to its end. A method is dropped when its caller has no more patience or is gone,
+/// and a process could have been created by then that nobody knows of.
+async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> ttrpc::Result<T> {
+    let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
+    tokio::spawn(work).await.map_err(lost)
+}
+
 fn process_id(pid: u32) -> ProcessId {
     ProcessId { pid, ..Default::default() }
 }
@@ -137,7 +154,9 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Container(C::NoContainer { .. } | C::NoProcess { .. } | C::Ended { .. }) => Code::NOT_FOUND,
         ServiceError::Container(C::ContainerExists { .. } | C::ExecExists { .. })
         | ServiceError::Sandbox(SandboxError::Exists) => Code::ALREADY_EXISTS,
-        ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => Code::FAILED_PRECONDITION,
+        ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => {
+            Code::FAILED_PRECONDITION
+        }
         ServiceError::Container(C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. }) => {
             Code::INVALID_ARGUMENT
         }

@@ -1,5 +1,8 @@
 //! The few system calls that have no safe wrapper, and helpers for talking about errors.
-#![allow(unsafe_code, reason = "random(4), real-time signals, waitid(2) with its pid and dispositions have no safe wrapper")]
+#![allow(
+    unsafe_code,
+    reason = "random(4), real-time signals, waitid(2) with its pid and dispositions have no safe wrapper"
+)]
 
 use std::error::Error;
 use std::fmt::Write;

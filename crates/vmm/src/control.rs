@@ -76,8 +76,13 @@ impl Service {
     }
 
     fn boot(&mut self, spec: &VmSpec, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
-        let socket = self.socket.clone();
-        let on_ready = Box::new(move || send(&socket, &Reply::GuestReady));
+        // The shim is told once, however often the guest says so.
+        let mut socket = Some(self.socket.clone());
+        let on_ready = Box::new(move || {
+            if let Some(socket) = socket.take() {
+                send(&socket, &Reply::GuestReady);
+            }
+        });
         let machine = self.machine.insert(Machine::build(spec, Descriptors::new(fds), on_ready)?);
         machine.start()
     }

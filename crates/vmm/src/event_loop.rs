@@ -24,7 +24,15 @@ impl EventLoop {
         let endpoint = manager.remote_endpoint();
         thread::Builder::new()
             .name("devices".into())
-            .spawn(move || while manager.run().is_ok() {})
+            .spawn(move || {
+                loop {
+                    if let Err(error) = manager.run() {
+                        // Without its devices the machine is worth nothing, and nobody would notice.
+                        eprintln!("bulkhead-vmm: device loop failed: {error}");
+                        std::process::abort();
+                    }
+                }
+            })
             .map_err(EventLoopError::Thread)?;
         Ok(Self { endpoint })
     }

@@ -1,17 +1,17 @@
 //! The two PC devices that are not virtio: a keyboard controller that can only reset the machine, and a serial port for
 //! debugging a kernel that dies before its console does.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use bulkhead_protocol::control::ExitReason;
 use vm_superio::serial::NoEvents;
 use vm_superio::{I8042Device, Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::exit::ExitSignal;
-use bulkhead_protocol::control::ExitReason;
+use crate::virtio::console::output::Output;
 
 /// The keyboard controller's reset line (`reboot=k`).
 pub struct I8042(I8042Device<ResetLine>);
@@ -52,7 +52,7 @@ impl BusDevice for I8042 {
 }
 
 /// A 16550-like serial port, output only.
-pub struct SerialPort(Serial<Irq, NoEvents, File>);
+pub struct SerialPort(Serial<Irq, NoEvents, Output>);
 
 /// Number of ports from 0x3f8 on.
 pub const SERIAL_PORTS: u64 = 8;
@@ -69,7 +69,7 @@ impl Trigger for Irq {
 
 impl SerialPort {
     /// A port that writes to `output`, with `irq` for the transmitter's interrupt.
-    pub fn new(irq: EventFd, output: File) -> Self {
+    pub fn new(irq: EventFd, output: Output) -> Self {
         Self(Serial::new(Irq(irq), output))
     }
 }
@@ -83,7 +83,7 @@ impl BusDevice for SerialPort {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
-            // Output that cannot be written is lost; the guest is not told, as on a cable that nobody listens to.
+            // It fails if the interrupt cannot be raised, which is as much as a port can do about it.
             let _ = self.0.write(offset, *byte);
         }
     }

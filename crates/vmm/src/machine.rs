@@ -16,6 +16,7 @@ use crate::exit::ExitSignal;
 use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, MAX_VCPUS, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
+use crate::virtio::console::output::Output;
 use crate::virtio::transport::{Slot, SlotError};
 use crate::virtio::vsock::VsockHandle;
 
@@ -121,7 +122,7 @@ fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSigna
     let mut bus = Bus::new();
     bus.insert(layout::I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(I8042::new(exit.clone()))))?;
     if let Some(index) = spec.serial {
-        let output = File::from(fds.take(index, "serial port")?);
+        let output = Output::new(fds.take(index, "serial port")?).map_err(|error| MachineError::Host(error.into()))?;
         let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(MachineError::Host)?;
         vm.register_irq(&irq, layout::SERIAL_IRQ)?;
         bus.insert(layout::SERIAL_PORT, SERIAL_PORTS, Arc::new(Mutex::new(SerialPort::new(irq, output))))?;

@@ -4,6 +4,7 @@
 //! it ends, whether it passed or not, its pods are removed and [`leftovers`] decides whether anything of them is left.
 
 pub mod leftovers;
+pub mod log_watch;
 pub mod terminal;
 
 use std::cell::RefCell;

@@ -4,6 +4,8 @@
 //! processes into a container's group when it creates them; everything after that is done here, by files and by the
 //! kernel's notifications on them, never by trying again after a while.
 
+mod bpf;
+mod devices;
 pub mod notify;
 pub mod stats;
 
@@ -14,7 +16,7 @@ use std::time::Duration;
 
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
 use crate::sys;
 use notify::KernfsFile;
@@ -91,6 +93,14 @@ impl Cgroup {
         CgroupError::Update { path: self.dir.clone(), reason: sys::chain(error) }
     }
 
+    /// Lets the group's processes use the devices of these rules only, and those that every container has.
+    pub fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), CgroupError> {
+        let program = devices::program(rules).ok_or_else(|| CgroupError::DeviceRules { path: self.dir.clone() })?;
+        let attach =
+            || bpf::attach_device_program(std::fs::File::open(&self.dir)?, bpf::load_device_program(&program)?);
+        attach().map_err(|source| CgroupError::Devices { path: self.dir.clone(), source })
+    }
+
     /// Freezes or thaws every process; returns when the kernel says that it is done.
     pub async fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
         let flag = if frozen { "1" } else { "0" };
@@ -103,10 +113,20 @@ impl Cgroup {
         write(&self.dir.join("cgroup.kill"), "1")
     }
 
-    /// Kills every process and waits until none is left.
+    /// Kills every process and waits until none is left. A group that does not exist has none.
     pub async fn kill_and_wait(&self) -> Result<(), CgroupError> {
-        self.kill()?;
-        self.wait_for_event("populated", "0").await
+        let killed = async {
+            self.kill()?;
+            self.wait_for_event("populated", "0").await
+        };
+        match killed.await {
+            Err(CgroupError::Write { source, .. } | CgroupError::Read { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// Sends a signal to every process. One that ends meanwhile is no error.
@@ -262,12 +282,22 @@ pub enum CgroupError {
     #[error("cannot signal process {pid}")]
     #[allow(missing_docs)]
     Signal { pid: u32, source: io::Error },
+    /// Rules that make no sense.
+    #[error("the device rules for {path} are not understood, or there are more than 512")]
+    #[allow(missing_docs)]
+    DeviceRules { path: PathBuf },
+    /// bpf(2).
+    #[error("cannot restrict the devices of {path}; the kernel needs CONFIG_CGROUP_BPF")]
+    #[allow(missing_docs)]
+    Devices { path: PathBuf, source: io::Error },
     /// A resource limit was refused.
     #[error("the control group {path} refuses the new limits: {reason}")]
     #[allow(missing_docs)]
     Update { path: PathBuf, reason: String },
     /// The processes of the group did not freeze or end in time.
-    #[error("processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer")]
+    #[error(
+        "processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer"
+    )]
     #[allow(missing_docs)]
     Unsettled { path: PathBuf },
 }

@@ -112,7 +112,8 @@ mod tests {
 
     #[test]
     fn cpu_stat_is_read_by_key() {
-        let stats = cpu("usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 5\nsomething_new 9\nthrottled_usec x\n");
+        let stats =
+            cpu("usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 5\nsomething_new 9\nthrottled_usec x\n");
         assert_eq!((stats.usage_usec, stats.user_usec, stats.system_usec, stats.nr_periods), (30, 20, 10, 5));
         assert_eq!(stats.throttled_usec, 0);
     }

@@ -2,13 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use bulkhead_protocol::guest::SHARE_DIR;
-use oci_spec::runtime::LinuxResources;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::error::ContainerError;
 use super::process::Process;
+use super::spec;
 use crate::cgroup::Cgroup;
 use crate::events;
 
@@ -24,6 +22,8 @@ pub(super) enum Phase {
     Created,
     /// Init was started.
     Running,
+    /// Its processes are frozen.
+    Paused,
     /// On its way out.
     Deleting,
 }
@@ -33,7 +33,8 @@ impl Phase {
         match self {
             Self::Creating => "being created",
             Self::Created => "created",
-            Self::Running => "started",
+            Self::Running => "running",
+            Self::Paused => "paused",
             Self::Deleting => "being deleted",
         }
     }
@@ -44,7 +45,8 @@ impl Phase {
 pub struct Container {
     id: String,
     cgroup: Cgroup,
-    rootfs: PathBuf,
+    /// Known once its spec is.
+    rootfs: OnceLock<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -58,12 +60,7 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self {
-            id: id.into(),
-            cgroup,
-            rootfs: Path::new(SHARE_DIR).join(id).join("rootfs"),
-            state: Mutex::new(state),
-        }
+        Self { id: id.into(), cgroup, rootfs: OnceLock::new(), state: Mutex::new(state) }
     }
 
     /// Its id.
@@ -76,8 +73,13 @@ impl Container {
         &self.cgroup
     }
 
+    pub(super) fn set_rootfs(&self, path: PathBuf) {
+        let _ = self.rootfs.set(path);
+    }
+
+    /// Its root file system in the guest; an empty path before its creation.
     pub(super) fn rootfs(&self) -> &Path {
-        &self.rootfs
+        self.rootfs.get().map_or(Path::new(""), PathBuf::as_path)
     }
 
     /// One of its processes; an empty id means init.
@@ -91,21 +93,35 @@ impl Container {
         Ok(self.cgroup.processes()?.into_iter().collect())
     }
 
-    /// Freezes or thaws it.
-    pub async fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+    /// Freezes its processes.
+    pub async fn pause(&self) -> Result<(), ContainerError> {
         self.expect_running()?;
-        Ok(self.cgroup.freeze(frozen).await?)
+        self.advance(Phase::Running, Phase::Paused)?;
+        if let Err(error) = self.cgroup.freeze(true).await {
+            // Half frozen helps nobody.
+            let _ = self.resume().await;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Lets its processes go on.
+    pub async fn resume(&self) -> Result<(), ContainerError> {
+        self.advance(Phase::Paused, Phase::Running)?;
+        Ok(self.cgroup.freeze(false).await?)
     }
 
     /// Changes its limits; `resources` is OCI's object as JSON.
     pub fn update(&self, resources: &[u8]) -> Result<(), ContainerError> {
-        let parsed: LinuxResources =
-            serde_json::from_slice(resources).map_err(|source| ContainerError::Json { what: "resources", source })?;
-        Ok(self.cgroup.update(&parsed)?)
+        Ok(self.cgroup.update(&spec::adapt_resources(resources)?)?)
     }
 
     pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {
-        if signal == SIGKILL { self.cgroup.kill()? } else { self.cgroup.signal_all(signal)? }
+        if signal == SIGKILL {
+            self.cgroup.kill()?
+        } else {
+            self.cgroup.signal_all(signal)?
+        }
         Ok(())
     }
 
@@ -176,12 +192,7 @@ impl Container {
 ///
 /// With a pid namespace of its own the kernel ends the other processes with init. In a shared one they would live on, in
 /// a container that everybody holds for dead.
-pub(super) async fn follow(
-    container: Arc<Container>,
-    init: Arc<Process>,
-    events: events::Sender,
-    shares_pids: bool,
-) {
+pub(super) async fn follow(container: Arc<Container>, init: Arc<Process>, events: events::Sender, shares_pids: bool) {
     let mut oom = container.cgroup.watch_oom().ok();
     loop {
         let killed = async {

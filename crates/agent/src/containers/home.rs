@@ -44,7 +44,8 @@ fn home_of(passwd: &str, uid: u32) -> Option<String> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/srv/web:/bin/false\nbare:x:34:34:::\n";
+    const PASSWD: &str =
+        "# comment\nroot:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/srv/web:/bin/false\nbare:x:34:34:::\n";
 
     #[test]
     fn home_is_the_sixth_field() {

@@ -96,6 +96,13 @@ impl Containers {
             terminal: request.streams.terminal,
         };
         let spec = spec::adapt(&request.spec, &placement)?;
+        if let Some(root) = spec.root() {
+            container.set_rootfs(root.path().clone());
+        }
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        if let Some(rules) = resources.and_then(|resources| resources.devices().as_deref()) {
+            container.cgroup().restrict_devices(rules)?;
+        }
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let created = self.runtime.create(id, &spec, stdio).await?;
         let process = self.adopt(container, "", created, ours, &request.streams)?;

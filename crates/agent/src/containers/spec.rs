@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::error::ContainerError;
 use super::home;
@@ -30,6 +30,9 @@ pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerEr
     let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
     let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
     fit_process(&mut process, placement.terminal, &rootfs);
+    if let Some(resources) = linux.resources_mut() {
+        fit_resources(resources);
+    }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
     linux
         .set_cgroups_path(Some(placement.cgroup.into()))
@@ -47,6 +50,24 @@ pub fn adapt_process(json: &[u8], terminal: bool, rootfs: &Path) -> Result<Proce
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
     fit_process(&mut process, terminal, rootfs);
     Ok(process)
+}
+
+/// Reads a resources object and makes it the guest's.
+pub fn adapt_resources(json: &[u8]) -> Result<LinuxResources, ContainerError> {
+    let mut resources: LinuxResources =
+        serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "resources", source })?;
+    fit_resources(&mut resources);
+    Ok(resources)
+}
+
+/// Container engines write 0 for what they do not limit; libcgroups takes a swap of 0 for less than any limit.
+fn fit_resources(resources: &mut LinuxResources) {
+    let Some(mut memory) = *resources.memory() else { return };
+    let given = |value: Option<i64>| value.filter(|value| *value != 0);
+    memory.set_limit(given(memory.limit()));
+    memory.set_reservation(given(memory.reservation()));
+    memory.set_swap(given(memory.swap()).filter(|_| memory.limit().is_some()));
+    resources.set_memory(Some(memory));
 }
 
 fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {

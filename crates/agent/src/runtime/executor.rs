@@ -101,7 +101,8 @@ impl Executor for AgentExecutor {
 
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let process = spec.process().as_ref();
-        let process = process.ok_or_else(|| ExecutorValidationError::ArgValidationError("spec has no process".into()))?;
+        let process =
+            process.ok_or_else(|| ExecutorValidationError::ArgValidationError("spec has no process".into()))?;
         find_program(process).map(drop).map_err(ExecutorValidationError::ArgValidationError)
     }
 

@@ -141,11 +141,13 @@ impl Console {
 
     /// The master that was sent. libcontainer has sent it by the time that its call returns.
     fn master(self, uid: u32) -> Result<OwnedFd, HelperError> {
-        let (socket, _) = self.listener.accept().map_err(|source| HelperError::File { path: self.path.clone(), source })?;
+        let (socket, _) =
+            self.listener.accept().map_err(|source| HelperError::File { path: self.path.clone(), source })?;
         let master = receive_descriptor(&socket)?;
         // The user of the process owns its terminal. The peer is opened through the master: its path is the container's.
-        let slave = rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
-            .map_err(HelperError::Owner)?;
+        let slave =
+            rustix::pty::ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+                .map_err(HelperError::Owner)?;
         rustix::fs::fchown(&slave, Some(Uid::from_raw(uid)), None::<Gid>).map_err(HelperError::Owner)?;
         Ok(master)
     }

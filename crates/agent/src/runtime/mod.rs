@@ -20,9 +20,9 @@ use std::sync::Arc;
 use bulkhead_protocol::control::{self, ControlError};
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::AsyncWriteExt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::io::AsyncWriteExt;
 
 use crate::reaper::{Exit, ExitWatch, Reaper};
 use crate::sys;
@@ -178,9 +178,12 @@ async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), Ru
         let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
         match control::receive(channel.get_ref()) {
             Err(ControlError::Receive(rustix::io::Errno::AGAIN)) => ready.clear_ready(),
+            // It ended with the request unread.
+            Err(ControlError::Receive(rustix::io::Errno::CONNRESET)) | Ok(None) => {
+                return Err(RuntimeError::HelperEnded { code: None });
+            }
             Err(error) => return Err(RuntimeError::Talk(error)),
             Ok(Some(reply)) => return Ok(reply),
-            Ok(None) => return Err(RuntimeError::HelperEnded { code: None }),
         }
     }
 }
@@ -224,7 +227,9 @@ pub enum RuntimeError {
     #[error("cannot talk to the helper that creates containers")]
     Talk(#[source] ControlError),
     /// It crashed or was killed.
-    #[error("the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why")]
+    #[error(
+        "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
+    )]
     #[allow(missing_docs)]
     HelperEnded { code: Option<u32> },
     /// libcontainer's own words.

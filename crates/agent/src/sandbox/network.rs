@@ -56,9 +56,8 @@ impl Network {
             self.configure_interface(link.index, interface).await?;
             by_name.insert(interface.name.clone(), link.index);
         }
-        let index = |name: &str| {
-            by_name.get(name).copied().ok_or_else(|| NetworkError::NoInterface { name: name.into() })
-        };
+        let index =
+            |name: &str| by_name.get(name).copied().ok_or_else(|| NetworkError::NoInterface { name: name.into() });
         self.add_routes(routes, index).await?;
         for neighbour in neighbours {
             self.add_neighbour(neighbour, index(&neighbour.interface)?).await?;
@@ -70,7 +69,9 @@ impl Network {
     async fn links(&self) -> Result<HashMap<Mac, Link>, NetworkError> {
         let mut links = HashMap::new();
         let mut stream = self.handle.link().get().execute();
-        while let Some(message) = stream.try_next().await.map_err(|error| NetworkError::kernel("list interfaces", error))? {
+        while let Some(message) =
+            stream.try_next().await.map_err(|error| NetworkError::kernel("list interfaces", error))?
+        {
             let (mut name, mut mac) = (String::new(), None);
             for attribute in message.attributes {
                 match attribute {

@@ -30,10 +30,22 @@ pub fn load(memory: &Memory, mut vmlinux: File) -> Result<Kernel, KernelError> {
     Ok(Kernel { entry, end: loaded.kernel_end })
 }
 
+/// What the loader has to say, without the names of its layers.
+fn reason(error: &loader::Error) -> String {
+    let text = match error {
+        loader::Error::Elf(error) => error.to_string(),
+        other => other.to_string(),
+    };
+    text.trim_start_matches("Kernel Loader: ").to_lowercase()
+}
+
 /// A kernel that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The loader refused it.
-    #[error("cannot load the kernel; it must be an uncompressed ELF vmlinux for x86-64 that fits the guest's memory")]
-    Load(#[source] loader::Error),
+    #[error(
+        "cannot load the kernel, which must be an uncompressed ELF vmlinux for x86-64 that fits the guest's memory: {}",
+        reason(.0)
+    )]
+    Load(loader::Error),
 }

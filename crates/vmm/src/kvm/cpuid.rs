@@ -28,14 +28,20 @@ const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
 /// AMD's own extended topology leaf. It is left out: the others say all there is.
 const AMD_TOPOLOGY_LEAF: u32 = 0x8000_0026;
 
+/// Leaves that are left out as a whole: SGX, processor trace, performance monitoring, SVM's features, AMD's performance
+/// monitoring.
+const HIDDEN_LEAVES: [u32; 5] = [0xa, 0x12, 0x14, 0x8000_000a, 0x8000_0022];
+
 /// The table for one vCPU.
 pub fn for_vcpu(supported: &CpuId, topology: Topology, deadline_timer: bool) -> Result<CpuId, KvmError> {
     let mut entries = Vec::with_capacity(supported.as_slice().len() + 4);
     for entry in supported.as_slice() {
-        if TOPOLOGY_LEAVES.contains(&entry.function) || entry.function == AMD_TOPOLOGY_LEAF {
+        let made_anew = TOPOLOGY_LEAVES.contains(&entry.function) || entry.function == AMD_TOPOLOGY_LEAF;
+        if made_anew || HIDDEN_LEAVES.contains(&entry.function) {
             continue;
         }
         let mut entry = *entry;
+        hide(&mut entry);
         adjust(&mut entry, topology, deadline_timer);
         entries.push(entry);
     }
@@ -44,6 +50,27 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology, deadline_timer: bool) -> 
         entries.extend(topology_leaf(leaf, topology));
     }
     CpuId::from_entries(&entries).map_err(|_| KvmError::CpuidFull)
+}
+
+/// Takes away what a pod has no use for and what much of KVM's history of holes is in: nested virtualization, enclaves,
+/// performance counters and traces.
+fn hide(entry: &mut kvm_cpuid_entry2) {
+    match (entry.function, entry.index) {
+        (1, _) => {
+            set_bit(&mut entry.ecx, 5, false); // VMX
+            set_bit(&mut entry.ecx, 15, false); // PDCM
+        }
+        (7, 0) => {
+            set_bit(&mut entry.ebx, 2, false); // SGX
+            set_bit(&mut entry.ebx, 25, false); // processor trace
+            set_bit(&mut entry.ecx, 30, false); // SGX launch control
+        }
+        (0x8000_0001, _) => {
+            set_bit(&mut entry.ecx, 2, false); // SVM
+            set_bit(&mut entry.ecx, 23, false); // core performance counters
+        }
+        _ => {}
+    }
 }
 
 /// Fits an entry of the host to the vCPU.
@@ -115,6 +142,17 @@ mod tests {
             assert_eq!(get(0x8000_0008).next().unwrap().ecx, (2 << 12) | 2);
             assert_eq!(get(0x8000_0026).count(), 0);
         }
+    }
+
+    #[test]
+    fn nested_virtualization_is_hidden() {
+        let all = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let host = [leaf(0, 0xd), all(1), all(0x8000_0001), all(0x8000_000a), all(0xa)];
+        let table = for_vcpu(&CpuId::from_entries(&host).unwrap(), Topology { id: 0, count: 1 }, true).unwrap();
+        let table = table.as_slice();
+        assert!(table.iter().all(|e| e.function != 1 || e.ecx & (1 << 5) == 0));
+        assert!(table.iter().all(|e| e.function != 0x8000_0001 || e.ecx & (1 << 2) == 0));
+        assert!(table.iter().all(|e| ![0xa, 0x8000_000a].contains(&e.function)));
     }
 
     #[test]

@@ -11,12 +11,10 @@ pub mod fs;
 pub mod net;
 pub mod ring;
 pub mod rng;
-pub mod serve;
 pub mod transport;
 pub mod vsock;
+pub mod worker;
 
-#[cfg(test)]
-mod test_driver;
 #[cfg(test)]
 mod testing;
 

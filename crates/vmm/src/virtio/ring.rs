@@ -143,8 +143,8 @@ impl Ring {
         Ok(self.queue.enable_notification(&*self.memory)?)
     }
 
-    /// Runs `step` until it finds the ring empty with kicks enabled (`Ok(false)`), or until it has run `budget` times
-    /// (then the kick is made readable) or says that it cannot go on.
+    /// Runs `step` until there is nothing left and the driver will kick, or until `step` says that it cannot go on; but
+    /// `budget` times at most, and then the kick is made readable. Interrupts the driver at the end.
     pub fn drain(
         &mut self,
         budget: usize,
@@ -206,3 +206,6 @@ impl From<virtio_queue::Error> for RingError {
 pub fn event_fd() -> io::Result<EventFd> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
 }
+
+#[cfg(test)]
+mod tests;

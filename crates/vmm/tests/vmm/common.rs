@@ -1,5 +1,4 @@
 //! Machines with payloads of a few bytes, small enough for any KVM, an emulating one included.
-#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, in no #[test] themselves
 
 use std::fs::{File, OpenOptions};
 use std::io::{PipeReader, Read, Write};

@@ -1,5 +1,7 @@
 //! Tests of the VMM on a real /dev/kvm. One that emulates is enough: the payloads are a few instructions long.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // the helpers are tests as well
 
 mod common;
 mod control;
 mod machine;
+mod tap;

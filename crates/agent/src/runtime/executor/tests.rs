@@ -42,10 +42,7 @@ fn with_capabilities(no_new_privileges: bool) -> Process {
 }
 
 fn profile() -> LinuxSeccomp {
-    LinuxSeccompBuilder::default()
-        .default_action(oci_spec::runtime::LinuxSeccompAction::ScmpActAllow)
-        .build()
-        .unwrap()
+    LinuxSeccompBuilder::default().default_action(oci_spec::runtime::LinuxSeccompAction::ScmpActAllow).build().unwrap()
 }
 
 #[test]

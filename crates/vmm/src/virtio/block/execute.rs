@@ -9,7 +9,7 @@ use super::file_io::{self, Direction};
 use super::request::{Kind, ParseError, Request, parse};
 use super::{SECTOR, SERIAL_LEN};
 use crate::guest_log;
-use crate::virtio::serve::Chain;
+use crate::virtio::ring::Chain;
 
 /// The backing file.
 pub struct Disk {
@@ -23,11 +23,11 @@ pub struct Disk {
 /// A status byte, and how much data was written to the guest before it.
 struct Outcome {
     status: u32,
-    written: u64,
+    written: usize,
 }
 
 impl Outcome {
-    fn ok(written: u64) -> Self {
+    fn ok(written: usize) -> Self {
         Self { status: VIRTIO_BLK_S_OK, written }
     }
 
@@ -38,16 +38,16 @@ impl Outcome {
 
 impl Disk {
     /// Answers one chain; returns the bytes that were written to it.
-    pub fn serve(&self, chain: Chain<'_>) -> u32 {
+    pub fn answer(&self, chain: &Chain) -> usize {
         let memory = chain.memory();
-        let (status_at, outcome) = match parse(chain.clone()) {
+        let (status_at, outcome) = match parse(chain) {
             Ok(request) => (request.status, self.execute(&request, memory)),
             Err(ParseError::Malformed { status }) => (status, Outcome::error()),
             Err(ParseError::NoStatus) => return 0,
         };
         let status = u8::try_from(outcome.status).unwrap_or(u8::MAX);
         match memory.write_obj(status, status_at) {
-            Ok(()) => u32::try_from(outcome.written + 1).unwrap_or(u32::MAX),
+            Ok(()) => outcome.written + 1,
             Err(_) => 0,
         }
     }
@@ -75,7 +75,7 @@ impl Disk {
             return Outcome::error();
         }
         match file_io::transfer(&self.file, request.sector * SECTOR, &request.data, memory, direction) {
-            Ok(()) if direction == Direction::FromFile => Outcome::ok(request.len),
+            Ok(()) if direction == Direction::FromFile => Outcome::ok(usize::try_from(request.len).unwrap_or(0)),
             Ok(()) => Outcome::ok(0),
             Err(error) => {
                 guest_log!("block: {} sectors at {}: {error}", request.len / SECTOR, request.sector);
@@ -89,7 +89,7 @@ impl Disk {
         let len = usize::try_from(segment.len).unwrap_or(usize::MAX).min(SERIAL_LEN);
         let (id, _) = self.id.split_at(len);
         match memory.write_slice(id, segment.address) {
-            Ok(()) => Outcome::ok(len as u64),
+            Ok(()) => Outcome::ok(len),
             Err(_) => Outcome::error(),
         }
     }

@@ -6,19 +6,17 @@ mod file_io;
 mod request;
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::fs::{SeekFrom, seek};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::execute::Disk;
-use super::serve::{Chain, serve};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::worker::RequestWorker;
+use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
-use crate::guest_log;
 
 const QUEUE_SIZE: u16 = 128;
 const QUEUES: [u16; 1] = [QUEUE_SIZE];
@@ -74,41 +72,15 @@ impl VirtioDevice for Block {
         data.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, interrupt, .. } = activation;
-        let requests = queues.into_iter().next().flatten().ok_or(ActivateError::QueueMissing(0))?;
-        let worker = Worker { requests, memory, interrupt, disk: self.disk.clone() };
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let disk = self.disk.clone();
+        let worker = RequestWorker::new("block", &mut activation, 0, move |chain| disk.answer(&chain))?;
         self.worker = Some(self.event_loop.add(Box::new(worker))?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.worker = None;
-    }
-}
-
-struct Worker {
-    requests: ActiveQueue,
-    memory: Memory,
-    interrupt: Arc<dyn Interrupt>,
-    disk: Arc<Disk>,
-}
-
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if ops.add(Events::new(&self.requests.kick, EventSet::IN)).is_err() {
-            self.interrupt.needs_reset();
-        }
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        let (memory, disk) = (&*self.memory, &*self.disk);
-        let answer = |chain: Chain<'_>| disk.serve(chain);
-        if let Err(error) = serve(&mut self.requests, 0, memory, &*self.interrupt, answer) {
-            guest_log!("block: {error}");
-            let _ = ops.remove(Events::empty_raw(self.requests.kick.as_raw_fd()));
-            self.interrupt.needs_reset();
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTI
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{SECTOR, SEG_MAX};
-use crate::virtio::serve::Chain;
+use crate::virtio::ring::Chain;
 
 /// Most bytes of data in one request: more than Linux ever puts into one (max_sectors_kb is 1280), and bounds what a
 /// slow disk has to do before a reset.
@@ -66,7 +66,7 @@ pub enum ParseError {
 }
 
 /// Parses a chain.
-pub fn parse(chain: Chain<'_>) -> Result<Request, ParseError> {
+pub fn parse(chain: &Chain) -> Result<Request, ParseError> {
     let memory = chain.memory();
     let limit = usize::try_from(SEG_MAX).unwrap_or(0) + 2;
     // One more than allowed, to see that there is one more.

@@ -1,24 +1,23 @@
 //! virtio-console with one port (section 5.3), output only: what the guest writes goes to a descriptor, and what that
 //! does not take at once is lost. A guest can neither stall the VMM with its output nor make it grow.
 
-mod output;
+pub mod output;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::Bytes;
 
 use self::output::Output;
-use super::serve::{Chain, serve};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::ring::Chain;
+use super::worker::RequestWorker;
+use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
-use crate::guest_log;
 
 /// Port 0: receiveq, transmitq.
 const QUEUES: [u16; 2] = [16, 64];
-const TRANSMITQ: usize = 1;
+const TRANSMITQ: u16 = 1;
 
 /// The device.
 pub struct Console {
@@ -51,10 +50,7 @@ impl VirtioDevice for Console {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, mut queues, interrupt, .. } = activation;
-        let index = u16::try_from(TRANSMITQ).unwrap_or(0);
-        let transmit = queues.get_mut(TRANSMITQ).and_then(Option::take).ok_or(ActivateError::QueueMissing(index))?;
-        let worker = Worker { transmit, memory, interrupt, output: self.output.clone() };
+        let worker = worker(self.output.clone(), activation)?;
         self.worker = Some(self.event_loop.add(Box::new(worker))?);
         Ok(())
     }
@@ -64,39 +60,21 @@ impl VirtioDevice for Console {
     }
 }
 
-struct Worker {
-    transmit: ActiveQueue,
-    memory: Memory,
-    interrupt: Arc<dyn Interrupt>,
+fn worker(
     output: Arc<Output>,
-}
-
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if ops.add(Events::new(&self.transmit.kick, EventSet::IN)).is_err() {
-            self.interrupt.needs_reset();
-        }
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        let (memory, output, index) = (&*self.memory, &self.output, 1);
-        let result = serve(&mut self.transmit, index, memory, &*self.interrupt, |chain| {
-            print(output, chain);
-            0
-        });
-        if let Err(error) = result {
-            guest_log!("console: {error}");
-            let _ = ops.remove(Events::empty_raw(self.transmit.kick.as_raw_fd()));
-            self.interrupt.needs_reset();
-        }
-    }
+    mut activation: Activation,
+) -> Result<RequestWorker<impl FnMut(Chain) -> usize + Send>, ActivateError> {
+    RequestWorker::new("console", &mut activation, TRANSMITQ, move |chain| {
+        print(&output, &chain);
+        0
+    })
 }
 
 /// Most bytes of a chain that are looked at. Linux writes a page at most.
 const MAX_CHAIN: usize = 64 << 10;
 
 /// Writes the readable part of a chain, as far as memory and output allow.
-fn print(output: &Output, chain: Chain<'_>) {
+fn print(output: &Output, chain: &Chain) {
     let mut buffer = [0; output::CHUNK];
     let mut budget = MAX_CHAIN;
     let memory = chain.memory();

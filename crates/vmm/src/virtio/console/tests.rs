@@ -1,79 +1,83 @@
 use std::io::{PipeReader, Read};
 
+use vm_memory::GuestAddress;
+
 use super::*;
-use crate::virtio::serve::RingError;
-use crate::virtio::test_driver::{Driver, RecordingInterrupt};
+use crate::virtio::Memory;
+use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
 
-fn started(driver: &Driver) -> (Worker, Arc<RecordingInterrupt>, PipeReader) {
+const RINGS: u64 = 0x1_0000;
+
+struct Fixture {
+    memory: Memory,
+    driver: DriverQueue,
+    interrupt: Arc<TestInterrupt>,
+    output: Arc<Output>,
+    reader: PipeReader,
+}
+
+fn fixture() -> Fixture {
+    let memory = memory();
     let (reader, writer) = std::io::pipe().unwrap();
-    let interrupt = Arc::new(RecordingInterrupt::default());
-    let worker = Worker {
-        transmit: driver.queue(),
-        memory: driver.memory(),
-        interrupt: interrupt.clone(),
+    Fixture {
+        driver: DriverQueue::new(&memory, RINGS, 64),
+        memory,
+        interrupt: Arc::default(),
         output: Arc::new(Output::new(writer.into()).unwrap()),
-    };
-    (worker, interrupt, reader)
+        reader,
+    }
 }
 
-fn run(worker: &mut Worker) -> Result<(), RingError> {
-    let (memory, output) = (&*worker.memory, &worker.output);
-    serve(&mut worker.transmit, 1, memory, &*worker.interrupt, |chain| {
-        print(output, chain);
-        0
-    })
-}
-
-fn everything(worker: Worker, mut reader: PipeReader) -> Vec<u8> {
-    drop(worker);
-    let mut text = Vec::new();
-    reader.read_to_end(&mut text).unwrap();
-    text
+impl Fixture {
+    /// Lets the device work on what is in the queue; what it printed, or `None` if it found the ring broken.
+    fn run(mut self) -> (DriverQueue, Option<Vec<u8>>) {
+        let receive = DriverQueue::new(&self.memory, 2 * RINGS, 16);
+        let activation = activation(&self.memory, 0, &[&receive, &self.driver], &self.interrupt);
+        let result = worker(self.output, activation).unwrap().serve();
+        let mut text = Vec::new();
+        self.reader.read_to_end(&mut text).unwrap();
+        (self.driver, result.is_ok().then_some(text))
+    }
 }
 
 #[test]
 fn output_of_several_buffers_arrives_in_order() {
-    let driver = Driver::new(16);
-    driver.memory().write_slice(b"hello, world", vm_memory::GuestAddress(0x4000)).unwrap();
-    driver.add(&[driver.readable(0x4000, 7), driver.readable(0x4007, 5)]);
-    let (mut worker, interrupt, reader) = started(&driver);
-    run(&mut worker).unwrap();
-    assert_eq!(interrupt.queues(), [1]);
-    assert_eq!(driver.used(), [(0, 0)]);
-    assert_eq!(everything(worker, reader), b"hello, world");
+    let mut fixture = fixture();
+    fixture.memory.write_slice(b"hello, world", GuestAddress(0x4000)).unwrap();
+    fixture.driver.add(&[(0x4000, 7, false), (0x4007, 5, false)]);
+    let interrupt = fixture.interrupt.clone();
+    let (mut driver, text) = fixture.run();
+    assert_eq!((driver.take_used(), driver.take_used()), (Some((0, 0)), None));
+    assert_eq!(text.unwrap(), b"hello, world");
+    assert_eq!(interrupt.count(TRANSMITQ), 1);
 }
 
 #[test]
 fn flood_that_nobody_reads_is_dropped_without_blocking() {
-    let driver = Driver::new(16);
-    for _ in 0..16 {
-        driver.add(&[driver.readable(0x4000, 0x1_0000)]);
+    let mut fixture = fixture();
+    for _ in 0..64 {
+        fixture.driver.add(&[(0x10_0000, 0x1_0000, false)]);
     }
-    let (mut worker, _, reader) = started(&driver);
-    run(&mut worker).unwrap();
-    assert_eq!(driver.used().len(), 16);
+    let (mut driver, text) = fixture.run();
+    assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 64);
     // A pipe holds 64 KiB unless told otherwise.
-    assert!(everything(worker, reader).len() <= 0x1_0000);
+    assert!(text.unwrap().len() <= 0x1_0000);
 }
 
 #[test]
 fn writable_wild_and_huge_buffers_print_nothing_and_are_given_back() {
-    let driver = Driver::new(16);
-    driver.add(&[driver.writable(0x4000, 16)]);
-    driver.add(&[driver.readable(u64::MAX - 3, 16)]);
-    driver.add(&[driver.readable(0xffff_0000, u32::MAX)]);
-    driver.add(&[driver.readable(0x4000, 0)]);
-    let (mut worker, interrupt, reader) = started(&driver);
-    run(&mut worker).unwrap();
-    assert_eq!(driver.used().len(), 4);
-    assert!(!interrupt.is_reset_needed());
-    assert!(everything(worker, reader).is_empty());
+    let mut fixture = fixture();
+    for buffer in [(0x4000, 16, true), (u64::MAX - 3, 16, false), (0xffff_0000, u32::MAX, false), (0x4000, 0, false)] {
+        fixture.driver.add(&[buffer]);
+    }
+    let (mut driver, text) = fixture.run();
+    assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 4);
+    assert!(text.unwrap().is_empty());
 }
 
 #[test]
 fn avail_index_that_jumps_is_an_error() {
-    let driver = Driver::new(16);
-    driver.set_avail_index(17);
-    let (mut worker, ..) = started(&driver);
-    assert!(run(&mut worker).is_err());
+    let mut fixture = fixture();
+    fixture.driver.set_avail(65);
+    assert!(fixture.run().1.is_none());
 }

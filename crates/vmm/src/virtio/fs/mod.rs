@@ -8,11 +8,14 @@
 //!
 //! Inodes are held by descriptor, never by file handle: opening by handle needs CAP_DAC_READ_SEARCH, with which a guest
 //! that took over the VMM could open any file of a host file system; and overlayfs, where most files are, has no handles
-//! by default. The price: a host mount in the share stays busy until the guest has forgotten its inodes, so it is to be
-//! unmounted in the guest first (every mount is one there, FUSE_SUBMOUNTS), and with MNT_DETACH on the host.
+//! by default. The price: a host mount in the share stays busy as long as the guest knows an inode of it, its root at least.
+//! So it is unmounted on the host with MNT_DETACH, and lives on until the guest forgets: the agent unmounts its own end
+//! (every mount of the share is one in the guest too, FUSE_SUBMOUNTS) and looks at the directory once more, a second later
+//! or more, when the kernel finds that it has changed.
 
 mod guard;
 mod memory;
+mod pages;
 mod worker;
 
 #[cfg(test)]
@@ -164,7 +167,7 @@ fn server_config(guest_fd_limit: u64) -> Config {
         root_dir: ".".into(),
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
-        // Close-to-open: a file that changed on the host reads fresh once it is opened again, or a second later.
+        // Close-to-open, refined by `pages`; and a file that is open reads fresh a second after it changed on the host.
         cache_policy: CachePolicy::Auto,
         writeback: false,
         allow_direct_io: false,

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::guard::Guard;
 use super::memory::ServerMemory;
+use crate::guest_log;
 use crate::virtio::ring::{Chain, Ring, RingError, Step};
 use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
 
@@ -84,7 +85,11 @@ impl Worker {
 
     /// Serves until it is stopped, or until the driver breaks a queue.
     pub fn run(&mut self) {
-        if self.serve().is_err() && !self.stop.is_requested() {
+        let result = self.serve();
+        if let Err(error) = result
+            && !self.stop.is_requested()
+        {
+            guest_log!("fs: {error}");
             self.interrupt.needs_reset();
         }
     }
@@ -149,7 +154,7 @@ struct Messages {
 impl Messages {
     fn new(memory: &Memory, config: Config) -> io::Result<Self> {
         let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
-        let server = Server::new(Guard(PassthroughFs::new(config)?));
+        let server = Server::new(Guard::new(PassthroughFs::new(config)?));
         Ok(Self { memory, server, scratch: Scratch::new()? })
     }
 

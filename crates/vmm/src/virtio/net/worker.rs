@@ -13,6 +13,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TS
 
 use super::header::{ETHERNET_LEN, HEADER_LEN, MAX_FRAME, NUM_BUFFERS, Offloads};
 use super::tap::Tap;
+use crate::guest_log;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::ring::{Ring, RingError, Step};
 use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
@@ -89,8 +90,13 @@ impl Worker {
     fn stock_up(&mut self) -> Result<bool, RingError> {
         let mut room: usize = self.supply.iter().map(|(_, buffers)| buffers.size()).sum();
         self.rx.suppress_kicks()?;
-        // A driver whose whole ring holds less than the largest frame must do with that.
-        while room < self.needed && self.supply.len() < usize::from(self.rx.size()) {
+        let size = usize::from(self.rx.size());
+        // Bounded: a driver can make useless chains available as fast as they are returned.
+        for _ in 0..2 * size {
+            // A driver whose whole ring holds less than the largest frame must do with that.
+            if room >= self.needed || self.supply.len() >= size {
+                return Ok(true);
+            }
             let Some(chain) = self.rx.pop()? else {
                 if self.rx.expect_kicks()? {
                     self.rx.suppress_kicks()?;
@@ -108,7 +114,8 @@ impl Worker {
                 _ => self.rx.push(head, 0)?,
             }
         }
-        Ok(true)
+        self.rx.kick_self();
+        Ok(false)
     }
 
     /// Gives the driver the frame of `len` bytes, with its header, that is in the first chains.
@@ -203,7 +210,8 @@ impl MutEventSubscriber for Worker {
                 self.transmit(ops)
             }
         };
-        if result.is_err() {
+        if let Err(error) = result {
+            guest_log!("net: {error}");
             self.fail(ops);
         }
     }

@@ -1,17 +1,14 @@
 //! virtio-rng (section 5.4): entropy from getrandom(2).
 
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
-
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
-use super::serve::{Chain, serve};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::ring::Chain;
+use super::worker::RequestWorker;
+use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
-use crate::guest_log;
 
 const QUEUES: [u16; 1] = [8];
 
@@ -48,10 +45,9 @@ impl VirtioDevice for Rng {
     /// There is no configuration.
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, interrupt, .. } = activation;
-        let requests = queues.into_iter().next().flatten().ok_or(ActivateError::QueueMissing(0))?;
-        self.worker = Some(self.event_loop.add(Box::new(Worker { requests, memory, interrupt }))?);
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let worker = RequestWorker::new("rng", &mut activation, 0, |chain| fill(&chain))?;
+        self.worker = Some(self.event_loop.add(Box::new(worker))?);
         Ok(())
     }
 
@@ -60,48 +56,26 @@ impl VirtioDevice for Rng {
     }
 }
 
-struct Worker {
-    requests: ActiveQueue,
-    memory: Memory,
-    interrupt: Arc<dyn Interrupt>,
-}
-
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if ops.add(Events::new(&self.requests.kick, EventSet::IN)).is_err() {
-            self.interrupt.needs_reset();
-        }
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        if let Err(error) = serve(&mut self.requests, 0, &self.memory, &*self.interrupt, fill) {
-            guest_log!("rng: {error}");
-            let _ = ops.remove(Events::empty_raw(self.requests.kick.as_raw_fd()));
-            self.interrupt.needs_reset();
-        }
-    }
-}
-
 /// Fills the writable part of a chain; returns how much of it.
-fn fill(chain: Chain<'_>) -> u32 {
+fn fill(chain: &Chain) -> usize {
+    let room = chain.clone().writable().fold(0usize, |sum, buffer| sum.saturating_add(len(&buffer)));
     let mut bytes = [0; MAX_CHAIN];
+    let (wanted, _) = bytes.split_at_mut(room.min(MAX_CHAIN));
     // It blocks only until the host's pool was first seeded, long before any guest.
-    let Ok(count) = getrandom(&mut bytes[..], GetRandomFlags::empty()) else { return 0 };
-    let mut rest = bytes.get(..count).unwrap_or_default();
-    let mut written = 0;
-    let memory = chain.memory();
-    for descriptor in chain.clone().writable() {
-        let (part, left) = rest.split_at(rest.len().min(usize::try_from(descriptor.len()).unwrap_or(0)));
-        if memory.write_slice(part, descriptor.addr()).is_err() {
+    let Ok(count) = getrandom(&mut *wanted, GetRandomFlags::empty()) else { return 0 };
+    let mut rest = wanted.get(..count).unwrap_or_default();
+    for buffer in chain.clone().writable() {
+        let (part, left) = rest.split_at(rest.len().min(len(&buffer)));
+        if chain.memory().write_slice(part, buffer.addr()).is_err() {
             break;
         }
-        written += part.len();
         rest = left;
-        if rest.is_empty() {
-            break;
-        }
     }
-    u32::try_from(written).unwrap_or(0)
+    count - rest.len()
+}
+
+fn len(buffer: &Descriptor) -> usize {
+    usize::try_from(buffer.len()).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

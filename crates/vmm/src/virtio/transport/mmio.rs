@@ -50,6 +50,7 @@ const QUEUE_DRIVER_LOW: u64 = 0x090;
 const QUEUE_DRIVER_HIGH: u64 = 0x094;
 const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+const SHM_SEL: u64 = 0x0ac;
 const SHM_LEN_LOW: u64 = 0x0b0;
 const SHM_BASE_HIGH: u64 = 0x0bc;
 const CONFIG_GENERATION: u64 = 0x0fc;
@@ -150,6 +151,8 @@ impl MmioTransport {
             QUEUE_NOTIFY => self.notify(value),
             INTERRUPT_ACK => self.interrupt.acknowledge(value),
             STATUS => self.write_status(value),
+            // Every one is absent, whichever is selected.
+            SHM_SEL => {}
             QUEUE_NUM | QUEUE_READY | QUEUE_DESC_LOW..=QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
             _ => guest_log!("write to register {offset:#x}, which is not there or read-only"),
         }

@@ -17,6 +17,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::ConnectError;
 use super::links::Links;
 use super::packet::{HEADER_LEN, Header};
+use crate::guest_log;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::ring::{Ring, RingError, Step};
 use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
@@ -225,7 +226,8 @@ impl Worker {
         if result.is_ok() && queues.tx_blocked && links.accepts_packets() {
             queues.tx.kick_self();
         }
-        if result.is_err() {
+        if let Err(error) = result {
+            guest_log!("vsock: {error}");
             self.fail(ops);
         }
     }

@@ -4,7 +4,10 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
-use crate::virtio::ActivateError;
+use crate::event_loop::EventLoop;
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::{self, DriverQueue};
+use crate::virtio::{ActivateError, Memory};
 
 const MEMORY_SIZE: u64 = 1 << 20;
 const MAX_SIZE: u16 = 64;
@@ -58,13 +61,16 @@ struct Driver {
 
 fn driver_of(refuses: bool) -> Driver {
     let seen = Arc::new(Mutex::new(Seen::default()));
-    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-    let line = event();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(MEMORY_SIZE).unwrap())]).unwrap();
+    driver_for(Box::new(Device { seen: seen.clone(), refuses }), Arc::new(memory), seen)
+}
+
+fn driver_for(device: Box<dyn VirtioDevice>, memory: Memory, seen: Arc<Mutex<Seen>>) -> Driver {
+    let kicks = device.queue_sizes().iter().map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+    // Blocking: a test that reads it waits for the interrupt.
+    let line = EventFd::new(0).unwrap();
     let interrupt = Arc::new(MmioInterrupt::new(line.try_clone().unwrap()));
-    let memory =
-        Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(MEMORY_SIZE).unwrap())]).unwrap());
-    let device = Box::new(Device { seen: seen.clone(), refuses });
-    let transport = MmioTransport::new(device, memory, interrupt.clone(), vec![event(), event()]);
+    let transport = MmioTransport::new(device, memory, interrupt.clone(), kicks);
     Driver { transport, seen, interrupt, line }
 }
 
@@ -349,4 +355,54 @@ fn registers_are_words_and_the_configuration_is_bytes() {
     }
     driver.write(CONFIG, 1);
     assert_eq!(driver.seen.lock().unwrap().config_writes, 0, "there is no driver yet");
+}
+
+#[test]
+fn device_that_works_can_be_reset_and_started_again() {
+    const BASE: u64 = 0x1_0000;
+    let memory = testing::memory();
+    let device = Box::new(Rng::new(EventLoop::spawn().unwrap()));
+    let mut driver = driver_for(device, memory.clone(), Arc::default());
+    for _ in 0..3 {
+        let mut queue = DriverQueue::new(&memory, BASE, 8);
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(0, 8, [BASE, BASE + 0x2000, BASE + 0x3000]);
+        queue.add(&[(0x4000, 64, true)]);
+        driver.add_status(DRIVER_OK); // the device finds the buffer without a kick
+        driver.line.read().unwrap();
+        assert_eq!(queue.take_used(), Some((0, 64)));
+        for _ in 0..7 {
+            queue.add(&[(0x4000, 64, true)]);
+        }
+        driver.write(QUEUE_NOTIFY, 0);
+        driver.write(STATUS, 0); // while it works, perhaps
+        assert_eq!(driver.status(), 0);
+        // The worker is gone; what it interrupted for before does not count for the next round.
+        driver.line.write(1).unwrap();
+        driver.line.read().unwrap();
+    }
+}
+
+#[test]
+fn broken_ring_stops_the_device_until_a_reset() {
+    const BASE: u64 = 0x1_0000;
+    let memory = testing::memory();
+    let device = Box::new(Rng::new(EventLoop::spawn().unwrap()));
+    let mut driver = driver_for(device, memory.clone(), Arc::default());
+    let mut queue = DriverQueue::new(&memory, BASE, 8);
+    queue.set_avail(9);
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 8, [BASE, BASE + 0x2000, BASE + 0x3000]);
+    driver.add_status(DRIVER_OK);
+    driver.line.read().unwrap();
+    assert_ne!(driver.status() & NEEDS_RESET, 0);
+
+    driver.write(STATUS, 0);
+    let mut queue = DriverQueue::new(&memory, BASE, 8);
+    driver.negotiate(VERSION_1);
+    driver.set_up_queue(0, 8, [BASE, BASE + 0x2000, BASE + 0x3000]);
+    queue.add(&[(0x4000, 64, true)]);
+    driver.add_status(DRIVER_OK);
+    driver.line.read().unwrap();
+    assert_eq!(queue.take_used(), Some((0, 64)));
 }

@@ -1,0 +1,53 @@
+//! virtio-net's side of a real tap: needs /dev/net/tun and CAP_NET_ADMIN.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+
+use bulkhead_vmm::event_loop::EventLoop;
+use bulkhead_vmm::virtio::VirtioDevice;
+use bulkhead_vmm::virtio::net::{Net, NetError};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// A tap with a name that the kernel chooses; it goes with its descriptor.
+#[allow(unsafe_code)] // ioctl(2)
+fn tap(flags: libc::c_int) -> File {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("no tap device; run as root");
+    // SAFETY: all zeroes is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap();
+    // SAFETY: the kernel reads and writes an `ifreq`, which this is.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(result, 0, "cannot make a tap; run as root: {}", std::io::Error::last_os_error());
+    file
+}
+
+fn net(file: File) -> Result<Net, NetError> {
+    Net::new(file.into(), MAC, 1400, EventLoop::spawn().unwrap())
+}
+
+#[test]
+fn tap_in_the_right_mode_is_taken_and_made_non_blocking() {
+    let file = tap(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    let other = file.try_clone().unwrap();
+    let device = net(file).unwrap();
+    assert!(rustix::fs::fcntl_getfl(&other).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+    let mut config = [0xff; 14];
+    device.read_config(0, &mut config);
+    assert_eq!(config[..6], MAC);
+    assert_eq!(config[6..], [1, 0, 1, 0, 0x78, 0x05, 0, 0]);
+}
+
+#[test]
+fn tap_in_another_mode_is_refused() {
+    let plain = tap(libc::IFF_TAP | libc::IFF_NO_PI);
+    assert!(matches!(net(plain), Err(NetError::TapMode)));
+    let tun = tap(libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    assert!(matches!(net(tun), Err(NetError::TapMode)));
+}
+
+#[test]
+fn tap_without_an_interface_is_refused() {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("no tap device; run as root");
+    assert!(matches!(net(file), Err(NetError::NoTap(_))));
+}
