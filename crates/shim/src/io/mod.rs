@@ -23,6 +23,10 @@ use target::{Input, Output};
 /// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// How long output may trail the end of its process: what the guest's buffers hold takes seconds to read on an emulated
+/// node; a process left behind that writes for ever must not hide the end for ever.
+const TRAILING: Duration = Duration::from_secs(30);
+
 /// How long the guest may take to accept or refuse a stream; see `CONNECT_DEADLINE` of the VM for its size.
 const HEADER: Duration = Duration::from_secs(30);
 
@@ -92,9 +96,14 @@ impl ProcessIo {
         Ok(io)
     }
 
-    /// The process has ended: its output ends when the guest says so, or falls silent.
-    pub fn process_ended(&self) {
+    /// The process has ended: returns when its output has been copied, which is when the guest says so, falls silent, or
+    /// has had its time. Before that the end must not be told: containerd closes its fifos upon it.
+    pub async fn process_ended(&self) {
         self.ended.send_replace(true);
+        // Each copy of output holds a receiver.
+        if tokio::time::timeout(TRAILING, self.ended.closed()).await.is_err() {
+            tracing::warn!("a process's output still comes {TRAILING:?} after its end");
+        }
     }
 
     /// containerd has closed stdin: what is in the fifo still goes to the process, then its stdin ends.
