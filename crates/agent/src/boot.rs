@@ -8,7 +8,7 @@ use std::io;
 
 use rustix::fs::{Mode, mkdir};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move, mount_remount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
@@ -21,6 +21,7 @@ const LOG_PARAMETER: &str = "bulkhead.log=";
 pub fn init() -> Result<Infallible, BootError> {
     leave_rootfs().map_err(BootError::Root)?;
     mount_file_systems()?;
+    lock_root().map_err(BootError::Root)?;
     start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     raise_limits();
     cgroup::prepare_hierarchy()?;
@@ -39,6 +40,13 @@ fn leave_rootfs() -> io::Result<()> {
     mount_move(".", "/")?;
     rustix::process::chroot(".")?;
     std::env::set_current_dir("/")
+}
+
+/// Makes the root read-only: all that it holds is the agent's program, which a container must not be able to change by way
+/// of /proc/self/exe (CVE-2019-5736 was that). What the agent writes is below /run.
+fn lock_root() -> io::Result<()> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    mount_remount("/", flags, c"").map_err(Into::into)
 }
 
 /// One mount of the guest.
@@ -137,7 +145,6 @@ pub enum BootError {
     Root(#[source] io::Error),
     /// A file system of the kernel's.
     #[error("cannot mount {kind} at {target}; is it built into the guest kernel?")]
-    #[allow(missing_docs)]
     Mount { kind: &'static str, target: &'static str, source: io::Error },
     /// The cgroup hierarchy.
     #[error(transparent)]

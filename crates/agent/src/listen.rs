@@ -10,6 +10,7 @@ use bulkhead_protocol::agent::create_agent;
 use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, transport::Listener};
 
@@ -25,6 +26,7 @@ pub fn serve_vsock() -> Result<Infallible, ListenError> {
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let agent = Agent::start(Listener::from(rpc)).await?;
+        tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
@@ -67,7 +69,8 @@ impl Agent {
         let reaper = Arc::new(Reaper::default());
         let streams = Arc::new(Streams::default());
         let service = Arc::new(Service::new(Arc::clone(&reaper), Arc::clone(&streams)));
-        tokio::spawn(reaper.run());
+        let children = signal(SignalKind::child()).map_err(ListenError::Runtime)?;
+        tokio::spawn(reaper.run(children));
         let mut server = Server::new().add_listener(rpc).register_service(create_agent(service));
         server.start().await.map_err(ListenError::Rpc)?;
         Ok(Self { streams, _server: server })
@@ -99,7 +102,6 @@ pub enum ListenError {
     Vsock(#[source] io::Error),
     /// The developer's sockets.
     #[error("cannot listen on {path}")]
-    #[allow(missing_docs)]
     Unix { path: std::path::PathBuf, source: io::Error },
     /// ttrpc.
     #[error("cannot serve requests")]

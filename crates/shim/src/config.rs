@@ -82,9 +82,7 @@ impl Config {
         let may_be_absent = named.is_none();
         let path = named.unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
         let raw = match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                toml::from_str(&text).map_err(|source| ConfigError::Parse { path, source: Box::new(source) })?
-            }
+            Ok(text) => parse(&text).map_err(|(line, reason)| ConfigError::Parse { path, line, reason })?,
             Err(error) if may_be_absent && error.kind() == ErrorKind::NotFound => RawConfig::default(),
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
@@ -134,6 +132,14 @@ impl Config {
     }
 }
 
+/// The library's own message is a picture of several lines; an operator gets one.
+fn parse(text: &str) -> Result<RawConfig, (usize, String)> {
+    toml::from_str(text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        (before.matches('\n').count() + 1, error.message().trim().to_owned())
+    })
+}
+
 fn bounded(what: &'static str, value: u64, least: u64, most: u64) -> Result<u64, ConfigError> {
     if (least..=most).contains(&value) { Ok(value) } else { Err(ConfigError::Bounds { what, value, least, most }) }
 }
@@ -151,13 +157,14 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// Not TOML, or an unknown key.
-    #[error("Bulkhead's configuration {path} is malformed; correct the line that follows")]
+    #[error("Bulkhead's configuration {path} is malformed, correct line {line}: {reason}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// Where.
+        line: usize,
+        /// Why, in TOML's words.
+        reason: String,
     },
     /// A relative path would depend on who starts the shim.
     #[error("Bulkhead's configuration names {0}, a relative path; write an absolute one")]
@@ -193,7 +200,8 @@ mod tests {
 
     #[test]
     fn unknown_key_and_bad_bounds_are_refused() {
-        assert!(toml::from_str::<RawConfig>("kernal = '/x'").is_err());
+        let (line, reason) = parse("vmm = '/v'\nkernal = '/x'").unwrap_err();
+        assert!(line == 2 && reason.contains("kernal") && !reason.contains('\n'), "{reason}");
         assert!(matches!(config("default_vcpus = 0"), Err(ConfigError::Bounds { what: "default_vcpus", .. })));
         assert!(matches!(config("max_vcpus = 65"), Err(ConfigError::Bounds { .. })));
         assert!(matches!(config("kernel = 'vmlinux'"), Err(ConfigError::Relative(_))));

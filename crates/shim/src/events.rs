@@ -51,7 +51,10 @@ impl Publisher {
             ..Envelope::default()
         };
         if self.0.try_send(envelope).is_err() {
-            tracing::error!(topic = event.topic(), "event lost: the queue is full, containerd has not listened for long");
+            tracing::error!(
+                topic = event.topic(),
+                "event lost: the queue is full, containerd has not listened for long"
+            );
         }
     }
 }

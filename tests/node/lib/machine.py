@@ -52,8 +52,11 @@ def kernel():
 def kvm_boots_linux():
     """Whether this host's /dev/kvm boots the guest kernel.
 
-    That it opens, or creates a VM, proves nothing: some modules that offer it cannot run a stock kernel.
+    That it opens, or creates a VM, proves nothing: there are modules behind it that need neither VMX nor SVM and run
+    only guests that were made for them. So a processor without either is out, and with one a boot decides.
     """
+    if not re.search(r"^flags\s*:.* (vmx|svm)\b", pathlib.Path("/proc/cpuinfo").read_text(encoding="ascii"), re.MULTILINE):
+        return False
     vmm, image, init = BUILD / "bin" / "bulkhead-vmm", BUILD / "vmlinux", BUILD / "reboot.cpio"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK) or not all(path.exists() for path in (vmm, image, init)):
         return False

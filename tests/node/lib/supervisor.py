@@ -104,7 +104,9 @@ def start(state):
     report_read, report_write = os.pipe()
     if os.fork() == 0:
         os.setsid()
-        os.close(report_read)
+        # Nothing of the caller's stays open, its lock least of all.
+        os.closerange(3, report_write)
+        os.closerange(report_write + 1, os.sysconf("SC_OPEN_MAX"))
         with open(state / "supervisor.log", "ab", buffering=0) as log, open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
             os.dup2(log.fileno(), 1)

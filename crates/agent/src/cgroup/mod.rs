@@ -4,6 +4,8 @@
 //! processes into a container's group when it creates them; everything after that is done here, by files and by the
 //! kernel's notifications on them, never by trying again after a while.
 
+mod bpf;
+mod devices;
 pub mod notify;
 pub mod stats;
 
@@ -14,7 +16,7 @@ use std::time::Duration;
 
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
 use crate::sys;
 use notify::KernfsFile;
@@ -89,6 +91,14 @@ impl Cgroup {
 
     fn refused(&self, error: &dyn std::error::Error) -> CgroupError {
         CgroupError::Update { path: self.dir.clone(), reason: sys::chain(error) }
+    }
+
+    /// Lets the group's processes use the devices of these rules only, and those that every container has.
+    pub fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), CgroupError> {
+        let program = devices::program(rules).ok_or_else(|| CgroupError::DeviceRules { path: self.dir.clone() })?;
+        let attach =
+            || bpf::attach_device_program(std::fs::File::open(&self.dir)?, bpf::load_device_program(&program)?);
+        attach().map_err(|source| CgroupError::Devices { path: self.dir.clone(), source })
     }
 
     /// Freezes or thaws every process; returns when the kernel says that it is done.
@@ -254,32 +264,31 @@ fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
 pub enum CgroupError {
     /// mkdir(2).
     #[error("cannot create the control group {path}")]
-    #[allow(missing_docs)]
     Create { path: PathBuf, source: io::Error },
     /// rmdir(2); a process is left in it.
     #[error("cannot remove the control group {path}")]
-    #[allow(missing_docs)]
     Remove { path: PathBuf, source: io::Error },
     /// A file of the group cannot be read.
     #[error("cannot read {path}")]
-    #[allow(missing_docs)]
     Read { path: PathBuf, source: io::Error },
     /// A file of the group does not take a value.
     #[error("cannot write \"{value}\" to {path}")]
-    #[allow(missing_docs)]
     Write { path: PathBuf, value: String, source: io::Error },
     /// kill(2).
     #[error("cannot signal process {pid}")]
-    #[allow(missing_docs)]
     Signal { pid: u32, source: io::Error },
+    /// Rules that make no sense.
+    #[error("the device rules for {path} are not understood, or there are more than 512")]
+    DeviceRules { path: PathBuf },
+    /// bpf(2).
+    #[error("cannot restrict the devices of {path}; the kernel needs CONFIG_CGROUP_BPF")]
+    Devices { path: PathBuf, source: io::Error },
     /// A resource limit was refused.
     #[error("the control group {path} refuses the new limits: {reason}")]
-    #[allow(missing_docs)]
     Update { path: PathBuf, reason: String },
     /// The processes of the group did not freeze or end in time.
     #[error(
         "processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer"
     )]
-    #[allow(missing_docs)]
     Unsettled { path: PathBuf },
 }

@@ -4,10 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use oci_spec::runtime::LinuxResources;
-
 use super::error::ContainerError;
 use super::process::Process;
+use super::spec;
 use crate::cgroup::Cgroup;
 use crate::events;
 
@@ -114,9 +113,7 @@ impl Container {
 
     /// Changes its limits; `resources` is OCI's object as JSON.
     pub fn update(&self, resources: &[u8]) -> Result<(), ContainerError> {
-        let parsed: LinuxResources =
-            serde_json::from_slice(resources).map_err(|source| ContainerError::Json { what: "resources", source })?;
-        Ok(self.cgroup.update(&parsed)?)
+        Ok(self.cgroup.update(&spec::adapt_resources(resources)?)?)
     }
 
     pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {

@@ -6,33 +6,36 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::error::ContainerError;
 use super::home;
 
 /// Where the agent puts a container.
 #[derive(Debug)]
-pub struct Placement<'a> {
+pub struct Placement {
     /// Its control group, absolute below the mount point.
-    pub cgroup: &'a Path,
+    pub cgroup: PathBuf,
     /// A process of the pid namespace that it joins; `None` for one of its own.
     pub pid_namespace: Option<u32>,
     /// Whether init gets a terminal.
     pub terminal: bool,
 }
 
-/// Reads a spec and makes it the guest's.
-pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerError> {
+/// Reads a spec and makes it the guest's. Reads a file of the root file system, which the host may be slow to give.
+pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError> {
     let mut spec: Spec =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "spec", source })?;
     let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
     let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
     let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
     fit_process(&mut process, placement.terminal, &rootfs);
+    if let Some(resources) = linux.resources_mut() {
+        fit_resources(resources);
+    }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
     linux
-        .set_cgroups_path(Some(placement.cgroup.into()))
+        .set_cgroups_path(Some(placement.cgroup.clone()))
         .set_namespaces(Some(namespaces))
         .set_sysctl(None)
         .set_mount_label(None)
@@ -41,12 +44,30 @@ pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerEr
     Ok(spec)
 }
 
-/// Reads an exec's process and makes it the guest's.
+/// Reads an exec's process and makes it the guest's. Blocks as [`adapt`] does.
 pub fn adapt_process(json: &[u8], terminal: bool, rootfs: &Path) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
     fit_process(&mut process, terminal, rootfs);
     Ok(process)
+}
+
+/// Reads a resources object and makes it the guest's.
+pub fn adapt_resources(json: &[u8]) -> Result<LinuxResources, ContainerError> {
+    let mut resources: LinuxResources =
+        serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "resources", source })?;
+    fit_resources(&mut resources);
+    Ok(resources)
+}
+
+/// Container engines write 0 for what they do not limit; libcgroups takes a swap of 0 for less than any limit.
+fn fit_resources(resources: &mut LinuxResources) {
+    let Some(mut memory) = *resources.memory() else { return };
+    let given = |value: Option<i64>| value.filter(|value| *value != 0);
+    memory.set_limit(given(memory.limit()));
+    memory.set_reservation(given(memory.reservation()));
+    memory.set_swap(given(memory.swap()).filter(|_| memory.limit().is_some()));
+    resources.set_memory(Some(memory));
 }
 
 fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {

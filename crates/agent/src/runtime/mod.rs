@@ -178,9 +178,12 @@ async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), Ru
         let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
         match control::receive(channel.get_ref()) {
             Err(ControlError::Receive(rustix::io::Errno::AGAIN)) => ready.clear_ready(),
+            // It ended with the request unread.
+            Err(ControlError::Receive(rustix::io::Errno::CONNRESET)) | Ok(None) => {
+                return Err(RuntimeError::HelperEnded { code: None });
+            }
             Err(error) => return Err(RuntimeError::Talk(error)),
             Ok(Some(reply)) => return Ok(reply),
-            Ok(None) => return Err(RuntimeError::HelperEnded { code: None }),
         }
     }
 }
@@ -215,7 +218,6 @@ fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<()> {
 pub enum RuntimeError {
     /// The guest's own tmpfs.
     #[error("cannot write or remove {path}")]
-    #[allow(missing_docs)]
     Files { path: PathBuf, source: io::Error },
     /// The helper could not be run.
     #[error("cannot run the helper that creates containers")]
@@ -227,13 +229,11 @@ pub enum RuntimeError {
     #[error(
         "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
     )]
-    #[allow(missing_docs)]
     HelperEnded { code: Option<u32> },
     /// libcontainer's own words.
     #[error("{0}")]
     Refused(String),
     /// Init does not wait any more.
     #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
-    #[allow(missing_docs)]
     Start { path: PathBuf, source: io::Error },
 }

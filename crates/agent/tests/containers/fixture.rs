@@ -23,6 +23,7 @@ const CALL: i64 = 30_000_000_000;
 /// group of the host's, made the root by a cgroup namespace. $1 is the directory, $2 the group's name.
 const SETUP: &str = "mount -t tmpfs tmpfs /run && mkdir /run/host /run/bulkhead && mount -t cgroup2 cgroup2 /run/host && \
                      mkdir /run/host/$2 && echo $$ > /run/host/$2/cgroup.procs && umount /run/host && \
+                     umount -lR /sys/fs/cgroup && \
                      exec unshare --cgroup sh -c \"mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec $0 serve $1\"";
 
 /// Removes the group $0 of the host's.
@@ -328,8 +329,8 @@ fn make_rootfs(rootfs: &Path) {
     }
     std::fs::copy("/bin/busybox", &busybox).expect("these tests need busybox-static");
     for applet in [
-        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "sleep", "stty", "tail", "test", "tr",
-        "true", "tty", "wc", "yes",
+        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "sleep", "stty", "tail", "test",
+        "tr", "true", "tty", "wc", "yes",
     ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

@@ -96,6 +96,30 @@ async fn exec_is_under_the_seccomp_filter_of_its_container() {
 }
 
 #[tokio::test]
+async fn devices_are_those_of_the_spec() {
+    let guest = Guest::start().await;
+    let script = "mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg; mknod /tmp/fuse c 10 229 && : < /tmp/fuse; echo $?; \
+                  head -c 4 /dev/zero | wc -c";
+    let spec = fixture::spec(&guest, "c", &["sh", "-c", script], |spec| {
+        spec["process"]["user"] = serde_json::json!({"uid": 0, "gid": 0});
+        let capabilities = ["CAP_MKNOD"];
+        spec["process"]["capabilities"] =
+            serde_json::json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+        spec["linux"]["resources"] = serde_json::json!({"devices": [
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"}
+        ]});
+    });
+    guest.create_with("c", spec, streams("oe"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    guest.start_container("c").await.unwrap();
+    guest.wait("c", "").await.unwrap();
+    let error = guest.read("c", "", Stream::Stderr).await;
+    assert!(error.contains("/tmp/kmsg: Operation not permitted"), "{error}");
+    assert!(!error.contains("/tmp/fuse: Operation not permitted"), "{error}");
+    assert!(guest.read("c", "", Stream::Stdout).await.ends_with("4\n"));
+}
+
+#[tokio::test]
 async fn terminal_has_a_size_that_changes() {
     let guest = Guest::start().await;
     let mut terminal = streams("iot");

@@ -16,11 +16,8 @@ pub fn init(bundle: &Path, debug: bool) {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let Ok(fifo) = rustix::fs::open(bundle.join("log"), flags, Mode::empty()) else { return };
     let level = if debug { tracing::Level::DEBUG } else { tracing::Level::INFO };
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_ansi(false)
-        .with_writer(Fifo(Arc::new(fifo)))
-        .finish();
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(Fifo(Arc::new(fifo))).finish();
     let _ = tracing::subscriber::set_global_default(subscriber);
 }
 

@@ -84,9 +84,9 @@ impl ProcessIo {
             io.close_stdin = Some(close);
             io.input = Mutex::new(Some(tokio::spawn(copy::to_guest(input, connection, closed))));
         }
-        let copies = outputs.into_iter().map(|(connection, output)| {
-            tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe()))
-        });
+        let copies = outputs
+            .into_iter()
+            .map(|(connection, output)| tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe())));
         let copies = copies.collect();
         io.outputs = Mutex::new(copies);
         Ok(io)

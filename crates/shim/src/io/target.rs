@@ -26,9 +26,7 @@ impl Output {
         match scheme {
             "file" => append(path).map(Self::File).map_err(failed),
             "" if !is_fifo() => append(path).map(Self::File).map_err(failed),
-            "" | "fifo" => {
-                pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed)
-            }
+            "" | "fifo" => pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed),
             other => Err(IoError::Scheme(other.to_owned())),
         }
     }

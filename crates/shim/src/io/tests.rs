@@ -17,7 +17,11 @@ async fn output_reaches_the_fifo_and_its_reader_sees_the_end() {
     let path = fifo(&dir, "out");
     let mut reader = tokio::net::unix::pipe::OpenOptions::new().open_receiver(&path).unwrap();
     let (mut guest, connection) = UnixStream::pair().unwrap();
-    let copy = tokio::spawn(copy::from_guest(connection, Output::open(path.to_str().unwrap()).unwrap(), watch::channel(false).1));
+    let copy = tokio::spawn(copy::from_guest(
+        connection,
+        Output::open(path.to_str().unwrap()).unwrap(),
+        watch::channel(false).1,
+    ));
     guest.write_all(b"hello").await.unwrap();
     drop(guest);
     let mut text = String::new();

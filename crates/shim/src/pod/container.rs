@@ -36,8 +36,11 @@ pub struct Container {
     pub bundle: PathBuf,
     /// Its first process.
     pub init: Arc<Process>,
-    execs: Mutex<HashMap<String, (Arc<Process>, Arc<[u8]>)>>,
+    execs: Mutex<Execs>,
 }
+
+/// By exec id: the process, and the OCI process (JSON) that it is started from.
+type Execs = HashMap<String, (Arc<Process>, Arc<[u8]>)>;
 
 impl Container {
     /// A created container.
@@ -45,7 +48,7 @@ impl Container {
         Self { id, kind, bundle, init, execs: Mutex::default() }
     }
 
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, (Arc<Process>, Arc<[u8]>)>> {
+    fn execs(&self) -> MutexGuard<'_, Execs> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -87,8 +90,7 @@ impl Container {
 
     /// Waits until the execs that ran have ended, in bounded time.
     pub async fn execs_ended(&self) {
-        let running: Vec<_> =
-            self.running().into_iter().filter(|process| !process.key.exec.is_empty()).collect();
+        let running: Vec<_> = self.running().into_iter().filter(|process| !process.key.exec.is_empty()).collect();
         let all = async {
             for process in running {
                 process.wait().await;

@@ -64,9 +64,7 @@ impl Pod {
 
     /// Closes a process's stdin once what is in it has been read.
     pub fn close_stdin(&self, id: &str, exec: &str) -> Result<(), TaskError> {
-        if let Some(io) = self.process(id, exec)?.io() {
-            io.close_stdin();
-        }
+        self.process(id, exec)?.close_stdin();
         Ok(())
     }
 

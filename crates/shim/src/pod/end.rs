@@ -66,7 +66,11 @@ impl Pod {
     /// Deletes an ended process, with all that is left of it.
     pub async fn delete(self: Arc<Self>, id: String, exec: String) -> Result<Deleted, TaskError> {
         let container = self.container(&id)?;
-        if exec.is_empty() { self.delete_container(&container).await } else { self.delete_exec(&container, &exec).await }
+        if exec.is_empty() {
+            self.delete_container(&container).await
+        } else {
+            self.delete_exec(&container, &exec).await
+        }
     }
 
     async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {

@@ -22,9 +22,9 @@ use crate::paths::RunDir;
 use crate::sandbox::Sandbox;
 use container::Container;
 pub use create::CreateTask;
-pub use start::ExecTask;
 use error::TaskError;
 use process::Process;
+pub use start::ExecTask;
 
 /// Names a pod.
 #[derive(Clone, Debug)]

@@ -51,12 +51,14 @@ struct State {
     pid: u32,
     host_pid: Option<HostPid>,
     io: Option<Arc<ProcessIo>>,
+    /// containerd may close stdin before the process is started, and says so only once.
+    stdin_closed: bool,
 }
 
 impl Process {
     /// A created process; an exec gets its pid when it is started.
     pub fn new(key: ProcessKey, stdio: Stdio) -> Self {
-        let state = State { status: Status::CREATED, pid: 0, host_pid: None, io: None };
+        let state = State { status: Status::CREATED, pid: 0, host_pid: None, io: None, stdin_closed: false };
         Self { key, stdio, state: Mutex::new(state), exit: watch::channel(None).0, order: tokio::sync::Mutex::new(()) }
     }
 
@@ -106,7 +108,20 @@ impl Process {
 
     /// Sets the copies of its streams.
     pub fn set_io(&self, io: ProcessIo) {
-        self.state().io = Some(Arc::new(io));
+        let mut state = self.state();
+        if state.stdin_closed {
+            io.close_stdin();
+        }
+        state.io = Some(Arc::new(io));
+    }
+
+    /// containerd will write no more to stdin.
+    pub fn close_stdin(&self) {
+        let mut state = self.state();
+        state.stdin_closed = true;
+        if let Some(io) = &state.io {
+            io.close_stdin();
+        }
     }
 
     /// The copies of its streams.

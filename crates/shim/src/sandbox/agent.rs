@@ -201,9 +201,7 @@ pub enum AgentError {
 impl From<ttrpc::Error> for AgentError {
     fn from(error: ttrpc::Error) -> Self {
         match error {
-            ttrpc::Error::RpcStatus(status) => {
-                Self::Refused { code: status.code(), message: bounded(&status.message) }
-            }
+            ttrpc::Error::RpcStatus(status) => Self::Refused { code: status.code(), message: bounded(&status.message) },
             other => Self::Gone(bounded(&other.to_string())),
         }
     }

@@ -118,7 +118,7 @@ mod tests {
         let mut lines = Lines::default();
         assert_eq!(lines.push(b"one\r\n\n\x1b[1mtw"), ["one"]);
         assert_eq!(lines.push(b"o\n"), ["[1mtwo"]);
-        assert_eq!(lines.push(&[b'x'; 10_000]), [String::new(); 0]);
+        assert!(lines.push(&[b'x'; 10_000]).is_empty());
         assert_eq!(lines.push(b"\n")[0].len(), MAX_LINE);
     }
 

@@ -27,10 +27,11 @@ impl Files {
     pub fn open(config: &Config) -> Result<Self, VmError> {
         let kvm = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(|error| VmError::NoKvm(error.into()))?;
-        let file = |what, path: &Path| {
-            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|error| VmError::NoFile { what, path: path.to_path_buf(), source: error.into() })
-        };
+        let file =
+            |what, path: &Path| {
+                rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(|error| VmError::NoFile { what, path: path.to_path_buf(), source: error.into() })
+            };
         if let Err(source) = std::fs::metadata(&config.vmm) {
             return Err(VmError::NoFile { what: "vmm", path: config.vmm.clone(), source });
         }

@@ -79,7 +79,11 @@ impl Vm {
         }
     }
 
-    fn supervise(socket: OwnedFd, child: Child, pid: u32) -> Result<(Self, oneshot::Receiver<Result<(), VmError>>), VmError> {
+    fn supervise(
+        socket: OwnedFd,
+        child: Child,
+        pid: u32,
+    ) -> Result<(Self, oneshot::Receiver<Result<(), VmError>>), VmError> {
         // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
         let socket = std::os::unix::net::UnixDatagram::from(socket);
         socket.set_nonblocking(true).map_err(VmError::Socket)?;

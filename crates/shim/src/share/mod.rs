@@ -86,11 +86,8 @@ impl Share {
             return Err(ShareError::Device(source.clone()));
         }
         bind(source, &target, volume.recursive).map_err(|error| ShareError::volume(source, error.into()))?;
-        let propagation = if volume.follows_host {
-            MountPropagationFlags::DOWNSTREAM
-        } else {
-            MountPropagationFlags::PRIVATE
-        };
+        let propagation =
+            if volume.follows_host { MountPropagationFlags::DOWNSTREAM } else { MountPropagationFlags::PRIVATE };
         mount_change(&target, propagation | MountPropagationFlags::REC)
             .map_err(|error| ShareError::volume(source, error.into()))?;
         if volume.read_only {

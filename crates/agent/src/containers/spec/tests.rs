@@ -18,7 +18,7 @@ const SPEC: &str = r#"{
 }"#;
 
 fn adapted(pid_namespace: Option<u32>) -> Spec {
-    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, terminal: false };
     adapt(SPEC.as_bytes(), &placement).unwrap()
 }
 
@@ -66,8 +66,18 @@ fn exec_keeps_its_home() {
 
 #[test]
 fn specs_that_lack_something_are_refused() {
-    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace: None, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, terminal: false };
     assert!(matches!(adapt(b"{", &placement), Err(ContainerError::Json { .. })));
     let bare = br#"{"ociVersion": "1.0.2", "root": {"path": "/x"}}"#;
     assert!(matches!(adapt(bare, &placement), Err(ContainerError::Incomplete { what: "process" })));
+}
+
+#[test]
+fn limits_of_zero_are_none() {
+    let resources = adapt_resources(br#"{"memory": {"limit": 1000, "swap": 0, "reservation": 0}}"#).unwrap();
+    let memory = resources.memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap(), memory.reservation()), (Some(1000), None, None));
+    let memory = adapt_resources(br#"{"memory": {"limit": 0, "swap": 5}}"#).unwrap().memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap()), (None, None));
+    assert!(matches!(adapt_resources(b"{"), Err(ContainerError::Json { what: "resources", .. })));
 }

@@ -6,7 +6,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
@@ -14,8 +14,39 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 
+use super::pages::Pages;
+
 /// A file system whose guest is not trusted.
-pub struct Guard<F>(pub F);
+pub struct Guard<F> {
+    inner: F,
+    pages: Pages,
+}
+
+impl<F: FileSystem> Guard<F> {
+    /// Guards a file system.
+    pub fn new(inner: F) -> Self {
+        Self { inner, pages: Pages::default() }
+    }
+
+    /// What the guest may leave out for a file that it opens with these flags.
+    fn shortcuts(&self, ctx: Context, inode: u64, flags: u32) -> OpenOptions {
+        let mut options = OpenOptions::empty();
+        if flags & ACCESS_MODE == READ_ONLY {
+            // Nothing was written, so there is nothing to flush when it is closed.
+            options |= OpenOptions::NOFLUSH;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if let Ok((attr, _)) = self.inner.getattr(ctx, inode.into(), None) {
+            let changed = Duration::from_secs(attr.ctime).saturating_add(Duration::from_nanos(attr.ctimensec.into()));
+            options.set(OpenOptions::KEEP_CACHE, self.pages.may_keep(inode, changed, now));
+        }
+        options
+    }
+}
+
+/// O_ACCMODE and O_RDONLY, open(2).
+const ACCESS_MODE: u32 = 3;
+const READ_ONLY: u32 = 0;
 
 /// A name is one component of a path, and not a step up.
 fn name(name: &CStr) -> io::Result<()> {
@@ -51,7 +82,7 @@ macro_rules! pass {
         $(where $($check:ident($($value:expr),+)),+)?;)*) => {
         $(fn $method $(<$generic: $bound>)? (&self $(, $arg: $type)*) $(-> $ret)? {
             $($($check($($value),+)?;)+)?
-            self.0.$method($($arg),*)
+            self.inner.$method($($arg),*)
         })*
     };
 }
@@ -67,14 +98,38 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
-        self.0.init(capable)
+        self.pages.clear();
+        self.inner.init(capable)
+    }
+
+    fn forget(&self, ctx: Context, inode: F::Inode, count: u64) {
+        let inode: u64 = inode.into();
+        self.pages.forget(inode);
+        self.inner.forget(ctx, inode.into(), count);
+    }
+
+    fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>) {
+        let forgotten = requests.into_iter().map(|(inode, count)| (inode.into(), count));
+        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.pages.forget(*inode));
+        self.inner.batch_forget(ctx, requests.map(|(inode, count)| (inode.into(), count)).collect());
+    }
+
+    fn open(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<(Option<F::Handle>, OpenOptions)> {
+        let inode: u64 = inode.into();
+        let shortcuts = self.shortcuts(ctx, inode, flags);
+        let (handle, options) = self.inner.open(ctx, inode.into(), kill_priv, flags)?;
+        Ok((handle, options | shortcuts))
     }
 
     pass! {
         fn destroy(&self);
         fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> where name(n);
-        fn forget(&self, ctx: Context, inode: F::Inode, count: u64);
-        fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>);
         fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
             valid: SetattrValid) -> io::Result<(Attr, Duration)>;
@@ -90,8 +145,6 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn rename(&self, ctx: Context, parent: F::Inode, n: &CStr, to: F::Inode, new: &CStr, flags: u32)
             -> io::Result<()> where name(n), name(new);
         fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> where name(new);
-        fn open(&self, ctx: Context, inode: F::Inode, kill_priv: bool, flags: u32)
-            -> io::Result<(Option<F::Handle>, OpenOptions)>;
         fn create(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
             extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n);
         fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, w: W, size: u32,

@@ -15,6 +15,7 @@
 
 mod guard;
 mod memory;
+mod pages;
 mod worker;
 
 #[cfg(test)]
@@ -166,7 +167,7 @@ fn server_config(guest_fd_limit: u64) -> Config {
         root_dir: ".".into(),
         entry_timeout: CACHE_TIMEOUT,
         attr_timeout: CACHE_TIMEOUT,
-        // Close-to-open: a file that changed on the host reads fresh once it is opened again, or a second later.
+        // Close-to-open, refined by `pages`; and a file that is open reads fresh a second after it changed on the host.
         cache_policy: CachePolicy::Auto,
         writeback: false,
         allow_direct_io: false,

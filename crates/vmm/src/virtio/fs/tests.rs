@@ -187,6 +187,24 @@ fn file_is_looked_up_read_and_written() {
     assert_eq!(guest.lookup(ROOT, "missing"), Err(libc::ENOENT));
 }
 
+/// FOPEN_* of the second open of a file, in the reply behind the handle.
+#[test]
+fn opens_say_what_the_guest_may_leave_out() {
+    const KEEP_CACHE: u8 = 2;
+    const NOFLUSH: u8 = 1 << 5;
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let mut open = |flags: i32| {
+        let body = [flags.to_le_bytes(), [0; 4]].concat();
+        guest.call(opcode::OPEN, node, &body).unwrap()[8]
+    };
+    open(libc::O_RDONLY);
+    // Changed a moment ago: it may change again, unnoticed.
+    assert_eq!(open(libc::O_RDONLY) & (KEEP_CACHE | NOFLUSH), NOFLUSH);
+    assert_eq!(open(libc::O_RDWR) & (KEEP_CACHE | NOFLUSH), 0);
+}
+
 #[test]
 fn hosts_change_is_seen_by_the_next_open() {
     let (_dir, share) = share();

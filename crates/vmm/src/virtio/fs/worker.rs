@@ -154,7 +154,7 @@ struct Messages {
 impl Messages {
     fn new(memory: &Memory, config: Config) -> io::Result<Self> {
         let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
-        let server = Server::new(Guard(PassthroughFs::new(config)?));
+        let server = Server::new(Guard::new(PassthroughFs::new(config)?));
         Ok(Self { memory, server, scratch: Scratch::new()? })
     }
 

@@ -1,0 +1,98 @@
+//! When the guest may keep the pages of a file that it opens again.
+//!
+//! Without the server's leave a guest drops a file's pages at every open (close-to-open consistency), which for a program
+//! means to read it again for each exec, and to take it from under those who run it. Leave is given while the file is
+//! unchanged since an open at which the pages were dropped. Unchanged is what has the same change time, which nobody can
+//! set; but two changes within the clock's grain have the same one, so it says nothing until it is some time ago.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How old a change must be to be the last of its change time. The coarsest grain is FAT's, 2 s; others have a jiffy.
+const GRAIN: Duration = Duration::from_secs(3);
+
+/// Change times at which guest and host agreed, by inode number of the guest.
+#[derive(Default)]
+pub struct Pages {
+    /// No more entries than inodes that the guest knows, since [`Self::forget`] is called for each.
+    agreed: Mutex<HashMap<u64, Duration>>,
+}
+
+impl Pages {
+    /// An open of `inode`, last changed at `changed` (since the epoch): `true` if the guest may keep what it has. If not,
+    /// it reads afresh.
+    pub fn may_keep(&self, inode: u64, changed: Duration, now: Duration) -> bool {
+        let mut agreed = self.agreed();
+        if agreed.get(&inode) == Some(&changed) {
+            return true;
+        }
+        if changed + GRAIN < now {
+            agreed.insert(inode, changed);
+        } else {
+            agreed.remove(&inode);
+        }
+        false
+    }
+
+    /// The guest has forgotten an inode.
+    pub fn forget(&self, inode: u64) {
+        self.agreed().remove(&inode);
+    }
+
+    /// The guest has forgotten everything.
+    pub fn clear(&self) {
+        self.agreed().clear();
+    }
+
+    fn agreed(&self) -> MutexGuard<'_, HashMap<u64, Duration>> {
+        // What is in it is true whoever panicked.
+        self.agreed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Duration = Duration::from_secs(1000);
+    const NOW: Duration = Duration::from_secs(2000);
+
+    #[test]
+    fn unchanged_file_is_kept_from_the_second_open_on() {
+        let pages = Pages::default();
+        assert!(!pages.may_keep(7, OLD, NOW));
+        assert!(pages.may_keep(7, OLD, NOW));
+        assert!(!pages.may_keep(8, OLD, NOW));
+    }
+
+    #[test]
+    fn changed_file_is_read_again() {
+        let pages = Pages::default();
+        pages.may_keep(7, OLD, NOW);
+        let changed = OLD + Duration::from_nanos(1);
+        assert!(!pages.may_keep(7, changed, NOW));
+        assert!(pages.may_keep(7, changed, NOW));
+    }
+
+    #[test]
+    fn change_that_may_not_be_the_last_of_its_time_is_not_trusted() {
+        let pages = Pages::default();
+        let just_now = NOW - Duration::from_millis(1);
+        assert!(!pages.may_keep(7, just_now, NOW));
+        assert!(!pages.may_keep(7, just_now, NOW));
+        // What was read in between may be older than a change of the same time: once more.
+        assert!(!pages.may_keep(7, just_now, NOW + GRAIN));
+        assert!(pages.may_keep(7, just_now, NOW + GRAIN));
+    }
+
+    #[test]
+    fn forgotten_inodes_take_no_memory() {
+        let pages = Pages::default();
+        for inode in 0..100 {
+            pages.may_keep(inode, OLD, NOW);
+            pages.forget(inode);
+        }
+        assert!(pages.agreed().is_empty());
+    }
+}
