@@ -13,19 +13,21 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
+use crate::sys;
 
 /// Level of the agent's log, on the kernel command line: `bulkhead.log=debug`. The dot makes the kernel keep it to itself.
 const LOG_PARAMETER: &str = "bulkhead.log=";
 
 /// Runs as PID 1. Returns only with an error, and the guest ends then.
 pub fn init() -> Result<Infallible, BootError> {
+    let kernel_boot = sys::since_boot();
     leave_rootfs().map_err(BootError::Root)?;
     mount_file_systems()?;
     lock_root().map_err(BootError::Root)?;
     start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     raise_limits();
     cgroup::prepare_hierarchy()?;
-    listen::serve_vsock().map_err(Into::into)
+    listen::serve_vsock(kernel_boot).map_err(Into::into)
 }
 
 /// Puts a mount with a parent in place of the initramfs' root.
