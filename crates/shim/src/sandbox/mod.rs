@@ -41,7 +41,6 @@ pub struct Sandbox {
     pub share: Share,
     run_dir: RunDir,
     netns: Option<PathBuf>,
-    cgroup: Option<Cgroup>,
 }
 
 impl Sandbox {
@@ -80,7 +79,7 @@ impl Sandbox {
         timeline.split(agent.create_sandbox(request(&spec, network, size.vcpus)).await?);
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
-        Ok(Self { vm, agent, share, run_dir: run_dir.clone(), netns: spec.netns, cgroup })
+        Ok(Self { vm, agent, share, run_dir: run_dir.clone(), netns: spec.netns })
     }
 
     /// Ends the guest orderly, or in bounded time.
@@ -103,18 +102,18 @@ impl Sandbox {
     pub async fn destroy(&self) {
         self.stop().await;
         release(&self.run_dir, self.netns.as_deref()).await;
-        if let Some(cgroup) = &self.cgroup {
-            cgroup.remove();
-        }
     }
 }
 
-/// Removes redirects, mounts and the pod's directory. Goes on after a failure: each step is worth doing.
+/// Removes redirects, the cgroup, mounts and the pod's directory, after the VMM has ended. Goes on after a failure: each step is worth doing.
 async fn release(run_dir: &RunDir, netns: Option<&std::path::Path>) {
     if let Some(netns) = netns
         && let Err(error) = network::detach(netns).await
     {
         tracing::warn!("{}", crate::pod::error::chain(&error));
+    }
+    if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
+        cgroup.remove();
     }
     let run_dir = run_dir.clone();
     if let Err(error) = blocking(move || Share::destroy(&run_dir)).await {
