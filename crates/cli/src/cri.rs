@@ -83,10 +83,12 @@ impl Cri {
     /// Stops and removes a sandbox with all its containers. Fine to repeat.
     pub async fn remove_pod(&self, id: &str) -> Result<()> {
         let pod_sandbox_id = id.to_owned();
-        self.runtime()
-            .stop_pod_sandbox(v1::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() })
-            .await
-            .map_err(status)?;
+        let request = v1::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+        match self.runtime().stop_pod_sandbox(request).await {
+            // Removed before. containerd 1.6 says so when stopping, but not when removing.
+            Err(error) if error.code() == tonic::Code::NotFound => return Ok(()),
+            done => done.map_err(status)?,
+        };
         self.runtime().remove_pod_sandbox(v1::RemovePodSandboxRequest { pod_sandbox_id }).await.map_err(status)?;
         Ok(())
     }

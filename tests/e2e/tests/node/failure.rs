@@ -55,7 +55,11 @@ fn killed_shim_leaves_a_pod_that_can_be_removed() {
 #[test]
 fn guest_panic_ends_the_pod() {
     on_node(async |node| {
-        let pod = node.pod("panic").await?;
+        let privileged = |pod: &mut v1::PodSandboxConfig| {
+            let linux = pod.linux.get_or_insert_default();
+            linux.security_context.get_or_insert_default().privileged = true;
+        };
+        let pod = node.pod_with("panic", "bulkhead", privileged).await?;
         let mut config = bulkhead_e2e::sh("main", "echo c > /proc/sysrq-trigger; sleep 3600");
         let linux = config.linux.get_or_insert_default();
         linux.security_context.get_or_insert_default().privileged = true;
