@@ -7,7 +7,7 @@
 mod copy;
 mod target;
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::Streams;
@@ -16,12 +16,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use target::{Input, Output};
 
-/// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long after a process's end its output may still be on its way to a slow reader. containerd gives a `Delete` 10 s
+/// and then asks again, so a log of some hundred thousand lines arrives whole; a guest that trickles gains no more.
+const DRAIN: Duration = Duration::from_secs(30);
 
 /// How long the guest may take to accept or refuse a stream; see `CONNECT_DEADLINE` of the VM for its size.
 const HEADER: Duration = Duration::from_secs(30);
@@ -59,8 +61,9 @@ pub struct ProcessIo {
     close_stdin: Option<watch::Sender<bool>>,
     /// Set when the process has ended: what it wrote is on its way, and nothing more will come.
     ended: watch::Sender<bool>,
+    ended_at: OnceLock<Instant>,
     input: Mutex<Option<JoinHandle<()>>>,
-    outputs: Mutex<Vec<JoinHandle<()>>>,
+    outputs: tokio::sync::Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl ProcessIo {
@@ -88,12 +91,13 @@ impl ProcessIo {
             .into_iter()
             .map(|(connection, output)| tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe())));
         let copies = copies.collect();
-        io.outputs = Mutex::new(copies);
+        io.outputs = tokio::sync::Mutex::new(copies);
         Ok(io)
     }
 
     /// The process has ended: its output ends when the guest says so, or falls silent.
     pub fn process_ended(&self) {
+        let _ = self.ended_at.set(Instant::now());
         self.ended.send_replace(true);
     }
 
@@ -104,21 +108,19 @@ impl ProcessIo {
         }
     }
 
-    /// Ends the copies: output is drained, in bounded time, and the fifos are closed.
+    /// Ends the copies: output is drained, in bounded time, and the fifos are closed. May be given up and called again.
     pub async fn finish(&self) {
         if let Some(input) = take(&self.input) {
             input.abort();
         }
-        let outputs = take(&self.outputs);
-        let aborts: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
-        let drained = async {
-            for output in outputs {
-                let _ = output.await;
+        let mut outputs = self.outputs.lock().await;
+        let deadline = *self.ended_at.get_or_init(Instant::now) + DRAIN;
+        while let Some(output) = outputs.last_mut() {
+            if tokio::time::timeout_at(deadline, &mut *output).await.is_err() {
+                tracing::warn!("output did not end within {DRAIN:?}, closing it");
+                output.abort();
             }
-        };
-        if tokio::time::timeout(DRAIN, drained).await.is_err() {
-            tracing::warn!("output did not end within {DRAIN:?}, closing it");
-            aborts.iter().for_each(tokio::task::AbortHandle::abort);
+            outputs.pop();
         }
     }
 }
@@ -132,7 +134,7 @@ impl Drop for ProcessIo {
         if let Some(input) = take(&self.input) {
             input.abort();
         }
-        take(&self.outputs).iter().for_each(JoinHandle::abort);
+        self.outputs.get_mut().iter().for_each(JoinHandle::abort);
     }
 }
 

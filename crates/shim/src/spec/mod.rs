@@ -130,10 +130,14 @@ fn strip_resources(resources: &mut LinuxResources) {
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     /// The pod wants the host's network.
-    #[error("hostNetwork is not possible in a VM, which has a network of its own; remove hostNetwork from the pod or run it with runc")]
+    #[error(
+        "hostNetwork is not possible in a VM, which has a network of its own; remove hostNetwork from the pod or run it with runc"
+    )]
     HostNetwork,
     /// The pod wants the host's IPC.
-    #[error("hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod or run it with runc")]
+    #[error(
+        "hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod or run it with runc"
+    )]
     HostIpc,
     /// A mount shall propagate into the host.
     #[error(
