@@ -7,7 +7,7 @@
 mod copy;
 mod target;
 
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::Streams;
@@ -16,14 +16,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use target::{Input, Output};
 
-/// How long after a process's end its output may still be on its way to a slow reader. containerd gives a `Delete` 10 s
-/// and then asks again, so a log of some hundred thousand lines arrives whole; a guest that trickles gains no more.
-const DRAIN: Duration = Duration::from_secs(30);
+/// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long output may trail the end of its process: what the guest's buffers hold takes seconds to read on an emulated
+/// node; a process left behind that writes for ever must not hide the end for ever.
+const TRAILING: Duration = Duration::from_secs(30);
 
 /// How long the guest may take to accept or refuse a stream; see `CONNECT_DEADLINE` of the VM for its size.
 const HEADER: Duration = Duration::from_secs(30);
@@ -61,9 +63,8 @@ pub struct ProcessIo {
     close_stdin: Option<watch::Sender<bool>>,
     /// Set when the process has ended: what it wrote is on its way, and nothing more will come.
     ended: watch::Sender<bool>,
-    ended_at: OnceLock<Instant>,
     input: Mutex<Option<JoinHandle<()>>>,
-    outputs: tokio::sync::Mutex<Vec<JoinHandle<()>>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl ProcessIo {
@@ -91,14 +92,18 @@ impl ProcessIo {
             .into_iter()
             .map(|(connection, output)| tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe())));
         let copies = copies.collect();
-        io.outputs = tokio::sync::Mutex::new(copies);
+        io.outputs = Mutex::new(copies);
         Ok(io)
     }
 
-    /// The process has ended: its output ends when the guest says so, or falls silent.
-    pub fn process_ended(&self) {
-        let _ = self.ended_at.set(Instant::now());
+    /// The process has ended: returns when its output has been copied, which is when the guest says so, falls silent, or
+    /// has had its time. Before that the end must not be told: containerd closes its fifos upon it.
+    pub async fn process_ended(&self) {
         self.ended.send_replace(true);
+        // Each copy of output holds a receiver.
+        if tokio::time::timeout(TRAILING, self.ended.closed()).await.is_err() {
+            tracing::warn!("a process's output still comes {TRAILING:?} after its end");
+        }
     }
 
     /// containerd has closed stdin: what is in the fifo still goes to the process, then its stdin ends.
@@ -108,19 +113,21 @@ impl ProcessIo {
         }
     }
 
-    /// Ends the copies: output is drained, in bounded time, and the fifos are closed. May be given up and called again.
+    /// Ends the copies: output is drained, in bounded time, and the fifos are closed.
     pub async fn finish(&self) {
         if let Some(input) = take(&self.input) {
             input.abort();
         }
-        let mut outputs = self.outputs.lock().await;
-        let deadline = *self.ended_at.get_or_init(Instant::now) + DRAIN;
-        while let Some(output) = outputs.last_mut() {
-            if tokio::time::timeout_at(deadline, &mut *output).await.is_err() {
-                tracing::warn!("output did not end within {DRAIN:?}, closing it");
-                output.abort();
+        let outputs = take(&self.outputs);
+        let aborts: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
+        let drained = async {
+            for output in outputs {
+                let _ = output.await;
             }
-            outputs.pop();
+        };
+        if tokio::time::timeout(DRAIN, drained).await.is_err() {
+            tracing::warn!("output did not end within {DRAIN:?}, closing it");
+            aborts.iter().for_each(tokio::task::AbortHandle::abort);
         }
     }
 }
@@ -134,7 +141,7 @@ impl Drop for ProcessIo {
         if let Some(input) = take(&self.input) {
             input.abort();
         }
-        self.outputs.get_mut().iter().for_each(JoinHandle::abort);
+        take(&self.outputs).iter().for_each(JoinHandle::abort);
     }
 }
 

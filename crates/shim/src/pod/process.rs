@@ -135,9 +135,6 @@ impl Process {
             let mut state = self.state();
             state.status = Status::STOPPED;
             state.host_pid = None;
-            if let Some(io) = &state.io {
-                io.process_ended();
-            }
         }
         self.exit.send_if_modified(|known| {
             let first = known.is_none();

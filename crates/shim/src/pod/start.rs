@@ -129,6 +129,9 @@ impl Pod {
             },
             () = sandbox.vm.ended() => Exit::KILLED,
         };
+        if let Some(io) = process.io() {
+            io.process_ended().await;
+        }
         self.process_ended(&container, &process, code).await;
     }
 
