@@ -8,23 +8,26 @@ use std::io;
 
 use rustix::fs::{Mode, mkdir};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move, mount_remount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
+use crate::sys;
 
 /// Level of the agent's log, on the kernel command line: `bulkhead.log=debug`. The dot makes the kernel keep it to itself.
 const LOG_PARAMETER: &str = "bulkhead.log=";
 
 /// Runs as PID 1. Returns only with an error, and the guest ends then.
 pub fn init() -> Result<Infallible, BootError> {
+    let kernel_boot = sys::since_boot();
     leave_rootfs().map_err(BootError::Root)?;
     mount_file_systems()?;
+    lock_root().map_err(BootError::Root)?;
     start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     raise_limits();
     cgroup::prepare_hierarchy()?;
-    listen::serve_vsock().map_err(Into::into)
+    listen::serve_vsock(kernel_boot).map_err(Into::into)
 }
 
 /// Puts a mount with a parent in place of the initramfs' root.
@@ -39,6 +42,13 @@ fn leave_rootfs() -> io::Result<()> {
     mount_move(".", "/")?;
     rustix::process::chroot(".")?;
     std::env::set_current_dir("/")
+}
+
+/// Makes the root read-only: all that it holds is the agent's program, which a container must not be able to change by way
+/// of /proc/self/exe (CVE-2019-5736 was that). What the agent writes is below /run.
+fn lock_root() -> io::Result<()> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+    mount_remount("/", flags, c"").map_err(Into::into)
 }
 
 /// One mount of the guest.
@@ -137,7 +147,6 @@ pub enum BootError {
     Root(#[source] io::Error),
     /// A file system of the kernel's.
     #[error("cannot mount {kind} at {target}; is it built into the guest kernel?")]
-    #[allow(missing_docs)]
     Mount { kind: &'static str, target: &'static str, source: io::Error },
     /// The cgroup hierarchy.
     #[error(transparent)]

@@ -5,11 +5,13 @@ use std::future::Future;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_protocol::agent::create_agent;
 use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, transport::Listener};
 
@@ -18,13 +20,13 @@ use crate::rpc::Service;
 use crate::stdio::{Streams, serve};
 use crate::{boot, sys};
 
-/// Serves the shim until the guest ends.
-pub fn serve_vsock() -> Result<Infallible, ListenError> {
+/// Serves the shim until the guest ends. `kernel_boot` is what the kernel took before the agent began.
+pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
     block_on(async {
         let bind = |port| VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port));
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
-        let agent = Agent::start(Listener::from(rpc)).await?;
+        let agent = Agent::start(Listener::from(rpc), kernel_boot).await?;
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
@@ -44,7 +46,7 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
             UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })
         };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
-        let agent = Agent::start(Listener::from(rpc)).await?;
+        let agent = Agent::start(Listener::from(rpc), Duration::ZERO).await?;
         println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
@@ -64,11 +66,12 @@ struct Agent {
 }
 
 impl Agent {
-    async fn start(rpc: Listener) -> Result<Self, ListenError> {
+    async fn start(rpc: Listener, kernel_boot: Duration) -> Result<Self, ListenError> {
         let reaper = Arc::new(Reaper::default());
         let streams = Arc::new(Streams::default());
-        let service = Arc::new(Service::new(Arc::clone(&reaper), Arc::clone(&streams)));
-        tokio::spawn(reaper.run());
+        let service = Arc::new(Service::new(Arc::clone(&reaper), Arc::clone(&streams), kernel_boot));
+        let children = signal(SignalKind::child()).map_err(ListenError::Runtime)?;
+        tokio::spawn(reaper.run(children));
         let mut server = Server::new().add_listener(rpc).register_service(create_agent(service));
         server.start().await.map_err(ListenError::Rpc)?;
         Ok(Self { streams, _server: server })
@@ -100,7 +103,6 @@ pub enum ListenError {
     Vsock(#[source] io::Error),
     /// The developer's sockets.
     #[error("cannot listen on {path}")]
-    #[allow(missing_docs)]
     Unix { path: std::path::PathBuf, source: io::Error },
     /// ttrpc.
     #[error("cannot serve requests")]

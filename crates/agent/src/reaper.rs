@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::Signal;
 use tokio::sync::watch;
 
 use crate::sys;
@@ -80,13 +80,12 @@ impl Reaper {
         sys::kill(pid, signal).map(|()| true)
     }
 
-    /// Reaps until the agent ends.
-    pub async fn run(self: Arc<Self>) -> std::io::Result<()> {
-        let mut sigchld = signal(SignalKind::child())?;
+    /// Reaps until the agent ends, at once and then whenever SIGCHLD comes.
+    pub async fn run(self: Arc<Self>, mut children: Signal) {
         loop {
             while self.reap_one() {}
-            if sigchld.recv().await.is_none() {
-                return Ok(());
+            if children.recv().await.is_none() {
+                return;
             }
         }
     }

@@ -2,11 +2,13 @@
 //! where errors become status codes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Event, ExecRequest, ExitStatus,
-    ListProcessesResponse, ProcessId, ProcessRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+    Agent, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
+    ExecRequest, ExitStatus, ListProcessesResponse, ProcessId, ProcessRequest, ResizeRequest, SignalRequest, Stats,
+    UpdateContainerRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -23,22 +25,29 @@ pub struct Service {
     sandbox: Arc<Sandbox>,
     containers: Arc<Containers>,
     events: events::Receiver,
+    kernel_boot: Duration,
 }
 
 impl Service {
     /// A guest without a pod.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
         let containers = Arc::new(Containers::new(reaper, streams, sender));
-        Self { sandbox: Arc::default(), containers, events }
+        Self { sandbox: Arc::default(), containers, events, kernel_boot }
     }
 }
 
 #[async_trait]
 impl Agent for Service {
-    async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
         let sandbox = Arc::clone(&self.sandbox);
-        done(whole(async move { sandbox.create(request).await }).await?)
+        whole(async move { sandbox.create(request).await }).await?.map_err(status)?;
+        let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
+        Ok(CreateSandboxResponse { kernel_boot_ns, ..CreateSandboxResponse::new() })
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -47,6 +47,11 @@ pub fn add_entropy(device: impl AsFd, bytes: &[u8]) -> rustix::io::Result<()> {
     unsafe { ioctl::ioctl(&device, NoArg::<RNDRESEEDCRNG>::new()) }
 }
 
+/// How long the kernel has run (CLOCK_BOOTTIME).
+pub fn since_boot() -> std::time::Duration {
+    std::time::Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).unwrap_or_default()
+}
+
 /// Writing to a closed pipe or socket becomes an error (EPIPE) instead of this process's end.
 pub fn ignore_sigpipe() {
     // SAFETY: no handler runs; SIG_IGN replaces whatever there was.

@@ -50,6 +50,11 @@ impl RunDir {
         self.0.join("cgroup")
     }
 
+    /// Where the time of the boot went.
+    pub fn timeline(&self) -> PathBuf {
+        self.0.join("boot.json")
+    }
+
     /// Makes the directory, readable by root alone.
     pub fn create(&self) -> std::io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.0)

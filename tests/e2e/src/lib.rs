@@ -45,7 +45,7 @@ pub fn on_node(test: impl AsyncFnOnce(&Node) -> Result<()>) {
         Err(error) => panic!("no runtime for the test: {error}"),
     };
     if let Err(error) = runtime.block_on(whole_test(test)) {
-        panic!("{error:?}");
+        panic!("{error:#}");
     }
 }
 
@@ -59,7 +59,10 @@ async fn whole_test(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let outcome = test(&node).await;
     for id in node.pods.take() {
         if let Err(error) = node.cri.remove_pod(&id).await {
-            bail!("{:?}\nand then the pod could not be removed: {error:?}", outcome.err());
+            bail!(
+                "{:#?}\nand then the pod could not be removed: {error:#}",
+                outcome.err().map(|error| error.to_string())
+            );
         }
     }
     outcome?;

@@ -264,40 +264,31 @@ fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
 pub enum CgroupError {
     /// mkdir(2).
     #[error("cannot create the control group {path}")]
-    #[allow(missing_docs)]
     Create { path: PathBuf, source: io::Error },
     /// rmdir(2); a process is left in it.
     #[error("cannot remove the control group {path}")]
-    #[allow(missing_docs)]
     Remove { path: PathBuf, source: io::Error },
     /// A file of the group cannot be read.
     #[error("cannot read {path}")]
-    #[allow(missing_docs)]
     Read { path: PathBuf, source: io::Error },
     /// A file of the group does not take a value.
     #[error("cannot write \"{value}\" to {path}")]
-    #[allow(missing_docs)]
     Write { path: PathBuf, value: String, source: io::Error },
     /// kill(2).
     #[error("cannot signal process {pid}")]
-    #[allow(missing_docs)]
     Signal { pid: u32, source: io::Error },
     /// Rules that make no sense.
     #[error("the device rules for {path} are not understood, or there are more than 512")]
-    #[allow(missing_docs)]
     DeviceRules { path: PathBuf },
     /// bpf(2).
     #[error("cannot restrict the devices of {path}; the kernel needs CONFIG_CGROUP_BPF")]
-    #[allow(missing_docs)]
     Devices { path: PathBuf, source: io::Error },
     /// A resource limit was refused.
     #[error("the control group {path} refuses the new limits: {reason}")]
-    #[allow(missing_docs)]
     Update { path: PathBuf, reason: String },
     /// The processes of the group did not freeze or end in time.
     #[error(
         "processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer"
     )]
-    #[allow(missing_docs)]
     Unsettled { path: PathBuf },
 }

@@ -7,7 +7,6 @@ use crate::runtime::RuntimeError;
 
 /// A request on a container cannot be fulfilled.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
 pub enum ContainerError {
     /// Unknown id.
     #[error("there is no container {id}")]
@@ -54,6 +53,9 @@ pub enum ContainerError {
     /// Its init was killed.
     #[error("the pod's shared pid namespace has ended; its containers cannot be created any more, start the pod anew")]
     NoPodNamespace,
+    /// The event loop ends.
+    #[error("the agent is ending")]
+    Ending,
     /// The control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

@@ -91,11 +91,12 @@ impl Containers {
         let id = container.id();
         let pid_namespace = request.pid_namespace.enum_value_or_default();
         let placement = Placement {
-            cgroup: container.cgroup().path(),
+            cgroup: container.cgroup().path().into(),
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
             terminal: request.streams.terminal,
         };
-        let spec = spec::adapt(&request.spec, &placement)?;
+        let json = request.spec.clone();
+        let spec = blocking(move || spec::adapt(&json, &placement)).await?;
         if let Some(root) = spec.root() {
             container.set_rootfs(root.path().clone());
         }
@@ -148,7 +149,9 @@ impl Containers {
     }
 
     async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
-        let process = spec::adapt_process(&request.process, request.streams.terminal, container.rootfs())?;
+        let (json, terminal, rootfs) =
+            (request.process.clone(), request.streams.terminal, container.rootfs().to_owned());
+        let process = blocking(move || spec::adapt_process(&json, terminal, &rootfs)).await?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
         let created = self.runtime.exec(container.id(), serial, &process, stdio).await?;
@@ -259,6 +262,13 @@ impl Containers {
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Runs what may wait for the host beside the event loop.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ContainerError> + Send + 'static,
+) -> Result<T, ContainerError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ContainerError::Ending)?
 }
 
 /// Ids become names of files and control groups.

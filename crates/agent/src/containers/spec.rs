@@ -13,17 +13,17 @@ use super::home;
 
 /// Where the agent puts a container.
 #[derive(Debug)]
-pub struct Placement<'a> {
+pub struct Placement {
     /// Its control group, absolute below the mount point.
-    pub cgroup: &'a Path,
+    pub cgroup: PathBuf,
     /// A process of the pid namespace that it joins; `None` for one of its own.
     pub pid_namespace: Option<u32>,
     /// Whether init gets a terminal.
     pub terminal: bool,
 }
 
-/// Reads a spec and makes it the guest's.
-pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerError> {
+/// Reads a spec and makes it the guest's. Reads a file of the root file system, which the host may be slow to give.
+pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError> {
     let mut spec: Spec =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "spec", source })?;
     let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
@@ -35,7 +35,7 @@ pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerEr
     }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
     linux
-        .set_cgroups_path(Some(placement.cgroup.into()))
+        .set_cgroups_path(Some(placement.cgroup.clone()))
         .set_namespaces(Some(namespaces))
         .set_sysctl(None)
         .set_mount_label(None)
@@ -44,7 +44,7 @@ pub fn adapt(json: &[u8], placement: &Placement<'_>) -> Result<Spec, ContainerEr
     Ok(spec)
 }
 
-/// Reads an exec's process and makes it the guest's.
+/// Reads an exec's process and makes it the guest's. Blocks as [`adapt`] does.
 pub fn adapt_process(json: &[u8], terminal: bool, rootfs: &Path) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;

@@ -2,6 +2,8 @@
 
 use std::process::{Command, Stdio};
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::*;
 
 #[tokio::test]
@@ -9,7 +11,7 @@ async fn ends_reach_their_owners_however_early_they_come() {
     let reaper = Arc::new(Reaper::default());
     let birth = reaper.expect();
     let early = Command::new("true").stdin(Stdio::null()).spawn().unwrap().id();
-    let running = tokio::spawn(Arc::clone(&reaper).run());
+    let running = tokio::spawn(Arc::clone(&reaper).run(signal(SignalKind::child()).unwrap()));
 
     let failing = birth.claim(Command::new("false").spawn().unwrap().id()).wait().await;
     assert_eq!(failing.code, 1);

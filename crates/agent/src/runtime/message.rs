@@ -21,10 +21,8 @@ pub struct Request {
 #[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Action {
     /// A container from `bundle`/config.json, its state below `state`.
-    #[allow(missing_docs)]
     Create { id: String, bundle: PathBuf, state: PathBuf },
     /// A process in a container, both described by files of JSON.
-    #[allow(missing_docs)]
     Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf> },
     /// A pid namespace.
     PidNamespace,
@@ -43,9 +41,7 @@ pub struct WindowSize {
 #[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Reply {
     /// The process exists.
-    #[allow(missing_docs)]
     Created { pid: u32 },
     /// It does not, and this is why.
-    #[allow(missing_docs)]
     Failed { message: String },
 }

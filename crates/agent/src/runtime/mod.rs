@@ -218,7 +218,6 @@ fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<()> {
 pub enum RuntimeError {
     /// The guest's own tmpfs.
     #[error("cannot write or remove {path}")]
-    #[allow(missing_docs)]
     Files { path: PathBuf, source: io::Error },
     /// The helper could not be run.
     #[error("cannot run the helper that creates containers")]
@@ -230,13 +229,11 @@ pub enum RuntimeError {
     #[error(
         "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
     )]
-    #[allow(missing_docs)]
     HelperEnded { code: Option<u32> },
     /// libcontainer's own words.
     #[error("{0}")]
     Refused(String),
     /// Init does not wait any more.
     #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
-    #[allow(missing_docs)]
     Start { path: PathBuf, source: io::Error },
 }

@@ -133,7 +133,6 @@ fn mount_new(
 
 /// The guest cannot be made the pod's.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
 pub enum SandboxError {
     /// A guest is one pod's for its life.
     #[error("this guest has a sandbox already; every sandbox needs a guest of its own")]

@@ -229,7 +229,6 @@ pub fn interface_stats() -> Vec<InterfaceStats> {
 
 /// The network cannot be what was asked for.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
 pub enum NetworkError {
     /// netlink(7).
     #[error("cannot open a netlink socket")]

@@ -29,7 +29,6 @@ fn path_of(name: &str) -> Option<PathBuf> {
 
 /// A parameter cannot be set.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
 pub enum SysctlError {
     /// Not a name.
     #[error("\"{name}\" is no sysctl name")]

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::agent::{
-    AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty, Event, ExecRequest, ExitStatus,
-    PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams, UpdateContainerRequest,
+    AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
+    ExecRequest, ExitStatus, PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams,
+    UpdateContainerRequest,
 };
 use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -175,7 +176,7 @@ impl Guest {
         socket
     }
 
-    pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<Empty> {
+    pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<CreateSandboxResponse> {
         self.client.create_sandbox(context(), request).await
     }
 

@@ -1,4 +1,4 @@
-//! Reading and attaching in network namespaces of their own. Without privileges they cannot run and say so. The redirect
+//! Reading and attaching in network namespaces of their own, which takes root and ip(8). The redirect
 //! itself needs kernel modules that not every build machine has; the test node has them.
 
 use std::process::Command;
@@ -9,16 +9,13 @@ use super::*;
 struct Netns(String);
 
 impl Netns {
-    fn new(name: &str, commands: &[&str]) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() || !run(&format!("ip netns add {name}")) {
-            eprintln!("needs root and ip(8): the pod's network is not tested");
-            return None;
-        }
+    fn new(name: &str, commands: &[&str]) -> Self {
+        assert!(run(&format!("ip netns add {name}")), "the pod's network is tested as root, with ip(8) of iproute2");
         let made = Self(name.to_owned());
         for command in commands {
             assert!(run(&format!("ip -n {name} {command}")), "{command}");
         }
-        Some(made)
+        made
     }
 
     fn path(&self) -> PathBuf {
@@ -48,7 +45,7 @@ async fn cni_setup_is_read_for_the_guest() {
         "route add 169.254.1.1/32 dev eth0 scope link",
         "neigh add 10.22.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent",
     ];
-    let Some(netns) = Netns::new(&name, &commands) else { return };
+    let netns = Netns::new(&name, &commands);
     let read = async || {
         let handle = netns::connect()?;
         let links = inspect::links(&handle).await?;
@@ -67,7 +64,7 @@ async fn cni_setup_is_read_for_the_guest() {
 #[tokio::test]
 async fn tap_is_made_in_the_namespace_and_goes_with_its_descriptor() {
     let name = format!("bhtest-tap-{}", std::process::id());
-    let Some(netns) = Netns::new(&name, &[]) else { return };
+    let netns = Netns::new(&name, &[]);
     let make = async || {
         let handle = netns::connect().unwrap();
         let tap = tap::open("tap-9").unwrap();

@@ -70,9 +70,10 @@ impl Agent {
         Ok(self.vm.connect(AGENT_STDIO_PORT).await?)
     }
 
-    /// See `Agent.CreateSandbox`.
-    pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await.map(drop)
+    /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.
+    pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
+        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
+        Ok(Duration::from_nanos(answer.kernel_boot_ns))
     }
 
     /// See `Agent.DestroySandbox`.

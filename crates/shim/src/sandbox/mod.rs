@@ -5,6 +5,7 @@ mod cgroup;
 mod console;
 mod hypervisor;
 mod process;
+mod timeline;
 mod vm;
 
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ use crate::spec::SandboxSpec;
 use agent::{Agent, AgentError};
 pub use cgroup::Cgroup;
 pub use process::{kill_recorded, record};
+use timeline::Timeline;
 pub use vm::{Vm, VmError};
 
 /// How long an orderly end of the guest may take before its VMM is killed. The guest only has to kill processes and
@@ -53,6 +55,7 @@ impl Sandbox {
     }
 
     async fn try_boot(run_dir: &RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
+        let mut timeline = Timeline::begin();
         let size = config.size(&annotations::request(&spec.annotations, &config.annotations)?)?;
         let files = hypervisor::Files::open(&config)?;
         let share = blocking({
@@ -68,9 +71,14 @@ impl Sandbox {
         let devices = std::mem::take(&mut network.devices);
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         let machine = hypervisor::Machine { files, size, devices, share: share.open()?, cgroup: cgroup.as_ref() };
-        let vm = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
+        timeline.done("share and network");
+        let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
+        timeline.until("VMM start", built);
+        timeline.done("guest");
         let agent = Agent::connect(&vm).await?;
-        agent.create_sandbox(request(&spec, network, size.vcpus)).await?;
+        timeline.split(agent.create_sandbox(request(&spec, network, size.vcpus)).await?);
+        timeline.done("sandbox set-up");
+        timeline.write(&run_dir.timeline());
         Ok(Self { vm, agent, share, run_dir: run_dir.clone(), netns: spec.netns })
     }
 

@@ -9,7 +9,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
 use rustix::io::Errno;
@@ -47,8 +47,8 @@ enum Order {
 }
 
 impl Vm {
-    /// Starts the VMM, boots the machine and waits until its agent listens.
-    pub async fn boot(config: &Config, machine: Machine<'_>, pid_file: &Path) -> Result<Self, VmError> {
+    /// Starts the VMM, boots the machine and waits until its agent listens. Also says when the machine was built.
+    pub async fn boot(config: &Config, machine: Machine<'_>, pid_file: &Path) -> Result<(Self, Instant), VmError> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(io_error)?;
         let tail = Tail::default();
@@ -72,7 +72,7 @@ impl Vm {
         drop((machine, console));
         let (vm, ready) = Self::supervise(ours, child, pid)?;
         match tokio::time::timeout(config.boot_timeout, ready).await {
-            Ok(Ok(Ok(()))) => Ok(vm),
+            Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(error))) => Err(vm.fail(error).await),
             Ok(Err(_)) => Err(vm.fail(VmError::DiedEarly(tail.last_line())).await),
             Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
@@ -83,7 +83,7 @@ impl Vm {
         socket: OwnedFd,
         child: Child,
         pid: u32,
-    ) -> Result<(Self, oneshot::Receiver<Result<(), VmError>>), VmError> {
+    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
         // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
         let socket = std::os::unix::net::UnixDatagram::from(socket);
         socket.set_nonblocking(true).map_err(VmError::Socket)?;
@@ -91,8 +91,15 @@ impl Vm {
         let (requests, orders) = mpsc::channel(REQUESTS);
         let (tell_end, ended) = watch::channel(false);
         let (tell_ready, ready) = oneshot::channel();
-        let supervisor =
-            Supervisor { socket, child, waiting: HashMap::new(), next_id: 1, ready: Some(tell_ready), deaf: false };
+        let supervisor = Supervisor {
+            socket,
+            child,
+            waiting: HashMap::new(),
+            next_id: 1,
+            built: Instant::now(),
+            ready: Some(tell_ready),
+            deaf: false,
+        };
         tokio::spawn(supervisor.run(orders, tell_end));
         Ok((Self { pid, requests, ended }, ready))
     }
@@ -150,7 +157,9 @@ struct Supervisor {
     child: Child,
     waiting: HashMap<u64, Answer>,
     next_id: u64,
-    ready: Option<oneshot::Sender<Result<(), VmError>>>,
+    /// When the machine was built.
+    built: Instant,
+    ready: Option<oneshot::Sender<Result<Instant, VmError>>>,
     /// The socket has ended, or spoke nonsense: only the process's end is awaited.
     deaf: bool,
 }
@@ -198,8 +207,9 @@ impl Supervisor {
 
     fn answer(&mut self, reply: Reply) {
         match reply {
-            Reply::GuestReady => self.tell_ready(Ok(())),
+            Reply::GuestReady => self.tell_ready(Ok(self.built)),
             Reply::GuestExited { reason } => tracing::info!(?reason, "the guest has ended"),
+            Reply::Done { id: 0 } => self.built = Instant::now(),
             Reply::Done { id } => {
                 if let Some(answer) = self.waiting.remove(&id) {
                     let _ = answer.send(Ok(()));
@@ -214,7 +224,7 @@ impl Supervisor {
         }
     }
 
-    fn tell_ready(&mut self, result: Result<(), VmError>) {
+    fn tell_ready(&mut self, result: Result<Instant, VmError>) {
         if let Some(ready) = self.ready.take() {
             let _ = ready.send(result);
         }

@@ -7,13 +7,12 @@ use bulkhead_protocol::vmspec::VmSpec;
 
 use crate::layout::{self, CMDLINE_MAX};
 
-/// Parameters that every guest gets, Documentation/admin-guide/kernel-parameters.txt:
+/// Parameters that every guest gets (Documentation/admin-guide/kernel-parameters.txt):
 ///
-/// - `reboot=t panic=-1`: the guest ends by a triple fault, at once after a panic;
-/// - `quiet`: each line on the console is an exit or more;
-/// - `tsc=reliable`: KVM keeps the TSCs in step, no watchdog;
-/// - `i8042.*`: no keyboard, so no probing of its ports where the kernel has the driver.
-const MACHINE: &str = "reboot=t panic=-1 quiet tsc=reliable no_timer_check i8042.nokbd i8042.noaux";
+/// - `reboot=t panic=-1`: the guest ends by a triple fault, and so it does at once after a panic;
+/// - `tsc=reliable`: KVM keeps the vCPUs' TSCs in step, so no watchdog wakes an idle guest, and a vCPU comes online
+///   without measuring its TSC against another one that may not even be running.
+const MACHINE: &str = "reboot=t panic=-1 tsc=reliable";
 
 /// Builds the command line.
 pub fn build(spec: &VmSpec) -> Result<CString, CmdlineError> {
@@ -22,9 +21,8 @@ pub fn build(spec: &VmSpec) -> Result<CString, CmdlineError> {
         // Writing to a String does not fail.
         let _ = write!(line, " virtio_mmio.device=4K@{:#x}:{irq}", layout::slot_address(slot));
     }
-    if spec.serial.is_some() {
-        line.push_str(" console=ttyS0 earlyprintk=ttyS0");
-    }
+    // Each line on a console costs several exits; who asks for a serial port wants to see them.
+    line.push_str(if spec.serial.is_some() { " console=ttyS0 earlyprintk=ttyS0,115200" } else { " quiet" });
     if !spec.cmdline.is_empty() {
         line.push(' ');
         line.push_str(&spec.cmdline);
@@ -74,6 +72,14 @@ mod tests {
         assert_eq!(line.matches("virtio_mmio.device=").count(), layout::SLOTS);
         assert!(line.contains(" virtio_mmio.device=4K@0xd0000000:16 "), "{line}");
         assert!(line.contains(" maxcpus=1 ") && line.ends_with(" console=hvc0 init=/x"), "{line}");
+    }
+
+    #[test]
+    fn serial_port_gets_all_that_the_kernel_says() {
+        let line = |serial| build(&VmSpec { serial, ..spec("") }).unwrap().into_string().unwrap();
+        assert!(line(None).contains(" quiet"));
+        let serial = line(Some(FdIndex(2)));
+        assert!(serial.contains(" console=ttyS0 ") && !serial.contains("quiet"), "{serial}");
     }
 
     #[test]

@@ -60,8 +60,9 @@ fn guest_panic_ends_the_pod() {
             linux.security_context.get_or_insert_default().privileged = true;
         };
         let pod = node.pod_with("panic", "bulkhead", privileged).await?;
-        let mut config = bulkhead_e2e::sh("main", "echo c > /proc/sysrq-trigger; sleep 3600");
+        let mut config = bulkhead_e2e::sh("main", "echo 2 > /proc/sys/vm/panic_on_oom; x=x; while :; do x=$x$x; done");
         let linux = config.linux.get_or_insert_default();
+        linux.resources = Some(v1::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() });
         linux.security_context.get_or_insert_default().privileged = true;
         let container = pod.run(config).await?;
         let status = pod.wait_exit(&container, bulkhead_e2e::PATIENCE).await?;

@@ -98,7 +98,7 @@ fn log_has_the_cri_format_with_streams_and_partial_lines() {
         let out = log::text_of(&lines, "stdout");
         ensure!(log::text_of(&lines, "stderr") == "err\n", "{lines:?}");
         ensure!(
-            out.starts_with("out\nxxx") && out.ends_with("x\nend\n") && out.len() == 4 + 40001 + 4,
+            out.starts_with("out\nxxx") && out.ends_with("x\nend") && out.len() == 4 + 40001 + 3,
             "{} bytes",
             out.len()
         );

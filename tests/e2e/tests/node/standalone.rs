@@ -29,3 +29,65 @@ fn ctr_run_reports_the_exit_code() {
         Ok(())
     });
 }
+
+/// A network namespace with two interfaces, as a CNI with a second network makes it; gone with the value.
+struct TwoNetworks;
+
+impl TwoNetworks {
+    const NAME: &str = "two-networks";
+
+    fn new() -> anyhow::Result<Self> {
+        node_command("ip", &["netns", "add", Self::NAME])?;
+        let networks = Self;
+        for (host, guest, net, mtu) in [("two0", "eth0", 98, "1500"), ("two1", "net1", 99, "1400")] {
+            for line in [
+                format!("link add {host} mtu {mtu} type veth peer name {guest} mtu {mtu} netns {}", Self::NAME),
+                format!("link set {host} up"),
+                format!("addr add 10.{net}.0.1/24 dev {host}"),
+                format!("addr add fd{net}::1/64 dev {host} nodad"),
+                format!("-n {} link set {guest} up", Self::NAME),
+                format!("-n {} addr add 10.{net}.0.2/24 dev {guest}", Self::NAME),
+                format!("-n {} addr add fd{net}::2/64 dev {guest} nodad", Self::NAME),
+            ] {
+                ip(&line)?;
+            }
+        }
+        ip(&format!("-n {} route add default via 10.98.0.1", Self::NAME))?;
+        Ok(networks)
+    }
+}
+
+impl Drop for TwoNetworks {
+    fn drop(&mut self) {
+        // Takes the interfaces and their peers along.
+        let _ = node_command("ip", &["netns", "del", Self::NAME]);
+    }
+}
+
+fn ip(line: &str) -> anyhow::Result<String> {
+    node_command("ip", &line.split(' ').collect::<Vec<_>>())
+}
+
+#[test]
+fn every_interface_of_the_namespace_reaches_the_guest() {
+    on_node(async |_| {
+        let _networks = TwoNetworks::new()?;
+        let namespace = format!("network:/run/netns/{}", TwoNetworks::NAME);
+        let runtime = "io.containerd.bulkhead.v2";
+        let script =
+            "ip addr; ip route; for to in 10.98.0.1 fd98::1 10.99.0.1 fd99::1; do ping -c 1 -W 20 $to || exit 1; done";
+        let command =
+            ["run", "--rm", "--with-ns", &namespace, "--runtime", runtime, BUSYBOX, "two", "/bin/sh", "-c", script];
+        let out = ctr(&command)?;
+        for word in
+            ["10.98.0.2/24", "10.99.0.2/24", "fd98::2/64", "fd99::2/64", "mtu 1400", "default via 10.98.0.1 dev eth0"]
+        {
+            ensure!(out.contains(word), "no {word:?} in {out}");
+        }
+        let left = ip(&format!("-n {} -brief link", TwoNetworks::NAME))?;
+        ensure!(left.lines().count() == 3, "the namespace has more than lo, eth0 and net1: {left}");
+        let filters = node_command("tc", &["-n", TwoNetworks::NAME, "qdisc", "show", "dev", "eth0"])?;
+        ensure!(!filters.contains("ingress"), "the redirect is still there: {filters}");
+        Ok(())
+    });
+}

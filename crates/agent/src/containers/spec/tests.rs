@@ -18,7 +18,7 @@ const SPEC: &str = r#"{
 }"#;
 
 fn adapted(pid_namespace: Option<u32>) -> Spec {
-    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, terminal: false };
     adapt(SPEC.as_bytes(), &placement).unwrap()
 }
 
@@ -66,7 +66,7 @@ fn exec_keeps_its_home() {
 
 #[test]
 fn specs_that_lack_something_are_refused() {
-    let placement = Placement { cgroup: Path::new("/pod/c"), pid_namespace: None, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, terminal: false };
     assert!(matches!(adapt(b"{", &placement), Err(ContainerError::Json { .. })));
     let bare = br#"{"ociVersion": "1.0.2", "root": {"path": "/x"}}"#;
     assert!(matches!(adapt(bare, &placement), Err(ContainerError::Incomplete { what: "process" })));

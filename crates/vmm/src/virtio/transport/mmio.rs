@@ -270,7 +270,7 @@ impl MmioTransport {
                 .to_queue(*max_size, &self.memory, event_idx)
                 .inspect_err(|error| guest_log!("queue {}: {error}", active.len()))
                 .ok()?;
-            let kick = kick.try_clone().inspect_err(|error| eprintln!("bulkhead-vmm: dup: {error}")).ok()?;
+            let kick = kick.try_clone().inspect_err(|error| guest_log!("no descriptor for a queue: {error}")).ok()?;
             // The worker looks at the queue once in any case: buffers may have been put there before it existed.
             let _ = kick.write(1);
             active.push(Some(ActiveQueue { queue, kick }));

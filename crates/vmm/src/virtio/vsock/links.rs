@@ -35,6 +35,8 @@ const FIRST_PORT: u32 = 1024;
 /// All connections of the device.
 pub struct Links {
     cid: u64,
+    /// [`ANSWER_TIMEOUT`], less in tests.
+    timeout: Duration,
     table: HashMap<u32, Link>,
     next_port: u32,
     /// Local ports of links that may have something to send, each at most once ([`Link::queued`]).
@@ -60,9 +62,10 @@ struct Link {
 }
 
 impl Links {
-    pub fn new(cid: u64) -> Self {
+    pub fn new(cid: u64, timeout: Duration) -> Self {
         Self {
             cid,
+            timeout,
             table: HashMap::new(),
             next_port: FIRST_PORT,
             ready: VecDeque::new(),
@@ -81,7 +84,7 @@ impl Links {
         if ops.add(Events::with_data(&stream, port, interest(false))).is_err() {
             return request.fail(ConnectError::Stream);
         }
-        let deadline = now + ANSWER_TIMEOUT;
+        let deadline = now + self.timeout;
         self.deadlines.push_back((deadline, port));
         let link = Link {
             connection: Connection::new(self.cid, port, request.port),
@@ -236,8 +239,8 @@ impl Links {
             }
         }
         if link.connection.awaits_reset() && link.deadline.is_none() {
-            link.deadline = Some(now + ANSWER_TIMEOUT);
-            self.deadlines.push_back((now + ANSWER_TIMEOUT, port));
+            link.deadline = Some(now + self.timeout);
+            self.deadlines.push_back((now + self.timeout, port));
         }
         if link.readable {
             link.connection.starve();

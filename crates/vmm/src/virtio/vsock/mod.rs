@@ -16,10 +16,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::links::{ANSWER_TIMEOUT, Links, MAX_CONNECTIONS};
 pub use self::worker::Done;
 use self::worker::{Command, Connect, Queues, Worker};
 use super::ring::event_fd;
@@ -52,9 +54,19 @@ impl Vsock {
         event_loop: EventLoop,
         on_ready: Box<dyn FnMut() + Send>,
     ) -> Result<(Self, VsockHandle), VsockError> {
+        Self::with_timeout(cid, event_loop, on_ready, ANSWER_TIMEOUT)
+    }
+
+    fn with_timeout(
+        cid: u64,
+        event_loop: EventLoop,
+        on_ready: Box<dyn FnMut() + Send>,
+        timeout: Duration,
+    ) -> Result<(Self, VsockHandle), VsockError> {
         let (commands, inbox) = channel();
         let bell = Arc::new(event_fd().map_err(VsockError::Resource)?);
-        let worker = Worker::new(cid, inbox, Arc::clone(&bell), on_ready).map_err(VsockError::Resource)?;
+        let links = Links::new(cid, timeout);
+        let worker = Worker::new(links, inbox, Arc::clone(&bell), on_ready).map_err(VsockError::Resource)?;
         let worker = event_loop.add(Box::new(worker))?;
         let handle = VsockHandle { commands, bell };
         Ok((Self { cid, handle: handle.clone(), _worker: worker }, handle))
@@ -128,10 +140,10 @@ pub enum ConnectError {
     #[error("nothing in the guest listens on port {0}")]
     Refused(u32),
     /// The guest did not answer, or its driver did not start.
-    #[error("the guest did not answer within {} s", links::ANSWER_TIMEOUT.as_secs())]
+    #[error("the guest did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
     TimedOut,
     /// Beyond the limit of connections.
-    #[error("all {} vsock connections of the guest are in use", links::MAX_CONNECTIONS)]
+    #[error("all {} vsock connections of the guest are in use", MAX_CONNECTIONS)]
     TooMany,
     /// The asking side closed its end of the stream.
     #[error("the stream was closed before the guest accepted")]

@@ -141,11 +141,15 @@ const SLOT: u64 = 0x1_1000;
 
 impl Guest {
     fn new() -> Self {
+        Self::with_timeout(super::links::ANSWER_TIMEOUT)
+    }
+
+    fn with_timeout(timeout: Duration) -> Self {
         let memory = memory();
         let (send_ready, ready) = channel();
         let event_loop = EventLoop::spawn().unwrap();
         let on_ready = Box::new(move || send_ready.send(()).unwrap());
-        let (device, handle) = Vsock::new(CID, event_loop, on_ready).unwrap();
+        let (device, handle) = Vsock::with_timeout(CID, event_loop, on_ready, timeout).unwrap();
         Self {
             rx: DriverQueue::new(&memory, 0x1_0000, 64),
             tx: DriverQueue::new(&memory, 0x2_0000, 64),
@@ -384,6 +388,34 @@ fn abandoned_connection_is_reset() {
     drop(host);
     assert_eq!(result.recv().unwrap(), Err(ConnectError::Abandoned));
     guest.receive_op(op::RST);
+}
+
+#[test]
+fn guest_that_does_not_answer_a_request_is_given_up() {
+    let mut guest = Guest::with_timeout(Duration::from_millis(50));
+    let (_host, early) = guest.connect();
+    assert_eq!(early.recv().unwrap(), Err(ConnectError::TimedOut));
+    guest.start();
+    // There before the request, which then leaves at once.
+    guest.give_buffer();
+    let (_host, result) = guest.connect();
+    assert_eq!(result.recv().unwrap(), Err(ConnectError::TimedOut));
+    let (request, _) = guest.receive_op(op::REQUEST);
+    let (reset, _) = guest.receive_op(op::RST);
+    assert_eq!(reset.src_port, request.src_port);
+}
+
+#[test]
+fn guest_that_does_not_answer_a_shutdown_is_reset() {
+    let mut guest = Guest::with_timeout(Duration::from_secs(1));
+    guest.start();
+    let (host, header) = guest.established();
+    drop(host);
+    guest.receive_op(op::SHUTDOWN);
+    guest.receive_op(op::RST);
+    // It is forgotten: this belongs to nobody.
+    guest.send(Header { op: op::CREDIT_UPDATE, ..header }, &[]);
+    assert_eq!(guest.receive().0.op, op::RST);
 }
 
 #[test]

@@ -185,13 +185,13 @@ pub struct Worker {
 
 impl Worker {
     pub fn new(
-        cid: u64,
+        links: Links,
         inbox: Receiver<Command>,
         bell: Arc<EventFd>,
         on_ready: Box<dyn FnMut() + Send>,
     ) -> io::Result<Self> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
-        Ok(Self { inbox, bell, timer, armed: None, links: Links::new(cid), queues: None, on_ready })
+        Ok(Self { inbox, bell, timer, armed: None, links, queues: None, on_ready })
     }
 
     fn on_command(&mut self, command: Command, ops: &mut EventOps<'_>) {
