@@ -75,7 +75,8 @@ async fn tap_is_made_in_the_namespace_and_goes_with_its_descriptor() {
     assert!(run(&format!("ip -n {name} link show tap-9")));
     assert!(!run("ip link show tap-9"), "not in the host's namespace");
     drop(tap);
-    assert!(!run(&format!("ip -n {name} link show tap-9")));
+    // Another test's child holds a copy of the descriptor between its fork and its exec: look again for that long.
+    assert!((0..100).any(|_| !run(&format!("ip -n {name} link show tap-9"))));
 }
 
 #[tokio::test]

@@ -92,6 +92,9 @@ impl Pod {
             self.end_unstarted(container).await;
         }
         init.expect("delete", &[Status::STOPPED])?;
+        // containerd gives up after 10 s and asks again: the second call waits for the first, and finds nothing.
+        let _order = init.order.lock().await;
+        self.container(&container.id)?;
         finish_io(init).await;
         if container.kind == Kind::Sandbox {
             let _gate = self.gate.lock().await;
