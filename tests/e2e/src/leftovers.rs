@@ -82,7 +82,9 @@ fn processes(found: &mut BTreeSet<String>) -> Result<()> {
 
 fn mounts(found: &mut BTreeSet<String>) -> Result<()> {
     let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
-    found.extend(table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")));
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    // ip-netns(8) makes its directory a mount at its first use, and keeps it.
+    found.extend(points.filter(|&point| point != "/run/netns").map(|point| format!("mount {point}")));
     Ok(())
 }
 
