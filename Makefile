@@ -62,8 +62,8 @@ soak-boot: build ## N=100 guest boots in a row, none may hang
 	@$(NODE) run benches/soak-boot $(N)
 
 bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its first line against runc's
-	@$(NODE) run benches/boot
 	@$(NODE) run bulkhead-bench
+	@$(NODE) run benches/boot
 
 install: build ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/lib/bulkhead' '$(DESTDIR)/etc/bulkhead'
