@@ -63,10 +63,11 @@ class Supervisor:
                 if session != wire.NODE:
                     self.to_client(session, kind, payload)
                     continue
-                self.tell(kind, payload)
                 if kind == wire.READY:
+                    # Before it is told: whoever hears of it connects at once.
                     await asyncio.start_unix_server(self.serve, self.state / "control.sock")
-                elif kind == wire.FAILED:
+                self.tell(kind, payload)
+                if kind == wire.FAILED:
                     return
 
     def to_client(self, session, kind, payload):
