@@ -2,8 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node node soak-boot \
-	bench-boot install clean
+.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node test-compat node soak-boot \
+	soak-pods bench-boot install clean
 
 # Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); where `make install` puts things.
 N ?= 100
@@ -31,7 +31,7 @@ rootfs: setup ## build/initramfs.cpio, the guest image
 
 images: build/images/.stamp ## build/images, the test images
 
-build/images/.stamp: tests/node/images/build tests/node/images/pause.c tests/node/images/nginx.conf | setup
+build/images/.stamp: $(wildcard tests/node/images/*) | setup
 	@echo "test images: building them from installed packages"
 	@rm -rf build/images && tests/node/images/build build/images && touch $@
 
@@ -46,20 +46,26 @@ check: setup ## format, clippy, licences
 run: build ## start a node and a pod in its own guest, and show both side by side
 	@$(NODE) run bulkhead run
 
-test: build ## every test: unit, VMM, guest image, end to end
-	@tools/test unit rootfs node
+test: build ## every test but the comparison with runc: unit, VMM, guest image, end to end
+	@tools/test unit rootfs node containerd-2
 
 test-unit: setup ## unit tests, and VMM tests on /dev/kvm
 	@tools/test unit
 
-test-node: build ## the end-to-end suites in a node (FILTER=part of a test's name)
+test-node: build ## the end-to-end suites in a node (FILTER=part of a test's name; CONTAINERD=1.7 or 2)
 	@FILTER='$(FILTER)' tools/test node
+
+test-compat: build ## pods on runc and on Bulkhead compared, case by case (FILTER=part of a name)
+	@FILTER='$(FILTER)' tools/test compat
 
 node: build ## a shell in the test node
 	@$(NODE) shell
 
 soak-boot: build ## N=100 guest boots in a row, none may hang
 	@$(NODE) run benches/soak-boot $(N)
+
+soak-pods: build ## 200 containers one after the other and 20 pods at once: nothing left, nothing grows
+	@$(NODE) run bulkhead-soak
 
 bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its first line against runc's
 	@$(NODE) run bulkhead-bench

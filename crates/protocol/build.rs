@@ -1,27 +1,32 @@
-//! Generates the agent's ttrpc service from `agent.proto`.
+//! Generates the agent's ttrpc service from `agent.proto`, and the CRI's messages from `cri.proto`.
 
 fn main() -> std::io::Result<()> {
     #[cfg(feature = "agent")]
-    generate()?;
+    generate("agent", &["agent", "agent_ttrpc"])?;
+    #[cfg(feature = "cri")]
+    generate("cri", &["cri"])?;
     Ok(())
 }
 
-#[cfg(feature = "agent")]
-fn generate() -> std::io::Result<()> {
+/// Generates `proto/NAME.proto` into a directory of its own, with a file that declares what was made as modules.
+#[cfg(any(feature = "agent", feature = "cri"))]
+fn generate(name: &str, modules: &[&str]) -> std::io::Result<()> {
     use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-    println!("cargo::rerun-if-changed=proto/agent.proto");
-    let out = std::path::PathBuf::from(
-        std::env::var_os("OUT_DIR").ok_or_else(|| std::io::Error::other("cargo sets no OUT_DIR"))?,
-    );
+    let proto = format!("proto/{name}.proto");
+    println!("cargo::rerun-if-changed={proto}");
+    let out = std::env::var_os("OUT_DIR").ok_or_else(|| std::io::Error::other("cargo sets no OUT_DIR"))?;
+    let out = std::path::PathBuf::from(out).join(name);
+    std::fs::create_dir_all(&out)?;
     Codegen::new()
         .out_dir(&out)
         .include("proto")
-        .input("proto/agent.proto")
+        .input(&proto)
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
         .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
     // The generated files open with inner attributes, so they can be modules of a file but not included themselves.
-    std::fs::write(out.join("services.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")
+    let declarations: String = modules.iter().map(|module| format!("pub mod {module};\n")).collect();
+    std::fs::write(out.join("modules.rs"), declarations)
 }

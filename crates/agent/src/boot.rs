@@ -111,11 +111,16 @@ fn make_dir(path: &str) -> io::Result<()> {
 /// Most descriptors of a process in a container whose spec does not say: what containerd's service file gives on a host.
 const MAX_OPEN_FILES: u64 = 1 << 20;
 
+/// Most signals queued for a user, timers included (timer_create(2) takes one): the kernel's own follows from its memory, and
+/// a small guest would have hundreds where a node has this and more.
+const MAX_PENDING_SIGNALS: u64 = 1 << 15;
+
 /// Resource limits are inherited, and the kernel's for init are small.
 fn raise_limits() {
     let limit = |count| Rlimit { current: count, maximum: count };
     let _ = setrlimit(Resource::Nofile, limit(Some(MAX_OPEN_FILES)));
     let _ = setrlimit(Resource::Nproc, limit(None));
+    let _ = setrlimit(Resource::Sigpending, limit(Some(MAX_PENDING_SIGNALS)));
 }
 
 /// Starts logging to the console, warnings and worse unless the kernel command line says otherwise.

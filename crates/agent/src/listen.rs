@@ -1,4 +1,4 @@
-//! The agent's two ports, and the sign that they are open.
+//! The agent's three ports, and the sign that they are open.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::create_agent;
-use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
+use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,7 +18,7 @@ use ttrpc::r#async::{Server, transport::Listener};
 use crate::reaper::Reaper;
 use crate::rpc::Service;
 use crate::stdio::{Streams, serve};
-use crate::{boot, sys};
+use crate::{boot, forward, sys};
 
 /// Serves the shim until the guest ends. `kernel_boot` is what the kernel took before the agent began.
 pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
@@ -26,10 +26,14 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
         let bind = |port| VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port));
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
+        let localhost = bind(AGENT_FORWARD_PORT).map_err(ListenError::Vsock)?;
         let agent = Agent::start(Listener::from(rpc), kernel_boot).await?;
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
+        tokio::spawn(async move {
+            accept_all(async || localhost.accept().await.map(|(stream, _)| stream), forward::connection).await
+        });
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
 }
@@ -82,12 +86,22 @@ impl Agent {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         F: Future<Output = io::Result<S>>,
     {
-        loop {
-            match accept().await {
-                Ok(stream) => drop(tokio::spawn(serve::connection(Arc::clone(&self.streams), stream))),
-                // The listener itself is sound; the one connection is lost (accept(2) on errors of the peer).
-                Err(error) => tracing::warn!(%error, "cannot accept a stream connection"),
-            }
+        let streams = Arc::clone(&self.streams);
+        accept_all(accept, move |stream| serve::connection(Arc::clone(&streams), stream)).await
+    }
+}
+
+/// Serves every connection in a task of its own.
+async fn accept_all<S, F, C>(accept: impl Fn() -> F, serve: impl Fn(S) -> C) -> !
+where
+    F: Future<Output = io::Result<S>>,
+    C: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        match accept().await {
+            Ok(stream) => drop(tokio::spawn(serve(stream))),
+            // The listener itself is sound; the one connection is lost (accept(2) on errors of the peer).
+            Err(error) => tracing::warn!(%error, "cannot accept a connection of the host"),
         }
     }
 }

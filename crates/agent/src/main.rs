@@ -8,8 +8,10 @@
 mod boot;
 mod cgroup;
 mod containers;
+mod devices;
 mod entry;
 mod events;
+mod forward;
 mod listen;
 mod power;
 mod reaper;
@@ -18,8 +20,10 @@ mod runtime;
 mod sandbox;
 mod stdio;
 mod sys;
+mod volumes;
 
 use std::convert::Infallible;
+use std::path::PathBuf;
 
 /// What this process is for.
 #[derive(Debug, Eq, PartialEq)]
@@ -30,8 +34,10 @@ enum Mode {
     Helper,
     /// PID 1 of a pid namespace that the pod's containers share.
     PidNamespace,
+    /// Makes a container's working directory, as a hook of libcontainer's.
+    Directory { rootfs: PathBuf, cwd: PathBuf },
     /// Serves on Unix sockets in a directory, outside of a guest: for developers and tests.
-    Serve(std::path::PathBuf),
+    Serve(PathBuf),
 }
 
 impl Mode {
@@ -40,6 +46,9 @@ impl Mode {
         match (args.next().as_deref(), args.next()) {
             (Some(runtime::HELPER_ARG), _) => Some(Self::Helper),
             (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
+            (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
+                args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
+            }
             (Some("serve"), Some(dir)) => Some(Self::Serve(dir.into())),
             _ if pid == 1 => Some(Self::Init),
             _ => None,
@@ -53,6 +62,7 @@ fn run() -> i32 {
     match Mode::from_args(std::env::args().skip(1), std::process::id()) {
         Some(Mode::Helper) => runtime::helper::main(),
         Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
+        Some(Mode::Directory { rootfs, cwd }) => runtime::directory::main(&rootfs, &cwd),
         Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
         Some(Mode::Init) => report(power::reboot_after(boot::init)),
         None => {
@@ -86,6 +96,8 @@ mod tests {
     fn own_words_choose_the_mode() {
         assert_eq!(mode(&[runtime::HELPER_ARG], 7), Some(Mode::Helper));
         assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
+        let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
+        assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
         assert_eq!(mode(&["serve", "/run/x"], 7), Some(Mode::Serve("/run/x".into())));
         assert_eq!(mode(&[], 7), None);
     }

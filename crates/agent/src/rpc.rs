@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecRequest, ExitStatus, ListProcessesResponse, ProcessId, ProcessRequest, ResizeRequest, SignalRequest, Stats,
-    UpdateContainerRequest,
+    Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse,
+    DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse, ProcessId,
+    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+    UpdateVolumeRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
+use crate::devices::{self, DeviceError};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
@@ -53,6 +55,24 @@ impl Agent for Service {
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         let sandbox = Arc::clone(&self.sandbox);
         done(whole(async move { sandbox.destroy().await }).await?)
+    }
+
+    async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        done(beside(move || sandbox.resize(&request)).await?)
+    }
+
+    async fn add_huge_page_volume(&self, _: &TtrpcContext, request: HugePageVolume) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        done(beside(move || sandbox.add_huge_page_volume(&request)).await?)
+    }
+
+    async fn bind_device(&self, _: &TtrpcContext, request: DeviceSlot) -> ttrpc::Result<BlockDevice> {
+        beside(move || devices::bind(request.slot)).await?.map_err(status)
+    }
+
+    async fn unbind_device(&self, _: &TtrpcContext, request: DeviceSlot) -> ttrpc::Result<Empty> {
+        done(beside(move || devices::unbind(request.slot)).await?)
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<ProcessId> {
@@ -101,6 +121,11 @@ impl Agent for Service {
         Ok(stats)
     }
 
+    async fn update_volume(&self, _: &TtrpcContext, request: UpdateVolumeRequest) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        done(whole(async move { containers.update_volume(request).await }).await?)
+    }
+
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessId> {
         let containers = Arc::clone(&self.containers);
         whole(async move { containers.exec(request).await }).await?.map(process_id).map_err(status)
@@ -122,7 +147,10 @@ impl Agent for Service {
     async fn wait_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<ExitStatus> {
         let process = self.containers.process(&request.container_id, &request.exec_id).map_err(status)?;
         let exit = process.wait().await;
-        Ok(ExitStatus { code: exit.code, exited_at_ns: exit.at_ns, ..Default::default() })
+        // Asked before a delete can have been: whoever waits deletes afterwards.
+        let container = self.containers.get(&request.container_id).ok().filter(|_| request.exec_id.is_empty());
+        let oom_killed = container.is_some_and(|container| container.cgroup().has_oom_kills());
+        Ok(ExitStatus { code: exit.code, exited_at_ns: exit.at_ns, oom_killed, ..Default::default() })
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
@@ -136,6 +164,12 @@ impl Agent for Service {
 async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> ttrpc::Result<T> {
     let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
     tokio::spawn(work).await.map_err(lost)
+}
+
+/// Runs what waits for the kernel beside the event loop, to its end as [`whole`] does.
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ttrpc::Result<T> {
+    let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
+    tokio::task::spawn_blocking(work).await.map_err(lost)
 }
 
 fn process_id(pid: u32) -> ProcessId {
@@ -153,6 +187,8 @@ enum ServiceError {
     Container(#[from] ContainerError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// The protocol's code for an error, with the whole chain of causes as its text.
@@ -172,7 +208,8 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Sandbox(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
         // What a runtime reports of a program that it cannot execute, among others: the text is what counts.
         ServiceError::Container(_) => Code::UNKNOWN,
-        ServiceError::Sandbox(_) => Code::INTERNAL,
+        ServiceError::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
+        ServiceError::Sandbox(_) | ServiceError::Device(_) => Code::INTERNAL,
     };
     get_rpc_status(code, sys::chain(&error))
 }

@@ -20,7 +20,7 @@ pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// How often a container's state is asked for while its end is awaited. The CRI of containerd 1.6 has no event stream
 /// (GetContainerEvents came with 1.7), so the kubelet's own relist is the only way; it relists every second.
-const RELIST: Duration = Duration::from_millis(50);
+const RELIST: Duration = Duration::from_millis(200);
 
 /// A connection to a CRI runtime.
 #[derive(Clone)]

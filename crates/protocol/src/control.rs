@@ -13,7 +13,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::vmspec::VmSpec;
+use crate::vmspec::{DeviceSpec, VmSpec};
 
 /// Largest message in bytes. A spec with every slot filled is a few KiB.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -37,6 +37,20 @@ pub struct Request {
 pub enum Command {
     /// Builds the machine and starts its vCPUs. First, and once. Descriptors: those that the spec indexes.
     Boot(VmSpec),
+    /// Puts a device into an empty slot of the running machine. Answered with [`Reply::Added`]; the guest finds the device
+    /// when it is told to bind the slot. Descriptors: those that the device indexes.
+    AddDevice(DeviceSpec),
+    /// Takes the device out of a slot, whatever the guest is doing with it; the slot reads as empty from then on.
+    RemoveDevice {
+        /// The slot that [`Reply::Added`] has named.
+        slot: u8,
+    },
+    /// Asks the guest to have this much memory beyond its boot memory. Answered with [`Reply::Resized`] when the guest has
+    /// come there or another request of this kind takes this one's place; a guest may never come there.
+    ResizeMemory {
+        /// MiB, at most the spec's `hotplug_mib`.
+        mib: u64,
+    },
     /// Connects the one descriptor of the message, an end of a stream socketpair, to a port of the guest. Answered when
     /// the guest has accepted or refused, or the device gave up waiting for it.
     ConnectVsock {
@@ -53,6 +67,20 @@ pub enum Reply {
     Done {
         /// The request's id.
         id: u64,
+    },
+    /// The device of the request with this id is in a slot.
+    Added {
+        /// The request's id.
+        id: u64,
+        /// The slot, counted from 0 as the guest counts its virtio-mmio devices.
+        slot: u8,
+    },
+    /// The guest's memory has the size of the request with this id, or a later request took its place.
+    Resized {
+        /// The request's id.
+        id: u64,
+        /// MiB that the guest has beyond its boot memory.
+        mib: u64,
     },
     /// The request with this id failed.
     Failed {

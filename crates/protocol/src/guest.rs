@@ -6,7 +6,10 @@ pub const AGENT_RPC_PORT: u32 = 1024;
 /// vsock port on which the agent accepts standard streams, see [`crate::stdio`].
 pub const AGENT_STDIO_PORT: u32 = 1025;
 
-/// Host port that the agent tries to connect to, once, when both of its ports listen. The VMM resets that connection like
+/// vsock port on which the agent accepts connections for the guest's localhost, see [`crate::forward`].
+pub const AGENT_FORWARD_PORT: u32 = 1026;
+
+/// Host port that the agent tries to connect to, once, when all of its ports listen. The VMM resets that connection like
 /// every one that a guest starts; that the request came is the sign that the guest is ready.
 pub const READY_PORT: u32 = 1024;
 
@@ -19,5 +22,11 @@ pub const SHARE_TAG: &str = "share";
 /// Where the agent mounts the pod's share.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 
+/// Where the agent mounts volumes of huge pages, each under its name.
+pub const HUGE_PAGES_DIR: &str = "/run/bulkhead/hugepages";
+
 /// The pod's /dev/shm in the guest.
 pub const SHM_DIR: &str = "/run/bulkhead/shm";
+
+/// Where the agent keeps copies of volumes that the kubelet updates, see `CreateContainerRequest` in agent.proto.
+pub const VOLUMES_DIR: &str = "/run/bulkhead/volumes";

@@ -1,10 +1,13 @@
-//! What crosses a boundary of Bulkhead: the agent's RPCs, the VMM's control messages, the header of a standard stream.
+//! What crosses a boundary of Bulkhead: the agent's RPCs, the VMM's control messages, the headers of standard streams and
+//! of forwarded connections.
 //!
 //! The shim speaks to both sides, the VMM and the agent never to each other. Whoever receives validates: the guest is
 //! hostile, and the VMM may have been taken over by it, so nothing here trusts a length, a count or an index.
 
 pub mod control;
+pub mod forward;
 pub mod guest;
+pub mod huge_pages;
 pub mod stdio;
 pub mod vmspec;
 
@@ -12,7 +15,15 @@ pub mod vmspec;
 #[cfg(feature = "agent")]
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod agent {
-    include!(concat!(env!("OUT_DIR"), "/services.rs"));
+    include!(concat!(env!("OUT_DIR"), "/agent/modules.rs"));
     pub use agent::*;
     pub use agent_ttrpc::*;
+}
+
+/// A pod's configuration as the CRI describes it, generated from `proto/cri.proto`.
+#[cfg(feature = "cri")]
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]
+pub mod cri {
+    include!(concat!(env!("OUT_DIR"), "/cri/modules.rs"));
+    pub use cri::*;
 }

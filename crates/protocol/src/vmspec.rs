@@ -28,6 +28,9 @@ pub struct VmSpec {
     pub boot_vcpus: u8,
     /// Boot memory in MiB.
     pub memory_mib: u64,
+    /// Memory in MiB by which a [`DeviceSpec::Memory`] can grow the guest, a multiple of 128; 0 for none.
+    #[serde(default)]
+    pub hotplug_mib: u64,
     /// Devices, in slot order.
     pub devices: Vec<DeviceSpec>,
     /// A 8250 serial port on COM1 whose output goes to this descriptor; for debugging a kernel that dies early.
@@ -39,6 +42,8 @@ pub struct VmSpec {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case", tag = "type")]
 pub enum DeviceSpec {
+    /// virtio-balloon, for free page reporting alone: what the guest does not use goes back to the host.
+    Balloon,
     /// virtio-blk over a raw image or block device. The format is never probed.
     Block {
         /// The image, opened for writing unless `read_only`.
@@ -59,6 +64,11 @@ pub enum DeviceSpec {
         tag: String,
         /// Directory that is exported.
         root: FdIndex,
+    },
+    /// virtio-mem over the spec's `hotplug_mib`; later sizes come by [`crate::control::Command::ResizeMemory`].
+    Memory {
+        /// MiB that the guest is to plug when it boots.
+        requested_mib: u64,
     },
     /// virtio-net over a tap.
     Net {

@@ -9,10 +9,11 @@ const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
 const CRI_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
 const CRIO_SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
-const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-const OWN_PREFIX: &str = "io.bulkhead.";
+pub(crate) const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+pub(crate) const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+pub(crate) const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+/// What all of our own annotations begin with.
+pub const OWN_PREFIX: &str = "io.bulkhead.";
 
 /// Annotation that sets the number of vCPUs.
 pub const OWN_VCPUS: &str = "io.bulkhead.vcpus";

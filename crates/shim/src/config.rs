@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::annotations::Request;
-
 /// Where the configuration is unless somebody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
 
@@ -22,7 +20,7 @@ const LIB_DIR: &str = "/usr/lib/bulkhead";
 const MOST_VCPUS: u8 = 64;
 
 /// Least boot memory in MiB: kernel, initramfs and agent need about half of it.
-const LEAST_MEMORY_MIB: u64 = 64;
+pub(crate) const LEAST_MEMORY_MIB: u64 = 64;
 
 /// What the file may say. An unknown key is an error: a misspelt limit must not be silently absent.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
@@ -51,12 +49,14 @@ pub struct Config {
     pub initramfs: PathBuf,
     /// vCPUs of a pod that asks for fewer or for none.
     pub default_vcpus: u8,
-    /// Most vCPUs of a pod.
+    /// Most vCPUs of a pod; the node's, unless the file says otherwise.
     pub max_vcpus: u8,
     /// Memory in MiB that a pod gets beyond the sum of its limits: for the guest's kernel and for containers without one.
     pub default_memory_mib: u64,
     /// Most memory of a pod in MiB.
     pub max_memory_mib: u64,
+    /// The node.
+    pub node: Node,
     /// Kernel parameters after our own.
     pub kernel_params: String,
     /// Which of our annotations pods may use.
@@ -65,13 +65,23 @@ pub struct Config {
     pub boot_timeout: Duration,
 }
 
-/// How large one pod's VM is.
+/// What a node has; a pod cannot use more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    /// vCPUs.
-    pub vcpus: u8,
-    /// MiB.
+pub struct Node {
+    /// CPUs that are online, at most as many as a VM can have.
+    pub cpus: u8,
+    /// Memory.
     pub memory_mib: u64,
+}
+
+impl Node {
+    /// This node.
+    pub fn here() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let pages = rustix::system::sysinfo().totalram;
+        let unit = u64::from(rustix::system::sysinfo().mem_unit.max(1));
+        Self { cpus: u8::try_from(cpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS), memory_mib: (pages * unit) >> 20 }
+    }
 }
 
 impl Config {
@@ -86,21 +96,22 @@ impl Config {
             Err(error) if may_be_absent && error.kind() == ErrorKind::NotFound => RawConfig::default(),
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
-        Self::validate(raw)
+        Self::validate(raw, Node::here())
     }
 
     /// Fills in defaults and checks the bounds. Pure.
-    pub fn validate(raw: RawConfig) -> Result<Self, ConfigError> {
+    pub fn validate(raw: RawConfig, node: Node) -> Result<Self, ConfigError> {
         let lib = |name: &str| Path::new(LIB_DIR).join(name);
         let config = Self {
             vmm: raw.vmm.unwrap_or_else(|| lib("bulkhead-vmm")),
             kernel: raw.kernel.unwrap_or_else(|| lib("vmlinux")),
             initramfs: raw.initramfs.unwrap_or_else(|| lib("initramfs.cpio")),
             default_vcpus: raw.default_vcpus.unwrap_or(1),
-            max_vcpus: raw.max_vcpus.unwrap_or(MOST_VCPUS),
+            max_vcpus: raw.max_vcpus.unwrap_or(node.cpus.max(raw.default_vcpus.unwrap_or(1))),
             default_memory_mib: raw.default_memory_mib.unwrap_or(256),
             max_memory_mib: raw.max_memory_mib.unwrap_or(1 << 20),
             kernel_params: raw.kernel_params.unwrap_or_default(),
+            node,
             annotations: raw.annotations.unwrap_or_default(),
             // Cold boots take well under a second on hardware; emulated CI nodes are some fifty times slower.
             boot_timeout: Duration::from_secs(raw.boot_timeout_s.unwrap_or(60)),
@@ -115,21 +126,6 @@ impl Config {
         bounded("boot_timeout_s", config.boot_timeout.as_secs(), 1, 3600)?;
         Ok(config)
     }
-
-    /// Sizes a pod's VM.
-    pub fn size(&self, request: &Request) -> Result<Size, ConfigError> {
-        let asked = request.own_vcpus.or(request.cpus).unwrap_or(0).max(u64::from(self.default_vcpus));
-        let vcpus = if request.own_vcpus.is_some() {
-            bounded("the pod's vCPUs", asked, 1, u64::from(self.max_vcpus))?
-        } else {
-            // A limit beyond the ceiling is still kept by the ceiling.
-            asked.min(u64::from(self.max_vcpus))
-        };
-        let limits_mib = request.memory.unwrap_or(0).div_ceil(1 << 20);
-        let memory_mib = request.own_memory_mib.unwrap_or_else(|| self.default_memory_mib.saturating_add(limits_mib));
-        bounded("the pod's memory in MiB", memory_mib, LEAST_MEMORY_MIB, self.max_memory_mib)?;
-        Ok(Size { vcpus: u8::try_from(vcpus).unwrap_or(self.max_vcpus), memory_mib })
-    }
 }
 
 /// The library's own message is a picture of several lines; an operator gets one.
@@ -140,7 +136,7 @@ fn parse(text: &str) -> Result<RawConfig, (usize, String)> {
     })
 }
 
-fn bounded(what: &'static str, value: u64, least: u64, most: u64) -> Result<u64, ConfigError> {
+pub(crate) fn bounded(what: &'static str, value: u64, least: u64, most: u64) -> Result<u64, ConfigError> {
     if (least..=most).contains(&value) { Ok(value) } else { Err(ConfigError::Bounds { what, value, least, most }) }
 }
 
@@ -188,14 +184,14 @@ mod tests {
     use super::*;
 
     fn config(text: &str) -> Result<Config, ConfigError> {
-        Config::validate(toml::from_str(text).unwrap())
+        Config::validate(toml::from_str(text).unwrap(), Node { cpus: 8, memory_mib: 16 << 10 })
     }
 
     #[test]
     fn empty_file_gives_the_defaults() {
         let config = config("").unwrap();
         assert_eq!(config.kernel, Path::new("/usr/lib/bulkhead/vmlinux"));
-        assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 256));
+        assert_eq!((config.default_vcpus, config.max_vcpus, config.default_memory_mib), (1, 8, 256));
     }
 
     #[test]
@@ -205,19 +201,6 @@ mod tests {
         assert!(matches!(config("default_vcpus = 0"), Err(ConfigError::Bounds { what: "default_vcpus", .. })));
         assert!(matches!(config("max_vcpus = 65"), Err(ConfigError::Bounds { .. })));
         assert!(matches!(config("kernel = 'vmlinux'"), Err(ConfigError::Relative(_))));
-    }
-
-    #[test]
-    fn pod_is_sized_by_its_limits_within_the_nodes_bounds() {
-        let config = config("max_vcpus = 4\nmax_memory_mib = 1024").unwrap();
-        let size = |request| config.size(&request);
-        assert_eq!(size(Request::default()).unwrap(), Size { vcpus: 1, memory_mib: 256 });
-        let limits = Request { cpus: Some(3), memory: Some(512 << 20), ..Request::default() };
-        assert_eq!(size(limits).unwrap(), Size { vcpus: 3, memory_mib: 768 });
-        assert_eq!(size(Request { cpus: Some(40), ..Request::default() }).unwrap().vcpus, 4);
-        assert!(size(Request { memory: Some(u64::MAX), ..Request::default() }).is_err());
-        assert!(size(Request { own_vcpus: Some(9), ..Request::default() }).is_err());
-        assert!(size(Request { own_memory_mib: Some(1), ..Request::default() }).is_err());
     }
 
     #[test]

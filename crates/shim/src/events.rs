@@ -13,7 +13,7 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
 use protobuf::{MessageDyn, MessageField, MessageFull};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 /// Events that wait at most; containerd's own publisher keeps as many.
@@ -28,9 +28,20 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 /// Time between attempts: containerd takes about so long to listen again after its restart.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// How long [`Publisher::delivered`] waits for containerd to have taken what was published: as long as for one event.
+const DELIVERY: Duration = FORWARD_DEADLINE;
+
 /// Where events are put. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Publisher(mpsc::Sender<Envelope>, String);
+pub struct Publisher(mpsc::Sender<Queued>, String);
+
+/// What is in the queue.
+#[derive(Debug)]
+enum Queued {
+    Event(Envelope),
+    /// Somebody who waits for all that is before it.
+    Mark(oneshot::Sender<()>),
+}
 
 impl Publisher {
     /// Starts the sender. The handle ends when every publisher is dropped and the queue is empty.
@@ -50,20 +61,31 @@ impl Publisher {
             event: MessageField::some(Any { type_url, value, ..Any::default() }),
             ..Envelope::default()
         };
-        if self.0.try_send(envelope).is_err() {
+        if self.0.try_send(Queued::Event(envelope)).is_err() {
             tracing::error!(
                 topic = event.topic(),
                 "event lost: the queue is full, containerd has not listened for long"
             );
         }
     }
+
+    /// Returns when containerd has taken what was published so far, or does not within a few seconds.
+    pub async fn delivered(&self) {
+        let (mark, reached) = oneshot::channel();
+        if self.0.try_send(Queued::Mark(mark)).is_ok() {
+            let _ = tokio::time::timeout(DELIVERY, reached).await;
+        }
+    }
 }
 
-async fn forward_all(mut queue: mpsc::Receiver<Envelope>, address: Option<String>) {
+async fn forward_all(mut queue: mpsc::Receiver<Queued>, address: Option<String>) {
     let mut client = None;
-    while let Some(envelope) = queue.recv().await {
-        let Some(address) = &address else { continue };
-        forward(&mut client, address, envelope).await;
+    while let Some(queued) = queue.recv().await {
+        match (queued, &address) {
+            (Queued::Event(envelope), Some(address)) => forward(&mut client, address, envelope).await,
+            (Queued::Event(_), None) => {}
+            (Queued::Mark(waiting), _) => drop(waiting.send(())),
+        }
     }
 }
 
@@ -116,4 +138,27 @@ topics! {
     TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
     TaskPaused => TASK_PAUSED_EVENT_TOPIC,
     TaskResumed => TASK_RESUMED_EVENT_TOPIC,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn queue_is_bounded_while_containerd_is_away_and_nobody_waits() {
+        let (publisher, _) = Publisher::start("k8s.io".into(), Some("/nonexistent/sock".into()));
+        for _ in 0..QUEUE + 10 {
+            publisher.publish(&messages::TaskStart::new());
+        }
+        assert_eq!(publisher.0.capacity(), 0);
+    }
+
+    #[tokio::test]
+    async fn without_an_address_nothing_is_kept() {
+        let (publisher, drained) = Publisher::start("default".into(), None);
+        publisher.publish(&messages::TaskStart::new());
+        publisher.delivered().await;
+        drop(publisher);
+        drained.await.unwrap();
+    }
 }

@@ -2,8 +2,11 @@
 //!
 //! containerd builds `/proc/<pid>/ns/...` paths from the pids that a shim reports, and tells containers apart by them.
 
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
+
+use crate::network::netns;
 
 /// The smallest stack that a thread may have (pthread_attr_setstacksize(3)); the thread only waits.
 const STACK: usize = 16 << 10;
@@ -17,15 +20,18 @@ pub struct HostPid {
 }
 
 impl HostPid {
-    /// Starts the thread.
-    pub fn new() -> std::io::Result<Self> {
+    /// Starts the thread, in a network namespace if there is one: a sandbox's `/proc/<pid>/ns/net` is the pod's.
+    pub fn new(netns: Option<&Path>) -> std::io::Result<Self> {
         let (alive, parked) = channel::<()>();
         let (tell, told) = channel();
+        let netns = netns.map(PathBuf::from);
         Builder::new().name("bulkhead-task".to_owned()).stack_size(STACK).spawn(move || {
-            let _ = tell.send(rustix::thread::gettid());
+            // Moves this thread alone.
+            let entered = netns.as_deref().map_or(Ok(()), netns::enter);
+            let _ = tell.send(entered.map(|()| rustix::thread::gettid()));
             let _ = parked.recv();
         })?;
-        let pid = told.recv().map_err(std::io::Error::other)?;
+        let pid = told.recv().map_err(std::io::Error::other)??;
         Ok(Self { pid: pid.as_raw_nonzero().get().unsigned_abs(), _alive: alive })
     }
 
@@ -41,8 +47,8 @@ mod tests {
 
     #[test]
     fn pid_is_in_proc_while_it_is_held() {
-        let pid = HostPid::new().unwrap();
+        let pid = HostPid::new(None).unwrap();
         assert!(std::path::Path::new(&format!("/proc/{}/ns/pid", pid.get())).exists());
-        assert_ne!(pid.get(), HostPid::new().unwrap().get());
+        assert_ne!(pid.get(), HostPid::new(None).unwrap().get());
     }
 }

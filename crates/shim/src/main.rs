@@ -16,6 +16,7 @@ mod pod;
 mod sandbox;
 mod service;
 mod share;
+mod sizing;
 mod spec;
 mod stats;
 

@@ -1,23 +1,26 @@
 //! A container's numbers in the form that the CRI reads: `io.containerd.cgroups.v2.Metrics`
 //! (containerd/cgroups: cgroup2/stats/metrics.proto).
 
+mod host;
+
 use std::collections::HashMap;
 
-use bulkhead_protocol::agent::{InterfaceStats, IoStats, MemoryStats, Stats};
+use bulkhead_protocol::agent::{HugeTlbStats, InterfaceStats, IoStats, MemoryStats, Stats};
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use crate::pod::error::TaskError;
+pub use host::of_host_cgroup;
 
 const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Entries that are passed on at most: disks and interfaces of a guest are few.
 const MAX_ENTRIES: usize = 64;
 
-/// Longest interface name (IFNAMSIZ).
+/// Longest name of an interface (IFNAMSIZ), and more than a page size has.
 const MAX_NAME: usize = 16;
 
 /// The numbers of something in which nothing runs.
@@ -39,6 +42,8 @@ pub fn pack(stats: Stats) -> Result<Any, TaskError> {
             nr_periods: cpu.nr_periods,
             nr_throttled: cpu.nr_throttled,
             throttled_usec: cpu.throttled_usec,
+            nr_bursts: cpu.nr_bursts,
+            burst_usec: cpu.burst_usec,
             ..CPUStat::default()
         }),
         memory_events: MessageField::some(MemoryEvents {
@@ -47,6 +52,7 @@ pub fn pack(stats: Stats) -> Result<Any, TaskError> {
             max: memory.max,
             oom: memory.oom,
             oom_kill: memory.oom_kill,
+            oom_group_kill: memory.oom_group_kill,
             ..MemoryEvents::default()
         }),
         memory: MessageField::some(memory_stat(&memory)),
@@ -54,6 +60,7 @@ pub fn pack(stats: Stats) -> Result<Any, TaskError> {
             usage: stats.io.iter().take(MAX_ENTRIES).map(io_entry).collect(),
             ..IOStat::default()
         }),
+        hugetlb: stats.huge_tlb.into_iter().take(MAX_ENTRIES).map(huge_tlb_stat).collect(),
         network: stats.network.into_iter().take(MAX_ENTRIES).map(network_stat).collect(),
         ..Metrics::default()
     };
@@ -105,6 +112,7 @@ fn memory_stat(memory: &MemoryStats) -> MemoryStat {
         swap_usage: memory.swap_usage,
         swap_limit: memory.swap_limit,
         max_usage: memory.max_usage,
+        swap_max_usage: memory.swap_max_usage,
         ..MemoryStat::default()
     }
 }
@@ -118,6 +126,16 @@ fn io_entry(io: &IoStats) -> IOEntry {
         rios: io.rios,
         wios: io.wios,
         ..IOEntry::default()
+    }
+}
+
+fn huge_tlb_stat(pool: HugeTlbStats) -> HugeTlbStat {
+    HugeTlbStat {
+        current: pool.current,
+        max: pool.max,
+        pagesize: pool.page_size.chars().take(MAX_NAME).collect(),
+        failcnt: pool.fail_count,
+        ..HugeTlbStat::default()
     }
 }
 

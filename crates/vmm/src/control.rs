@@ -8,11 +8,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
-use bulkhead_protocol::vmspec::VmSpec;
+use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::descriptors::Descriptors;
 use crate::machine::{Machine, MachineError};
+
+/// The answer to a command that came too early.
+const NO_MACHINE: &str = "there is no machine yet; send Boot first";
 
 /// How a service ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +74,9 @@ impl Service {
                 }
             },
             Command::ConnectVsock { port } => self.connect(id, port, fds),
+            Command::AddDevice(device) => self.add_device(id, &device, fds),
+            Command::RemoveDevice { slot } => self.remove_device(id, slot),
+            Command::ResizeMemory { mib } => self.resize_memory(id, mib),
         }
         Ok(())
     }
@@ -100,6 +106,33 @@ impl Service {
             Err(error) => send(&socket, &Reply::Failed { id, message: describe(&error) }),
         });
         vsock.connect(port, stream, done);
+    }
+
+    fn add_device(&mut self, id: u64, device: &DeviceSpec, fds: Vec<OwnedFd>) {
+        let Some(machine) = &mut self.machine else { return self.fail(id, NO_MACHINE.into()) };
+        match machine.add_device(device, Descriptors::new(fds)) {
+            Ok(slot) => self.reply(&Reply::Added { id, slot }),
+            Err(error) => self.fail(id, describe(&error)),
+        }
+    }
+
+    fn remove_device(&self, id: u64, slot: u8) {
+        match self.machine.as_ref().map(|machine| machine.remove_device(slot)) {
+            Some(Ok(())) => self.reply(&Reply::Done { id }),
+            Some(Err(error)) => self.fail(id, describe(&error)),
+            None => self.fail(id, NO_MACHINE.into()),
+        }
+    }
+
+    fn resize_memory(&self, id: u64, mib: u64) {
+        let Some(memory) = self.machine.as_ref().and_then(Machine::memory) else {
+            return self.fail(id, "the machine has no virtio-mem device; send Boot with one first".into());
+        };
+        let socket = self.socket.clone();
+        let done = Box::new(move |mib| send(&socket, &Reply::Resized { id, mib }));
+        if let Err(error) = memory.resize(mib, done) {
+            self.fail(id, describe(&error));
+        }
     }
 
     fn fail(&self, id: u64, message: String) {

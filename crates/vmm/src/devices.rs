@@ -5,10 +5,13 @@ use bulkhead_protocol::vmspec::DeviceSpec;
 
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::event_loop::{EventLoop, EventLoopError};
+use crate::kvm::HotplugMemory;
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::console::Console;
 use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::mem::{Mem, MemError, MemHandle};
 use crate::virtio::net::{Net, NetError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError, VsockHandle};
@@ -17,38 +20,55 @@ use crate::virtio::vsock::{Vsock, VsockError, VsockHandle};
 pub type OnReady = Box<dyn FnMut() + Send>;
 
 /// Builds devices.
-pub struct DeviceBuilder<'a> {
-    fds: &'a mut Descriptors,
+pub struct DeviceBuilder {
     event_loop: EventLoop,
     /// Disks block their thread, so they have one of their own; started for the first.
     disk_loop: Option<EventLoop>,
+    /// Giving memory back waits for KVM, so it has a thread of its own too.
+    memory_loop: Option<EventLoop>,
+    hotplug: Option<HotplugMemory>,
+    memory: Option<MemHandle>,
     on_ready: Option<OnReady>,
     vsock: Option<VsockHandle>,
 }
 
-impl<'a> DeviceBuilder<'a> {
-    /// A builder that takes what the devices need from `fds`.
-    pub fn new(fds: &'a mut Descriptors, on_ready: OnReady) -> Result<Self, EventLoopError> {
+impl DeviceBuilder {
+    /// A builder for a machine's devices.
+    pub fn new(hotplug: Option<HotplugMemory>, on_ready: OnReady) -> Result<Self, EventLoopError> {
         let event_loop = EventLoop::spawn()?;
-        Ok(Self { fds, event_loop, disk_loop: None, on_ready: Some(on_ready), vsock: None })
+        Ok(Self {
+            event_loop,
+            disk_loop: None,
+            memory_loop: None,
+            hotplug,
+            memory: None,
+            on_ready: Some(on_ready),
+            vsock: None,
+        })
     }
 
-    /// Builds one device.
-    pub fn build(&mut self, spec: &DeviceSpec) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+    /// Builds one device, which takes what it needs from `fds`.
+    pub fn build(&mut self, spec: &DeviceSpec, fds: &mut Descriptors) -> Result<Box<dyn VirtioDevice>, DeviceError> {
         let event_loop = self.event_loop.clone();
         Ok(match spec {
+            DeviceSpec::Balloon => Box::new(Balloon::new(self.memory_loop()?)),
             DeviceSpec::Block { file, read_only, serial } => {
-                let file = self.fds.take(*file, "disk")?;
+                let file = fds.take(*file, "disk")?;
                 Box::new(Block::new(file, *read_only, serial, self.disk_loop()?)?)
             }
             DeviceSpec::Console { output } => {
-                let output = self.fds.take(*output, "console")?;
+                let output = fds.take(*output, "console")?;
                 Box::new(Console::new(output, event_loop).map_err(DeviceError::Console)?)
             }
-            DeviceSpec::Fs { tag, root } => Box::new(Fs::new(tag, self.fds.take(*root, "share")?)?),
-            DeviceSpec::Net { tap, mac, mtu } => {
-                Box::new(Net::new(self.fds.take(*tap, "tap")?, *mac, *mtu, event_loop)?)
+            DeviceSpec::Fs { tag, root } => Box::new(Fs::new(tag, fds.take(*root, "share")?)?),
+            DeviceSpec::Memory { requested_mib } => {
+                let memory_loop = self.memory_loop()?;
+                let backing = Box::new(self.hotplug.take().ok_or(DeviceError::NoHotplug)?);
+                let (mem, handle) = Mem::new(backing, requested_mib.saturating_mul(1 << 20), memory_loop)?;
+                self.memory = Some(handle);
+                Box::new(mem)
             }
+            DeviceSpec::Net { tap, mac, mtu } => Box::new(Net::new(fds.take(*tap, "tap")?, *mac, *mtu, event_loop)?),
             DeviceSpec::Rng => Box::new(Rng::new(event_loop)),
             DeviceSpec::Vsock => {
                 let on_ready = self.on_ready.take().ok_or(DeviceError::SecondVsock)?;
@@ -60,15 +80,29 @@ impl<'a> DeviceBuilder<'a> {
     }
 
     fn disk_loop(&mut self) -> Result<EventLoop, EventLoopError> {
-        match &self.disk_loop {
-            Some(event_loop) => Ok(event_loop.clone()),
-            None => Ok(self.disk_loop.insert(EventLoop::spawn()?).clone()),
-        }
+        started(&mut self.disk_loop)
+    }
+
+    fn memory_loop(&mut self) -> Result<EventLoop, EventLoopError> {
+        started(&mut self.memory_loop)
+    }
+
+    /// The way to the virtio-mem device, if one was built.
+    pub fn memory(&self) -> Option<&MemHandle> {
+        self.memory.as_ref()
     }
 
     /// The way to the vsock device, if one was built.
-    pub fn into_vsock(self) -> Option<VsockHandle> {
-        self.vsock
+    pub fn vsock(&self) -> Option<&VsockHandle> {
+        self.vsock.as_ref()
+    }
+}
+
+/// A loop, which is started for the first who wants it.
+fn started(event_loop: &mut Option<EventLoop>) -> Result<EventLoop, EventLoopError> {
+    match event_loop {
+        Some(event_loop) => Ok(event_loop.clone()),
+        None => Ok(event_loop.insert(EventLoop::spawn()?).clone()),
     }
 }
 
@@ -87,6 +121,12 @@ pub enum DeviceError {
     /// The console's output.
     #[error("cannot use the console's output descriptor")]
     Console(#[source] rustix::io::Errno),
+    /// The size that is asked for.
+    #[error(transparent)]
+    Mem(#[from] MemError),
+    /// Nothing to plug, or a second device for it.
+    #[error("a machine has at most one virtio-mem device, and only with hotplug_mib in its spec")]
+    NoHotplug,
     /// The share.
     #[error(transparent)]
     Fs(#[from] FsError),

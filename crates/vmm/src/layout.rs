@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0           0x9fc00       1 MiB               3 GiB             4 GiB
-//! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory
+//! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory, then what can be plugged
 //! ```
 //!
 //! All of it is fixed: a template's guest (DESIGN D7) must find the same machine wherever it is restored.
@@ -63,6 +63,16 @@ pub const I8042_PORT: u64 = 0x60;
 
 /// Most vCPUs of a guest; APIC ids are 0 to 63.
 pub const MAX_VCPUS: u8 = 64;
+
+/// Unit in which Linux manages memory that is plugged (its memory block), and in which KVM is told of it.
+pub const MEMORY_BLOCK: u64 = 128 << 20;
+
+/// Start of the memory that can be plugged into a guest with `memory_mib` of boot memory: behind all of that, above the
+/// gap, and at a boundary that suits a memory block of any size that Linux may choose.
+pub fn hotplug_start(memory_mib: u64) -> u64 {
+    let beyond_gap = (memory_mib << 20).saturating_sub(GAP_START);
+    (GAP_END + beyond_gap).next_multiple_of(2 << 30)
+}
 
 /// Base address of a slot.
 pub fn slot_address(slot: usize) -> u64 {

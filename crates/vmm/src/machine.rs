@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::vmspec::VmSpec;
+use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, BootError};
@@ -17,8 +17,12 @@ use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThrea
 use crate::layout::{self, MAX_VCPUS, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::virtio::console::output::Output;
+use crate::virtio::mem::MemHandle;
 use crate::virtio::transport::{Slot, SlotError};
 use crate::virtio::vsock::VsockHandle;
+
+/// Slots by number, shared with the bus that they are on.
+type Slots = Vec<Arc<Mutex<Slot>>>;
 
 /// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
 pub struct Machine {
@@ -27,28 +31,29 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     buses: Buses,
     exit: Arc<ExitSignal>,
-    vsock: Option<VsockHandle>,
-    _vm: Vm,
+    slots: Slots,
+    builder: DeviceBuilder,
+    vm: Vm,
 }
 
 impl Machine {
     /// Builds the machine. `on_ready` is called when the guest says that its agent listens.
     pub fn build(spec: &VmSpec, mut fds: Descriptors, on_ready: OnReady) -> Result<Self, MachineError> {
         validate(spec)?;
-        let memory = kvm::create_memory(spec.memory_mib)?;
-        let vm = Vm::new(fds.take(spec.kvm, "KVM")?, memory)?;
+        let memory = kvm::create_memory(spec.memory_mib, spec.hotplug_mib)?;
+        let hotplug_start = layout::hotplug_start(spec.memory_mib);
+        let vm = Vm::new(fds.take(spec.kvm, "KVM")?, memory, hotplug_start)?;
         let kernel = File::from(fds.take(spec.kernel, "kernel")?);
         let initramfs = spec.initramfs.map(|index| fds.take(index, "initramfs")).transpose()?.map(File::from);
         let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
-        let mut builder = DeviceBuilder::new(&mut fds, on_ready)?;
-        let mmio = build_mmio(&vm, spec, &mut builder)?;
-        let vsock = builder.into_vsock();
+        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start), on_ready)?;
+        let (mmio, slots) = build_mmio(&vm, spec, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
         let vcpus = (0..spec.vcpus).map(|id| vm.create_vcpu(id, spec.vcpus, entry)).collect::<Result<_, _>>()?;
-        Ok(Self { threads: Vec::new(), vcpus, buses, exit, vsock, _vm: vm })
+        Ok(Self { threads: Vec::new(), vcpus, buses, exit, slots, builder, vm })
     }
 
     /// Starts the vCPUs.
@@ -68,7 +73,32 @@ impl Machine {
 
     /// The vsock device, if there is one.
     pub fn vsock(&self) -> Option<&VsockHandle> {
-        self.vsock.as_ref()
+        self.builder.vsock()
+    }
+
+    /// The virtio-mem device, if there is one.
+    pub fn memory(&self) -> Option<&MemHandle> {
+        self.builder.memory()
+    }
+
+    /// Puts a device into the first empty slot of the running machine and returns the slot's number.
+    pub fn add_device(&mut self, spec: &DeviceSpec, mut fds: Descriptors) -> Result<u8, MachineError> {
+        let empty = (0u8..).zip(&self.slots).find(|(_, slot)| lock(slot).is_empty());
+        let (number, slot) = empty.ok_or(MachineError::NoSlot)?;
+        let (address, irq) = place(number)?;
+        let device = self.builder.build(spec, &mut fds)?;
+        lock(slot).fill(&self.vm, address, irq, device)?;
+        Ok(number)
+    }
+
+    /// Takes the device out of a slot, with no regard to what the guest does with it.
+    pub fn remove_device(&self, number: u8) -> Result<(), MachineError> {
+        let slot = self.slots.get(usize::from(number)).ok_or(MachineError::UnknownSlot(number))?;
+        let (address, irq) = place(number)?;
+        let stopped = lock(slot).clear(&self.vm, address, irq)?;
+        // Outside of the lock: a request that the device is working on must not hold up the vCPU that looks at the slot.
+        drop(stopped);
+        Ok(())
     }
 
     /// Stops the vCPUs and waits for their threads; returns what made them exit to the VMM.
@@ -103,18 +133,35 @@ fn validate(spec: &VmSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
+fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Address and interrupt of a slot.
+fn place(number: u8) -> Result<(u64, u8), MachineError> {
+    let irq = layout::SLOT_IRQS.get(usize::from(number)).ok_or(MachineError::UnknownSlot(number))?;
+    Ok((layout::slot_address(number.into()), *irq))
+}
+
 /// All slots, the first ones filled with the spec's devices in their order.
-fn build_mmio(vm: &Vm, spec: &VmSpec, builder: &mut DeviceBuilder<'_>) -> Result<Bus, MachineError> {
-    let mut bus = Bus::new();
+fn build_mmio(
+    vm: &Vm,
+    spec: &VmSpec,
+    builder: &mut DeviceBuilder,
+    fds: &mut Descriptors,
+) -> Result<(Bus, Slots), MachineError> {
+    let (mut bus, mut slots) = (Bus::new(), Vec::with_capacity(SLOTS));
     let mut devices = spec.devices.iter();
     for (index, irq) in layout::SLOT_IRQS.into_iter().enumerate() {
         let (mut slot, address) = (Slot::new(), layout::slot_address(index));
         if let Some(device) = devices.next() {
-            slot.fill(vm, address, irq, builder.build(device)?)?;
+            slot.fill(vm, address, irq, builder.build(device, fds)?)?;
         }
-        bus.insert(address, layout::SLOT_SIZE, Arc::new(Mutex::new(slot)))?;
+        let slot = Arc::new(Mutex::new(slot));
+        bus.insert(address, layout::SLOT_SIZE, slot.clone())?;
+        slots.push(slot);
     }
-    Ok(bus)
+    Ok((bus, slots))
 }
 
 /// The keyboard controller's reset, and the serial port if the spec has one.
@@ -147,6 +194,12 @@ pub enum MachineError {
     /// More than the slots.
     #[error("{0} devices do not fit the machine's {SLOTS} slots")]
     TooManyDevices(usize),
+    /// All are taken.
+    #[error("all {SLOTS} slots of the machine are taken; remove a device or use fewer block volumes in the pod")]
+    NoSlot,
+    /// Beyond the last.
+    #[error("there is no slot {0}; the machine has {SLOTS}")]
+    UnknownSlot(u8),
     /// The spec and the descriptors.
     #[error(transparent)]
     Descriptors(#[from] DescriptorError),

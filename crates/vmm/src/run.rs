@@ -76,6 +76,7 @@ fn open(options: &RunOptions, opened: &mut Opened) -> anyhow::Result<VmSpec> {
         vcpus: options.vcpus,
         boot_vcpus: options.boot_vcpus.unwrap_or(options.vcpus),
         memory_mib: options.memory,
+        hotplug_mib: 0,
         devices: open_devices(options, opened)?,
         serial,
     })

@@ -1,8 +1,8 @@
 //! What "nothing is left" means: the one checker that every suite uses.
 //!
 //! It lists everything of a pod that lives outside containerd's own database: processes, network interfaces, traffic
-//! control, mounts, sockets, run directories, bundles, cgroups, network namespaces. A test takes the list before and
-//! compares after; what is there in addition is a leak.
+//! control, addresses, mounts, sockets, run directories, bundles, cgroups, network namespaces. A test takes the list
+//! before and compares after; what is there in addition is a leak.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,6 +40,7 @@ impl Leftovers {
         mounts(&mut found)?;
         interfaces(&mut found)?;
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
+        leases(&mut found);
         for directory in DIRECTORIES {
             entries(Path::new(directory), 0, &mut found);
         }
@@ -97,6 +98,17 @@ fn interfaces(found: &mut BTreeSet<String>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Addresses that CNI's host-local plugin has given: a file for each, in a directory for each network.
+fn leases(found: &mut BTreeSet<String>) {
+    for network in fs::read_dir("/run/node/cni/networks").into_iter().flatten().flatten() {
+        for lease in fs::read_dir(network.path()).into_iter().flatten().flatten() {
+            if lease.file_name().to_str().is_some_and(|name| name.parse::<std::net::IpAddr>().is_ok()) {
+                found.insert(format!("address {}", lease.path().display()));
+            }
+        }
+    }
 }
 
 /// cgroups down to the depth at which the kubelet's pods and their containers are.

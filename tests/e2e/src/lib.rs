@@ -3,8 +3,15 @@
 //! A test is `on_node(async |node| ...)`. It starts pods with [`Node::pod`] and executes in them with [`TestPod::exec`]; when
 //! it ends, whether it passed or not, its pods are removed and [`leftovers`] decides whether anything of them is left.
 
+pub mod cni;
+pub mod compat;
 pub mod leftovers;
 pub mod log_watch;
+mod netns;
+pub mod port_forward;
+pub mod shim;
+pub mod soak;
+mod streaming;
 pub mod terminal;
 
 use std::cell::RefCell;
@@ -17,11 +24,17 @@ use bulkhead_cli::cri::{self, Cri, ExecOutput, Pod, v1};
 use bulkhead_cli::log;
 
 use crate::leftovers::Leftovers;
+pub use crate::netns::Netns;
 
 /// An image with busybox and its applets.
 pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
+/// The same with `watch DIRECTORY`, which prints inotify events.
+pub const WATCH: &str = "127.0.0.1:5000/watch:latest";
 /// An image with nginx that serves on port 80.
 pub const NGINX: &str = "127.0.0.1:5000/nginx:latest";
+
+/// The runtime handler of Bulkhead.
+pub const HANDLER: &str = "bulkhead";
 
 /// How long anything may take that takes milliseconds on hardware: the node is emulated, tens of times slower.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -44,12 +57,13 @@ pub fn on_node(test: impl AsyncFnOnce(&Node) -> Result<()>) {
         Ok(runtime) => runtime,
         Err(error) => panic!("no runtime for the test: {error}"),
     };
-    if let Err(error) = runtime.block_on(whole_test(test)) {
+    if let Err(error) = runtime.block_on(with_node(test)) {
         panic!("{error:#}");
     }
 }
 
-async fn whole_test(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+/// Connects to the node, runs a test, and removes its pods. The caller sees to it that nothing else comes or goes meanwhile.
+pub async fn with_node(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let socket = std::env::var_os("BULKHEAD_CRI_SOCKET").map_or_else(|| cri::CONTAINERD_SOCKET.into(), PathBuf::from);
     let logs = std::env::temp_dir().join(format!("bulkhead-e2e-{}", std::process::id()));
     std::fs::create_dir_all(&logs).context("cannot create the log directory")?;
@@ -72,7 +86,7 @@ async fn whole_test(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
 impl Node {
     /// Starts a pod with the Bulkhead handler.
     pub async fn pod(&self, name: &str) -> Result<TestPod> {
-        self.pod_with(name, "bulkhead", |_| {}).await
+        self.pod_with(name, HANDLER, |_| {}).await
     }
 
     /// Starts a pod with any handler, its configuration changed first.
@@ -84,14 +98,16 @@ impl Node {
     ) -> Result<TestPod> {
         let mut config = cri::pod_config(name, &self.logs.join(name));
         change(&mut config);
-        let pod = self.cri.run_pod(config, handler).await?;
+        // A node may have several handlers of Bulkhead; the suites run with any.
+        let other = std::env::var("BULKHEAD_HANDLER").ok().filter(|_| handler == HANDLER);
+        let pod = self.cri.run_pod(config, other.as_deref().unwrap_or(handler)).await?;
         self.pods.borrow_mut().push(pod.id.clone());
         Ok(TestPod { pod })
     }
 
     /// Expects that a pod is refused, and returns the message.
     pub async fn refused_pod(&self, name: &str, change: impl FnOnce(&mut v1::PodSandboxConfig)) -> Result<String> {
-        match self.pod_with(name, "bulkhead", change).await {
+        match self.pod_with(name, HANDLER, change).await {
             Ok(_) => bail!("pod {name} was not refused"),
             Err(error) => Ok(error.to_string()),
         }
@@ -123,6 +139,22 @@ impl TestPod {
         let status = self.wait_exit(&container, PATIENCE).await?;
         let lines = self.log(&container).await?;
         Ok((status, log::text_of(&lines, "stdout")))
+    }
+
+    /// The OCI spec of the pod's sandbox.
+    pub async fn runtime_spec(&self) -> Result<serde_json::Value> {
+        let request = v1::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
+        let answer = self.cri().runtime().pod_sandbox_status(request).await.map_err(cri::status)?.into_inner();
+        let info: serde_json::Value = serde_json::from_str(answer.info.get("info").context("no verbose status")?)?;
+        Ok(info["runtimeSpec"].clone())
+    }
+
+    /// The path of the pod's network namespace on the host.
+    pub async fn netns(&self) -> Result<String> {
+        let spec = self.runtime_spec().await?;
+        let namespaces = spec["linux"]["namespaces"].as_array().context("no namespaces")?;
+        let network = namespaces.iter().find(|namespace| namespace["type"] == "network");
+        Ok(network.and_then(|network| network["path"].as_str()).context("no network namespace")?.to_owned())
     }
 
     /// Executes a shell script in a container; it must succeed. Returns its standard output, trimmed.

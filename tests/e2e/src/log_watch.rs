@@ -1,4 +1,4 @@
-//! Waiting for a container's first log line, by inotify(7).
+//! Waiting for what a container's log is to say, by inotify(7).
 
 use std::fs;
 use std::mem::MaybeUninit;
@@ -29,16 +29,22 @@ impl LogWatch {
 
     /// Returns when the log has a line.
     pub async fn first_line(self, limit: Duration) -> Result<()> {
-        tokio::task::spawn_blocking(move || self.wait(Instant::now() + limit)).await.context("the watch panicked")?
+        self.contains("\n".to_owned(), limit).await
     }
 
-    fn wait(&self, deadline: Instant) -> Result<()> {
+    /// Returns when the log contains a text.
+    pub async fn contains(self, text: String, limit: Duration) -> Result<()> {
+        let wait = move || self.wait(&text, Instant::now() + limit);
+        tokio::task::spawn_blocking(wait).await.context("the watch panicked")?
+    }
+
+    fn wait(&self, text: &str, deadline: Instant) -> Result<()> {
         let mut buffer = [MaybeUninit::uninit(); 4096];
-        while !fs::read(&self.log).is_ok_and(|log| log.contains(&b'\n')) {
+        while !fs::read(&self.log).is_ok_and(|log| String::from_utf8_lossy(&log).contains(text)) {
             let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))?;
             let mut fds = [PollFd::new(&self.events, PollFlags::IN)];
             let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left)))?;
-            ensure!(ready > 0, "no line in {}", self.log.display());
+            ensure!(ready > 0, "no {text:?} in {}", self.log.display());
             let mut reader = inotify::Reader::new(&self.events, &mut buffer);
             while reader.next().is_ok() {}
         }

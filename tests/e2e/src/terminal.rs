@@ -1,26 +1,22 @@
-//! Exec, attach and port-forward as `kubectl` does them: the CRI answers with a URL of its streaming server, which speaks
-//! the `channel.k8s.io` protocols over a WebSocket.
+//! Exec and attach as `kubectl` does them, over a WebSocket.
 
 use anyhow::{Context, Result, bail};
 use bulkhead_cli::cri::{Pod, status, v1};
 use futures::{SinkExt, StreamExt};
-use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-/// Version 4 of the protocol: the first byte of a message is its channel, the error channel carries a Status as JSON.
-const PROTOCOL: &str = "v4.channel.k8s.io";
+use crate::streaming::{self, Socket};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
+/// A Status as JSON.
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
 /// A process that a WebSocket is attached to.
 pub struct Terminal {
-    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    socket: Socket,
     /// What standard output has said so far.
     pub output: String,
     /// What standard error has said so far.
@@ -53,10 +49,7 @@ impl Terminal {
     }
 
     async fn connect(url: &str) -> Result<Self> {
-        let mut request = url.replacen("http", "ws", 1).into_client_request().context("bad streaming URL")?;
-        let protocol = PROTOCOL.parse().context("bad protocol name")?;
-        request.headers_mut().insert("Sec-WebSocket-Protocol", protocol);
-        let (socket, _) = connect_async(request).await.context("the streaming server refused the connection")?;
+        let socket = streaming::connect(url).await?;
         Ok(Self { socket, output: String::new(), errors: String::new(), status: None })
     }
 

@@ -151,6 +151,9 @@ struct AttachAttributes {
     flags: u32,
 }
 
+/// The verifier gives up with EAGAIN when a signal is pending, and children that end send many.
+const LOAD_ATTEMPTS: u32 = 5;
+
 /// Loads a device program.
 pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     let attributes = LoadAttributes {
@@ -160,7 +163,14 @@ pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
         license: c"Apache-2.0".as_ptr().addr() as u64,
         ..Default::default()
     };
-    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
+    let mut loaded = bpf(BPF_PROG_LOAD, &attributes);
+    for _ in 1..LOAD_ATTEMPTS {
+        match &loaded {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => loaded = bpf(BPF_PROG_LOAD, &attributes),
+            _ => break,
+        }
+    }
+    let fd = loaded?;
     // SAFETY: the call succeeded, so the number is a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -149,6 +149,19 @@ impl Cgroup {
         Ok(pids)
     }
 
+    /// The group below this one that new processes must join, if the container has split its group up: a group that hands
+    /// controllers down has no processes of its own, and theirs is then init's, as runc has it.
+    pub fn group_for_exec(&self, init: u32) -> Option<String> {
+        let control = read(&self.dir.join("cgroup.subtree_control")).ok()?;
+        if control.trim().is_empty() {
+            return None;
+        }
+        let groups = read(Path::new(&format!("/proc/{init}/cgroup"))).ok()?;
+        let below =
+            Path::new(groups.lines().find_map(|line| line.strip_prefix("0::"))?).strip_prefix(&self.path).ok()?;
+        below.to_str().filter(|below| !below.is_empty()).map(str::to_owned)
+    }
+
     /// Removes the group and those below it. They must be empty.
     pub fn remove(&self) -> Result<(), CgroupError> {
         remove_tree(&self.dir, MAX_DEPTH).map_err(|source| CgroupError::Remove { path: self.dir.clone(), source })
@@ -161,6 +174,11 @@ impl Cgroup {
             Ok(file) => Ok(OomWatch { file, path, seen: 0 }),
             Err(source) => Err(CgroupError::Read { path, source }),
         }
+    }
+
+    /// Whether the kernel has killed any of its processes for want of memory.
+    pub fn has_oom_kills(&self) -> bool {
+        self.watch_oom().and_then(|mut watch| watch.look()).unwrap_or(false)
     }
 
     /// Waits until a key of `cgroup.events` has a value.

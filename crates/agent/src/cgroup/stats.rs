@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use bulkhead_protocol::agent::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
+use bulkhead_protocol::agent::{CpuStats, HugeTlbStats, IoStats, MemoryStats, PidsStats, Stats};
 
 use super::Cgroup;
 
@@ -22,6 +22,7 @@ impl Cgroup {
             })
             .into(),
             io: io(&text("io.stat")),
+            huge_tlb: huge_tlb(&self.dir),
             ..Default::default()
         }
     }
@@ -55,6 +56,8 @@ fn cpu(text: &str) -> CpuStats {
             "nr_periods" => stats.nr_periods = value,
             "nr_throttled" => stats.nr_throttled = value,
             "throttled_usec" => stats.throttled_usec = value,
+            "nr_bursts" => stats.nr_bursts = value,
+            "burst_usec" => stats.burst_usec = value,
             _ => {}
         }
     }
@@ -68,6 +71,7 @@ fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
         swap_usage: single(&text("memory.swap.current")),
         swap_limit: single(&text("memory.swap.max")),
         max_usage: single(&text("memory.peak")),
+        swap_max_usage: single(&text("memory.swap.peak")),
         stat: flat_keyed(&text("memory.stat")).map(|(key, value)| (key.to_owned(), value)).collect(),
         ..Default::default()
     };
@@ -78,6 +82,7 @@ fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
             "max" => stats.max = value,
             "oom" => stats.oom = value,
             "oom_kill" => stats.oom_kill = value,
+            "oom_group_kill" => stats.oom_group_kill = value,
             _ => {}
         }
     }
@@ -106,6 +111,26 @@ fn io_device(line: &str) -> Option<IoStats> {
     Some(stats)
 }
 
+/// `hugetlb.<page size>.current` and its siblings, for each page size that the kernel has.
+fn huge_tlb(dir: &Path) -> Vec<HugeTlbStats> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let sizes = names.filter_map(|name| {
+        let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+        (!size.contains('.')).then(|| size.to_owned())
+    });
+    let stats = |page_size: String| {
+        let text =
+            |file: &str| std::fs::read_to_string(dir.join(format!("hugetlb.{page_size}.{file}"))).unwrap_or_default();
+        let (current, max) = (single(&text("current")), single(&text("max")));
+        let fail_count = flat_keyed(&text("events")).find(|(key, _)| *key == "max").map_or(0, |(_, count)| count);
+        HugeTlbStats { page_size, current, max, fail_count, ..Default::default() }
+    };
+    let mut all: Vec<_> = sizes.map(stats).collect();
+    all.sort_by(|a, b| a.page_size.cmp(&b.page_size));
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +157,20 @@ mod tests {
         });
         assert_eq!((stats.usage, stats.limit, stats.swap_limit, stats.oom_kill), (4096, u64::MAX, 0, 1));
         assert_eq!(stats.stat.get("file"), Some(&2));
+    }
+
+    #[test]
+    fn huge_pages_are_counted_by_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let files =
+            [("2MB.current", "4194304"), ("2MB.max", "max"), ("2MB.events", "max 3"), ("2MB.rsvd.current", "9")];
+        for (name, text) in files {
+            std::fs::write(dir.path().join(format!("hugetlb.{name}")), text).unwrap();
+        }
+        let stats = huge_tlb(dir.path());
+        assert_eq!(stats.len(), 1);
+        let HugeTlbStats { page_size, current, max, fail_count, .. } = &stats[0];
+        assert_eq!((page_size.as_str(), *current, *max, *fail_count), ("2MB", 4 << 20, u64::MAX, 3));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::io;
 
 use crate::cgroup::CgroupError;
 use crate::runtime::RuntimeError;
+use crate::volumes::VolumeError;
 
 /// A request on a container cannot be fulfilled.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,9 @@ pub enum ContainerError {
     /// The spec lacks something.
     #[error("the OCI spec has no {what}")]
     Incomplete { what: &'static str },
+    /// It names something else.
+    #[error("chdir to cwd {cwd:?} set in config.json failed")]
+    WorkingDirectory { cwd: std::path::PathBuf, source: rustix::io::Errno },
     /// The process has no terminal.
     #[error("process \"{exec_id}\" of container {id} has no terminal")]
     NoTerminal { id: String, exec_id: String },
@@ -56,6 +60,9 @@ pub enum ContainerError {
     /// The event loop ends.
     #[error("the agent is ending")]
     Ending,
+    /// A volume of which the guest keeps a copy.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// The control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

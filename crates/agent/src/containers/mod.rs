@@ -4,6 +4,7 @@
 //! their pids. Locks are held for look-ups only: never two at a time, never across an await.
 
 mod container;
+mod departed;
 pub mod error;
 mod home;
 mod process;
@@ -13,7 +14,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::agent::{CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted};
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted, UpdateVolumeRequest,
+};
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
@@ -22,8 +25,10 @@ use crate::reaper::{ExitWatch, Reaper};
 use crate::runtime::message::WindowSize;
 use crate::runtime::{Created, Runtime};
 use crate::stdio::{Owner, Streams, ends};
+use crate::volumes::Volumes;
 pub use container::Container;
 use container::Phase;
+use departed::Departed;
 pub use error::ContainerError;
 pub use process::Process;
 use spec::Placement;
@@ -45,6 +50,7 @@ pub struct Containers {
     /// The init of the shared pid namespace, made when the first container asks for it.
     pod_init: OnceCell<(u32, ExitWatch)>,
     exec_serial: AtomicU64,
+    departed: Departed,
 }
 
 impl Containers {
@@ -58,6 +64,7 @@ impl Containers {
             table: Mutex::default(),
             pod_init: OnceCell::new(),
             exec_serial: AtomicU64::new(0),
+            departed: Departed::default(),
         }
     }
 
@@ -76,6 +83,9 @@ impl Containers {
         check_id(&request.container_id)?;
         let id = request.container_id.clone();
         let container = self.reserve(&id)?;
+        let departed = self.departed.clone();
+        // Beside the creation, which does not depend on it.
+        tokio::task::spawn_blocking(move || departed.look());
         let created = self.create_reserved(&container, &request).await;
         if created.is_err() {
             self.forget(&container).await;
@@ -95,8 +105,12 @@ impl Containers {
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
             terminal: request.streams.terminal,
         };
-        let json = request.spec.clone();
-        let spec = blocking(move || spec::adapt(&json, &placement)).await?;
+        let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
+        let spec = blocking(move || {
+            volumes.create(&copied)?;
+            spec::adapt(&json, &placement)
+        })
+        .await?;
         if let Some(root) = spec.root() {
             container.set_rootfs(root.path().clone());
         }
@@ -131,9 +145,17 @@ impl Containers {
         container.cgroup().kill_and_wait().await?;
         container.cgroup().remove()?;
         self.runtime.delete(id)?;
+        Volumes::of(id).remove()?;
         self.streams.remove_container(id);
         self.table().remove(id);
+        self.departed.add(id);
         Ok(())
+    }
+
+    /// Goes on to a later version of a volume of which the guest keeps a copy.
+    pub async fn update_volume(&self, request: UpdateVolumeRequest) -> Result<(), ContainerError> {
+        let volumes = Volumes::of(self.get(&request.container_id)?.id());
+        blocking(move || Ok(volumes.update(request.volume.get_or_default())?)).await
     }
 
     /// Creates a process in a running container; it runs at once. Answers its pid.
@@ -153,8 +175,9 @@ impl Containers {
             (request.process.clone(), request.streams.terminal, container.rootfs().to_owned());
         let process = blocking(move || spec::adapt_process(&json, terminal, &rootfs)).await?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
+        let group = container.process("").ok().and_then(|init| container.cgroup().group_for_exec(init.pid()));
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
-        let created = self.runtime.exec(container.id(), serial, &process, stdio).await?;
+        let created = self.runtime.exec(container.id(), group, serial, &process, stdio).await?;
         Ok(self.adopt(container, &request.exec_id, created, ours, &request.streams)?.pid())
     }
 
@@ -254,6 +277,9 @@ impl Containers {
         }
         if let Err(error) = self.runtime.delete(id) {
             tracing::warn!(id, %error, "a container that was not created leaves files behind");
+        }
+        if let Err(error) = Volumes::of(id).remove() {
+            tracing::warn!(id, %error, "a container that was not created leaves volumes behind");
         }
         self.streams.remove_container(id);
         self.table().remove(id);

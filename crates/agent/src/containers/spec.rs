@@ -6,10 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{
+    Hooks, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+};
 
 use super::error::ContainerError;
 use super::home;
+use crate::runtime::directory;
+use crate::sandbox::size;
 
 /// Where the agent puts a container.
 #[derive(Debug)]
@@ -33,6 +37,9 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     if let Some(resources) = linux.resources_mut() {
         fit_resources(resources);
     }
+    if linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+        bind_what_a_user_namespace_cannot_mount(spec.mounts_mut().as_deref_mut().unwrap_or_default());
+    }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
     linux
         .set_cgroups_path(Some(placement.cgroup.clone()))
@@ -40,7 +47,17 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
         .set_sysctl(None)
         .set_mount_label(None)
         .set_intel_rdt(None);
-    spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_hostname(None).set_domainname(None);
+    // Only these are programs of the container's; the shim has taken the others out.
+    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.start_container().clone()).map(|list| {
+        let mut kept = Hooks::default();
+        kept.set_start_container(Some(list));
+        kept
+    });
+    spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
+    directory::provide(&mut spec).map_err(|source| {
+        let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
+        ContainerError::WorkingDirectory { cwd, source }
+    })?;
     Ok(spec)
 }
 
@@ -60,14 +77,63 @@ pub fn adapt_resources(json: &[u8]) -> Result<LinuxResources, ContainerError> {
     Ok(resources)
 }
 
+/// sysfs and mqueue show the network and IPC namespace, which are the guest's and not the container's user namespace's, so
+/// the kernel lets it mount neither (user_namespaces(7)). The guest's own show the same.
+fn bind_what_a_user_namespace_cannot_mount(mounts: &mut [Mount]) {
+    for mount in mounts {
+        let source = match mount.typ().as_deref() {
+            Some("sysfs") => "/sys",
+            Some("mqueue") => "/dev/mqueue",
+            _ => continue,
+        };
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.push("rbind".into());
+        mount.set_typ(Some("bind".into())).set_source(Some(source.into())).set_options(Some(options));
+    }
+}
+
 /// Container engines write 0 for what they do not limit; libcgroups takes a swap of 0 for less than any limit.
 fn fit_resources(resources: &mut LinuxResources) {
+    fit_shares(resources);
+    if let Some(mut limits) = resources.hugepage_limits().clone() {
+        // Of a page size that this kernel lacks there is nothing to limit; the host has named all that it knows.
+        limits.retain(|limit| limit.limit() != 0 || size::has_huge_pages(limit.page_size()));
+        resources.set_hugepage_limits(Some(limits));
+    }
     let Some(mut memory) = *resources.memory() else { return };
     let given = |value: Option<i64>| value.filter(|value| *value != 0);
     memory.set_limit(given(memory.limit()));
     memory.set_reservation(given(memory.reservation()));
     memory.set_swap(given(memory.swap()).filter(|_| memory.limit().is_some()));
+    // No swap at all: libcgroups takes the difference of 0 for no wish.
+    if memory.swap().is_some_and(|swap| swap > 0) && memory.swap() == memory.limit() {
+        set_unified(resources, "memory.swap.max", "0".into());
+    }
     resources.set_memory(Some(memory));
+}
+
+/// Sets a file of the control group unless the spec does.
+fn set_unified(resources: &mut LinuxResources, file: &str, value: String) {
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    unified.entry(file.into()).or_insert(value);
+    resources.set_unified(Some(unified));
+}
+
+/// Says CPU shares as the weight that runc of the same generation as containerd 1.6 to 2.1 makes of them: a line through
+/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back.
+fn fit_shares(resources: &mut LinuxResources) {
+    let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()).filter(|shares| *shares != 0) else {
+        return;
+    };
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_shares(None);
+    }
+    set_unified(resources, "cpu.weight", weight(shares).to_string());
+}
+
+/// A weight of 1 to 10000 for shares of 2 to 262144.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {

@@ -14,6 +14,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
+use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::message::WindowSize;
@@ -96,7 +97,7 @@ impl Executor for AgentExecutor {
         let args = c_strings(process.args().as_deref())?;
         let env = c_strings(process.env().as_deref())?;
         let Err(errno) = nix::unistd::execve(&path, &args, &env);
-        Err(ExecutorError::Other(format!("exec {:?}: {}", program, errno.desc())))
+        Err(ExecutorError::Other(format!("exec {:?}: {}", program, words(errno.desc()))))
     }
 
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
@@ -136,12 +137,22 @@ fn find_program(process: &Process) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
 }
 
+/// Says what runc says: tools, and people, look for its words.
 fn executable(path: &Path) -> Result<(), String> {
-    let found = stat(path).map_err(|errno| format!("stat {}: {errno}", path.display()))?;
+    let found = stat(path).map_err(|errno| format!("stat {}: {}", path.display(), describe(errno)))?;
     if FileType::from_raw_mode(found.st_mode) == FileType::Directory {
-        return Err("is a directory".into());
+        return Err(describe(Errno::ACCESS));
     }
-    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).map_err(|errno| errno.to_string())
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).map_err(describe)
+}
+
+fn describe(errno: Errno) -> String {
+    words(nix::errno::Errno::from_raw(errno.raw_os_error()).desc())
+}
+
+/// The C library's description of an error as Go writes it.
+fn words(description: &str) -> String {
+    description.to_lowercase()
 }
 
 #[cfg(test)]

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bulkhead_protocol::control::{self, ControlError};
-use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxSeccomp, Process};
 use rustix::fs::{Gid, Uid};
 use rustix::pty::OpenptFlags;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::de::DeserializeOwned;
 
 use super::PID_NAMESPACE_ARG;
@@ -57,12 +58,14 @@ fn perform(request: Request, stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd
             container.set_status(ContainerStatus::Running).save()?;
             container.pid().map_or(0, nix_pid)
         }
-        Action::Exec { id, state, process, seccomp } => {
+        Action::Exec { id, state, process, seccomp, cgroup } => {
             let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
             let executor = AgentExecutor { window, confinement };
+            join_user_namespace(&state.join(&id))?;
             let pid = builder(id, &state, console_path, stdio, executor)?
                 .as_tenant()
                 .with_process(Some(process))
+                .with_sub_cgroup(cgroup)
                 .with_detach(true)
                 .as_sibling(true)
                 .build()?;
@@ -118,6 +121,23 @@ fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperErr
     text.and_then(|text| std::fs::write(process_path, text))
         .map_err(|source| HelperError::File { path: process_path.into(), source })?;
     Ok(confinement)
+}
+
+/// Joins the container's user namespace, if it has one of its own. libcontainer 0.7 joins all others for an exec but not
+/// this one, and the process would have its capabilities over the whole guest. The helper goes on as that namespace's root,
+/// which is all that the rest takes: the control group's files belong to the user that it still is.
+fn join_user_namespace(state: &Path) -> Result<(), HelperError> {
+    let container = Container::load(state.to_path_buf())?;
+    let Some(pid) = container.pid() else { return Ok(()) };
+    let path = PathBuf::from(format!("/proc/{}/ns/user", nix_pid(pid)));
+    let join = || {
+        if std::fs::read_link(&path)? == std::fs::read_link("/proc/self/ns/user")? {
+            return Ok(());
+        }
+        let namespace = std::fs::File::open(&path)?;
+        Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::User))?)
+    };
+    join().map_err(|source| HelperError::File { path: path.clone(), source })
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HelperError> {

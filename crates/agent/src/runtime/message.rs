@@ -22,8 +22,8 @@ pub struct Request {
 pub enum Action {
     /// A container from `bundle`/config.json, its state below `state`.
     Create { id: String, bundle: PathBuf, state: PathBuf },
-    /// A process in a container, both described by files of JSON.
-    Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf> },
+    /// A process in a container, both described by files of JSON, and its control group below the container's.
+    Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf>, cgroup: Option<String> },
     /// A pid namespace.
     PidNamespace,
 }

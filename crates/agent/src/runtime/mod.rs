@@ -6,6 +6,7 @@
 //! agent's children, not the helper's. Once a process exists libcontainer has no further part in it: signals, limits,
 //! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
 
+pub mod directory;
 mod executor;
 pub mod helper;
 pub mod message;
@@ -99,10 +100,12 @@ impl Runtime {
         notify.await.map_err(|source| RuntimeError::Start { path: path.clone(), source })
     }
 
-    /// Creates a process in a container that has been started; it runs at once.
+    /// Creates a process in a container that has been started; it runs at once. It joins the container's control group, or
+    /// the one with this name below.
     pub async fn exec(
         &self,
         id: &str,
+        cgroup: Option<String>,
         serial: u64,
         process: &Process,
         stdio: ProcessStdio,
@@ -111,7 +114,7 @@ impl Runtime {
         let path = bundle.join(format!("exec-{serial}.json"));
         write_json(&path, process).map_err(|source| RuntimeError::Files { path: path.clone(), source })?;
         let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists());
-        let action = Action::Exec { id: id.into(), state: STATE.into(), process: path.clone(), seccomp };
+        let action = Action::Exec { id: id.into(), state: STATE.into(), process: path.clone(), seccomp, cgroup };
         let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
         let created = self.run(request, Some(stdio)).await;
         let _ = std::fs::remove_file(path);

@@ -1,20 +1,23 @@
 //! CreateSandbox: makes the guest, which until then is like every other (DESIGN D7), a pod's.
 
 mod network;
+pub mod size;
 pub mod sysctl;
 
 use std::ffi::CString;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use bulkhead_protocol::agent::CreateSandboxRequest;
+use bulkhead_protocol::agent::{CreateSandboxRequest, HugePageVolume, ResizeGuestRequest};
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{cgroup, power, sys};
 pub use network::{NetworkError, interface_stats};
+pub use size::SizeError;
 use sysctl::SysctlError;
 
 /// Size of /dev/shm in bytes where the pod does not say: what container engines give.
@@ -24,6 +27,8 @@ const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub struct Sandbox {
     created: AtomicBool,
+    /// Held while CPUs come and go, so that the last request is the one that counts.
+    resizing: Mutex<()>,
 }
 
 impl Sandbox {
@@ -38,7 +43,7 @@ impl Sandbox {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;
         }
-        online_cpus(request.online_cpus)?;
+        size::online_cpus(request.online_cpus)?;
         mount_shm(request.shm_size)?;
         mount_share(&request.share_tag)?;
         network::configure(&request.interfaces, &request.routes, &request.neighbours).await?;
@@ -47,6 +52,20 @@ impl Sandbox {
             sysctl::set(name, value)?;
         }
         Ok(())
+    }
+
+    /// Gives the guest as many CPUs and huge pages as the pod's containers need. Waits for the kernel.
+    pub fn resize(&self, request: &ResizeGuestRequest) -> Result<(), SandboxError> {
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        size::online_cpus(request.online_cpus)?;
+        request.huge_pages.iter().try_for_each(size::reserve_huge_pages)?;
+        Ok(())
+    }
+
+    /// Makes a volume of huge pages. Waits for the kernel.
+    pub fn add_huge_page_volume(&self, volume: &HugePageVolume) -> Result<(), SandboxError> {
+        let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(size::add_huge_page_volume(volume)?)
     }
 
     /// Ends every container and the guest. Returns only if that failed.
@@ -84,24 +103,6 @@ fn set_clock(realtime_ns: u64) -> Result<(), SandboxError> {
         tv_nsec: i64::try_from(realtime_ns % NS_PER_S).unwrap_or(0),
     };
     clock_settime(ClockId::Realtime, time).map_err(|errno| SandboxError::Clock(errno.into()))
-}
-
-/// Brings CPUs up or down until so many are online (Documentation/core-api/cpu_hotplug.rst). CPU 0 always is.
-fn online_cpus(wanted: u32) -> Result<(), SandboxError> {
-    if wanted == 0 {
-        return Ok(());
-    }
-    for cpu in 1.. {
-        let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
-        let state = if cpu < wanted { "1" } else { "0" };
-        match std::fs::read_to_string(&path) {
-            Ok(is) if is.trim() == state => {}
-            Ok(_) => std::fs::write(&path, state).map_err(|source| SandboxError::Cpu { cpu, source })?,
-            // There are no more. Fewer than wanted is no reason to fail: the pod's limits are the host's to keep.
-            Err(_) => break,
-        }
-    }
-    Ok(())
 }
 
 fn mount_shm(size: u64) -> Result<(), SandboxError> {
@@ -146,9 +147,9 @@ pub enum SandboxError {
     /// clock_settime(2).
     #[error("cannot set the guest's clock")]
     Clock(#[source] io::Error),
-    /// CPU hotplug.
-    #[error("cannot change whether CPU {cpu} is online")]
-    Cpu { cpu: u32, source: io::Error },
+    /// CPUs and huge pages.
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// mount(2).
     #[error("cannot mount {kind} at {target}")]
     Mount { kind: &'static str, target: &'static str, source: io::Error },

@@ -53,7 +53,7 @@ impl Network {
         for interface in interfaces {
             let mac: Mac = interface.mac.parse()?;
             let link = links.get(&mac).ok_or_else(|| NetworkError::NoDevice { mac: interface.mac.clone() })?;
-            self.configure_interface(link.index, interface).await?;
+            self.configure_interface(link.index, interface, routes).await?;
             by_name.insert(interface.name.clone(), link.index);
         }
         let index =
@@ -87,7 +87,12 @@ impl Network {
         Ok(links)
     }
 
-    async fn configure_interface(&self, index: u32, interface: &Interface) -> Result<(), NetworkError> {
+    async fn configure_interface(
+        &self,
+        index: u32,
+        interface: &Interface,
+        routes: &[Route],
+    ) -> Result<(), NetworkError> {
         // Only an interface that is down can be renamed, and it is: nothing but the agent would have brought it up.
         let mut link = LinkUnspec::new_with_index(index).name(interface.name.clone());
         if interface.mtu > 0 {
@@ -97,10 +102,11 @@ impl Network {
         for address in &interface.addresses {
             let prefix: Prefix = address.parse()?;
             let mut request = self.handle.address().add(index, prefix.address, prefix.length);
-            // The host's CNI has made sure that the address is the pod's; detection would delay its use by a second.
-            if prefix.address.is_ipv6() {
-                request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-            }
+            request.message_mut().attributes.push(AddressAttribute::Flags(address_flags(
+                prefix,
+                &interface.name,
+                routes,
+            )));
             let added = request.execute().await;
             tolerate_existing(added).map_err(|error| NetworkError::kernel(&format!("add address {address}"), error))?;
         }
@@ -158,6 +164,24 @@ impl Network {
             .await;
         added.map_err(|error| NetworkError::kernel(&format!("add neighbour {}", neighbour.address), error))
     }
+}
+
+/// The flags that an address gets.
+fn address_flags(prefix: Prefix, interface: &str, routes: &[Route]) -> AddressFlags {
+    let mut flags = AddressFlags::empty();
+    // The host's CNI has made sure that the address is the pod's; detection would delay its use by a second.
+    if prefix.address.is_ipv6() {
+        flags |= AddressFlags::Nodad;
+    }
+    // The kernel adds a route for the prefix by itself. Where CNI has taken that away (ptp, a gateway on link) the
+    // neighbours are not on this link, and the guest would look for them there.
+    let is_prefix_route = |route: &Route| {
+        route.interface == interface && route.gateway.is_empty() && route.destination == prefix.network().to_string()
+    };
+    if !routes.iter().any(is_prefix_route) {
+        flags |= AddressFlags::Noprefixroute;
+    }
+    flags
 }
 
 struct Link {
@@ -258,5 +282,24 @@ impl NetworkError {
     /// Whether the request, rather than the guest, is at fault.
     pub fn is_bad_request(&self) -> bool {
         matches!(self, Self::NoInterface { .. } | Self::Syntax { .. } | Self::Route { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefix_route_is_left_out_where_cni_has_taken_it_away() {
+        let route = |destination: &str, gateway: &str| Route {
+            destination: destination.into(),
+            gateway: gateway.into(),
+            interface: "eth0".into(),
+            ..Route::default()
+        };
+        let flags = |routes: &[Route]| address_flags("10.22.0.5/24".parse().unwrap(), "eth0", routes);
+        assert_eq!(flags(&[route("10.22.0.0/24", "")]), AddressFlags::empty());
+        assert_eq!(flags(&[route("10.22.0.0/24", "10.22.0.1")]), AddressFlags::Noprefixroute);
+        assert_eq!(flags(&[]), AddressFlags::Noprefixroute);
     }
 }

@@ -100,6 +100,57 @@ async fn exec_is_under_the_seccomp_filter_of_its_container() {
 }
 
 #[tokio::test]
+async fn start_container_hook_runs_in_the_container_before_its_program() {
+    let guest = Guest::start().await;
+    let spec = fixture::spec(&guest, "c", &["cat", "/tmp/hook"], |spec| {
+        let script = "echo $FOO $$ >/tmp/hook; grep -o '\"id\":\"c\"' >>/tmp/hook";
+        let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+        // Only the first is the container's own; the other must not run in the guest.
+        let elsewhere = serde_json::json!({"path": "/bin/false"});
+        spec["hooks"] = serde_json::json!({"startContainer": [hook], "createRuntime": [elsewhere]});
+    });
+    guest.create_with("c", spec, streams("o"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    guest.start_container("c").await.unwrap();
+    assert_eq!(guest.wait("c", "").await.unwrap().code, 0);
+    let output = guest.read("c", "", Stream::Stdout).await;
+    let lines: Vec<&str> = output.lines().collect();
+    assert!(lines.first().is_some_and(|line| line.starts_with("bar ")), "{output}");
+    assert_eq!(lines.get(1), Some(&"\"id\":\"c\""), "{output}");
+}
+
+#[tokio::test]
+async fn user_namespace_confines_root() {
+    let guest = Guest::start().await;
+    let script = "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map); ls /sys/class/net; sleep 100";
+    let spec = fixture::spec(&guest, "c", &["sh", "-c", script], |spec| {
+        let capabilities = ["CAP_SYS_ADMIN"];
+        spec["process"]["user"] = serde_json::json!({"uid": 0, "gid": 0});
+        spec["process"]["capabilities"] =
+            serde_json::json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+        let map = serde_json::json!([{"containerID": 0, "hostID": 0, "size": 65536}]);
+        spec["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "user"}]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+    });
+    guest.create_with("c", spec, streams("oe"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    guest.start_container("c").await.unwrap();
+    guest
+        .exec("c", "e", &["sh", "-c", "readlink /proc/self/ns/user; cat /proc/self/uid_map"], streams("o"))
+        .await
+        .unwrap();
+    assert_eq!(guest.wait("c", "e").await.unwrap().code, 0);
+    let inside = guest.read("c", "e", Stream::Stdout).await;
+    let own = std::fs::read_link("/proc/self/ns/user").unwrap();
+    assert!(!inside.contains(own.to_str().unwrap()) && inside.trim_end().ends_with("65536"), "{inside}");
+    guest.signal("c", "", 9, true).await.unwrap();
+    guest.wait("c", "").await.unwrap();
+    let output = guest.read("c", "", Stream::Stdout).await;
+    assert!(output.starts_with("0 0 0 65536\n") && output.contains("lo"), "{output}");
+    let error = guest.read("c", "", Stream::Stderr).await;
+    assert!(error.contains("hostname: sethostname: Operation not permitted"), "{error}");
+}
+
+#[tokio::test]
 async fn devices_are_those_of_the_spec() {
     let guest = Guest::start().await;
     let script = "mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg; mknod /tmp/fuse c 10 229 && : < /tmp/fuse; echo $?; \
@@ -248,6 +299,7 @@ async fn sandbox_gets_names_addresses_and_routes_and_ends_with_its_guest() {
             route(2, "192.168.0.0/16", "10.9.0.1", 100),
             route(2, "172.16.0.1/32", "", 0),
             route(2, "10.9.0.0/24", "", 0),
+            route(10, "fd09::/64", "", 0),
             route(10, "", "fd09::1", 0),
         ],
         neighbours: vec![Neighbour {

@@ -14,6 +14,7 @@ use super::flags::Flags;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::paths::{RUN_ROOT, RunDir, socket_path};
+use crate::pod::files::PodFiles;
 use crate::pod::process::Exit;
 use crate::sandbox::{Cgroup, kill_recorded};
 use crate::share::{Share, ShareError};
@@ -25,7 +26,15 @@ pub fn run(flags: &Flags) -> Result<(), DeleteError> {
     match bundle::read_role(&bundle) {
         Ok(Role::Member(sandbox)) => remove_member(flags, &sandbox)?,
         // Without a readable spec nothing says that it was a member; a pod's directory with this id would be its own.
-        Ok(Role::Sandbox | Role::Standalone) | Err(_) => remove_pod(flags)?,
+        Ok(Role::Sandbox | Role::Standalone) | Err(_) => {
+            remove_pod(flags)?;
+            // A bundle without a spec is one of the Sandbox API, whose files are ours.
+            if !bundle.join("config.json").exists()
+                && let Some(files) = PodFiles::locate(&bundle, &flags.id)
+            {
+                files.remove();
+            }
+        }
     }
     remove_rootfs(&bundle);
     let answer = DeleteResponse {

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 /// Prints the version for a person.
@@ -11,18 +12,29 @@ pub fn print_version() -> Result<(), InfoError> {
     writeln!(out, "containerd-shim-bulkhead-v2:\n  Version: {}", env!("CARGO_PKG_VERSION")).map_err(InfoError::Print)
 }
 
-/// Prints a `RuntimeInfo`. No features: user namespaces and recursive read-only mounts are not advertised.
+/// How containerd names the type of [`super::features::features`], whose value is JSON.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Prints a `RuntimeInfo`.
 pub fn print_info() -> Result<(), InfoError> {
-    let info = RuntimeInfo {
+    let bytes = info().write_to_bytes().map_err(InfoError::Encode)?;
+    std::io::stdout().write_all(&bytes).map_err(InfoError::Print)
+}
+
+fn info() -> RuntimeInfo {
+    RuntimeInfo {
         name: "io.containerd.bulkhead.v2".to_owned(),
         version: MessageField::some(RuntimeVersion {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..RuntimeVersion::default()
         }),
+        features: MessageField::some(Any {
+            type_url: FEATURES.to_owned(),
+            value: super::features::features().to_string().into_bytes(),
+            ..Any::default()
+        }),
         ..RuntimeInfo::default()
-    };
-    let bytes = info.write_to_bytes().map_err(InfoError::Encode)?;
-    std::io::stdout().write_all(&bytes).map_err(InfoError::Print)
+    }
 }
 
 /// `-v` or `-info` failed.

@@ -2,8 +2,10 @@
 
 pub mod bootstrap;
 pub mod delete;
+mod features;
 pub mod flags;
 pub mod info;
 pub mod logging;
 pub mod serve;
 pub mod start;
+mod version;

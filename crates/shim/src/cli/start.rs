@@ -12,10 +12,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::bootstrap;
+use super::bootstrap::{Caller, GRPC_VARIABLE};
 use super::flags::Flags;
+use super::version::containerd_major;
 use crate::annotations::Role;
 use crate::bundle::{self, BundleError};
+use crate::config;
 use crate::paths::{SOCKET_DIR, socket_path};
 
 /// File in the bundle that names the address.
@@ -23,16 +25,17 @@ const ADDRESS_FILE: &str = "address";
 
 /// Runs the action.
 pub fn run(flags: &Flags) -> Result<(), StartError> {
-    let params = bootstrap::read_params(std::io::stdin().lock(), flags);
-    let ttrpc = params.as_ref().map(|params| params.containerd_ttrpc_address.as_str());
+    let grpc = std::env::var(GRPC_VARIABLE).ok();
+    let caller = Caller::read(std::io::stdin().lock(), grpc.as_deref(), flags);
     let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
-    let socket = match bundle::read_role(&bundle)? {
-        Role::Member(sandbox) => find(flags, &sandbox)?,
-        Role::Sandbox | Role::Standalone => launch(flags, ttrpc)?,
+    let (socket, is_member) = match bundle::read_role(&bundle)? {
+        Role::Member(sandbox) => (find(flags, &sandbox)?, true),
+        Role::Sandbox | Role::Standalone => (launch(flags, &caller)?, false),
     };
     let address = format!("unix://{}", socket.display());
     std::fs::write(bundle.join(ADDRESS_FILE), &address).map_err(StartError::Address)?;
-    let answer = bootstrap::answer(params.as_ref(), &address).map_err(StartError::Encode)?;
+    let major = || containerd_major(Path::new(&flags.address));
+    let answer = caller.answer(&address, is_member, major).map_err(StartError::Encode)?;
     std::io::stdout().write_all(&answer).map_err(StartError::Answer)
 }
 
@@ -46,7 +49,7 @@ fn find(flags: &Flags, sandbox: &str) -> Result<PathBuf, StartError> {
 }
 
 /// Starts the daemon of a new pod on a socket that is bound here, so that it accepts before anyone is told of it.
-fn launch(flags: &Flags, ttrpc: Option<&str>) -> Result<PathBuf, StartError> {
+fn launch(flags: &Flags, caller: &Caller) -> Result<PathBuf, StartError> {
     let path = socket_path(&flags.address, &flags.namespace, &flags.id);
     let Some(listener) = listen(&path)? else { return Ok(path) };
     let binary = std::env::current_exe().map_err(StartError::Spawn)?;
@@ -56,8 +59,12 @@ fn launch(flags: &Flags, ttrpc: Option<&str>) -> Result<PathBuf, StartError> {
     if flags.debug {
         daemon.arg("-debug");
     }
-    if let Some(address) = ttrpc.filter(|address| !address.is_empty()) {
+    if let Some(address) = caller.ttrpc_address() {
         daemon.env(super::serve::TTRPC_VARIABLE, address);
+    }
+    // The Sandbox API has no options of the runtime: what is given here is all that there is.
+    if let Some(path) = caller.config_path() {
+        daemon.env(config::PATH_VARIABLE, path);
     }
     // The listener is the daemon's stdin: inherited without clearing close-on-exec on anything.
     daemon.arg("serve").stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::null());

@@ -84,3 +84,23 @@ fn a_terminal_has_no_stderr() {
     let streams = stdio.streams();
     assert!(streams.terminal && streams.stdin && streams.stdout && !streams.stderr);
 }
+
+/// A shim that did not run for a while finds the silence over and bytes in the stream at once: the bytes come first.
+#[tokio::test(start_paused = true)]
+async fn output_that_came_while_nobody_looked_is_not_taken_for_silence() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..32 {
+        let path = dir.path().join(round.to_string());
+        let (mut guest, connection) = UnixStream::pair().unwrap();
+        let (end, ended) = watch::channel(true);
+        let output = Output::open(path.to_str().unwrap()).unwrap();
+        let mut copy = std::pin::pin!(copy::from_guest(connection, output, ended));
+        assert!(futures::poll!(&mut copy).is_pending());
+        guest.write_all(b"line\n").await.unwrap();
+        drop(guest);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        copy.await;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "line\n", "round {round}");
+        drop(end);
+    }
+}

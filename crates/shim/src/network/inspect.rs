@@ -68,10 +68,10 @@ pub async fn network(handle: &Handle, links: &[Link]) -> Result<Network, Network
         ..Interface::default()
     });
     Ok(Network {
-        devices: Vec::new(),
         interfaces: interfaces.collect(),
         routes: routes(handle, &names).await?,
         neighbours: neighbours(handle, &names).await?,
+        ..Network::default()
     })
 }
 
@@ -113,11 +113,12 @@ async fn routes(handle: &Handle, names: &HashMap<u32, &str>) -> Result<Vec<Route
     Ok(routes)
 }
 
-/// A route of the main table that somebody configured. The kernel's own follow from the addresses.
+/// A route of the main table. The kernel's own for an address's prefix are told as well: some CNI plugins (ptp) take them
+/// away, and then the guest must not have them either.
 fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<Route> {
     let header = &message.header;
     let ours = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
-    if !ours || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::IcmpRedirect | RouteProtocol::Ra) {
+    if !ours || matches!(header.protocol, RouteProtocol::IcmpRedirect | RouteProtocol::Ra) {
         return None;
     }
     let mut route = Route {
@@ -132,6 +133,8 @@ fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<Route> {
     }
     for attribute in &message.attributes {
         match attribute {
+            // As with the addresses: the guest makes these itself.
+            RouteAttribute::Destination(address) if is_link_local(&ip(address)?) => return None,
             RouteAttribute::Destination(address) => {
                 route.destination = format!("{}/{}", ip(address)?, header.destination_prefix_length);
             }

@@ -3,10 +3,12 @@
 //! Each Ethernet interface of CNI's namespace gets a tap beside it, and every frame that enters the one leaves by the
 //! other (tc-mirred(8)). The guest takes over the MAC, addresses and routes. The interface keeps its addresses on the
 //! host, where the kubelet reads its counters, but the host's stack sees no frame of it any more: the redirect is at
-//! ingress, ARP and neighbour discovery included.
+//! ingress, ARP and neighbour discovery included. The namespace's localhost, which no frame reaches, leads to the guest's
+//! as well ([`forward`]).
 //!
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
+mod forward;
 mod inspect;
 pub mod netns;
 mod redirect;
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{Interface, Neighbour, Route};
 
+pub use forward::Localhost;
 pub use netns::NetnsError;
 
 /// Most interfaces of a pod: each takes a device slot of the VM.
@@ -44,6 +47,8 @@ pub struct Network {
     pub routes: Vec<Route>,
     /// Permanent neighbours.
     pub neighbours: Vec<Neighbour>,
+    /// The namespace's localhost, for port-forward.
+    pub localhost: Option<Localhost>,
 }
 
 /// Ties the namespace's interfaces to taps. On an error nothing is left.
@@ -77,6 +82,10 @@ async fn attach_here() -> Result<Network, NetworkError> {
             }
         }
     }
+    // Without it the pod lacks port-forward and nothing else.
+    network.localhost = Localhost::open()
+        .inspect_err(|error| tracing::warn!("no port-forward for this pod: {}", crate::pod::error::chain(error)))
+        .ok();
     Ok(network)
 }
 

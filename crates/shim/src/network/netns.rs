@@ -28,13 +28,15 @@ where
 }
 
 fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F) -> Result<T, NetnsError> {
-    let enter = |path: &Path| {
-        let netns = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
-    };
-    enter(path).map_err(|error| NetnsError::Enter { path: path.to_path_buf(), source: error.into() })?;
+    enter(path).map_err(|source| NetnsError::Enter { path: path.to_path_buf(), source })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(NetnsError::Thread)?;
     Ok(runtime.block_on(body()))
+}
+
+/// Moves the calling thread into a network namespace.
+pub fn enter(path: &Path) -> std::io::Result<()> {
+    let netns = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    Ok(move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
 /// An rtnetlink(7) connection in the calling thread's namespace.

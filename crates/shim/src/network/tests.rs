@@ -56,7 +56,7 @@ async fn cni_setup_is_read_for_the_guest() {
     assert_eq!((eth0.name.as_str(), eth0.mac.as_str(), eth0.mtu), ("eth0", "02:00:00:00:00:07", 1450));
     assert_eq!(eth0.addresses, ["10.22.0.5/24"]);
     let routes: Vec<_> = network.routes.iter().map(|r| (r.destination.as_str(), r.gateway.as_str(), r.scope)).collect();
-    assert_eq!(routes, [("169.254.1.1/32", "", 253), ("", "10.22.0.1", 0)]);
+    assert_eq!(routes, [("10.22.0.0/24", "", 253), ("169.254.1.1/32", "", 253), ("", "10.22.0.1", 0)]);
     assert_eq!(network.neighbours.len(), 1);
     assert_eq!(network.neighbours[0].mac, "02:00:00:00:00:01");
 }
@@ -77,6 +77,29 @@ async fn tap_is_made_in_the_namespace_and_goes_with_its_descriptor() {
     drop(tap);
     // Another test's child holds a copy of the descriptor between its fork and its exec: look again for that long.
     assert!((0..100).any(|_| !run(&format!("ip -n {name} link show tap-9"))));
+}
+
+#[tokio::test]
+async fn localhost_of_the_namespace_leads_to_one_listener_whatever_the_port() {
+    let name = format!("bhtest-local-{}", std::process::id());
+    let netns = Netns::new(&name, &["link set lo up", "addr add 10.22.0.6/32 dev lo"]);
+    let dial = async || {
+        use std::net::TcpStream;
+        let localhost = Localhost::open().unwrap();
+        for address in ["127.0.0.1:7", "127.9.9.9:65000", "[::1]:80"] {
+            let near = TcpStream::connect(address).unwrap();
+            let listeners: &[_; 2] = localhost.listeners().try_into().unwrap();
+            let (far, _) = listeners[usize::from(address.starts_with('['))].accept().unwrap();
+            assert_eq!(
+                (far.local_addr().unwrap(), near.peer_addr().unwrap()),
+                (address.parse().unwrap(), address.parse().unwrap())
+            );
+        }
+        assert!(TcpStream::connect("10.22.0.6:7").is_err(), "only localhost is steered");
+        drop(localhost);
+        assert!(TcpStream::connect("127.0.0.1:7").is_err(), "the steering outlives its owner");
+    };
+    netns::run_in(&netns.path(), dial).await.unwrap();
 }
 
 #[tokio::test]

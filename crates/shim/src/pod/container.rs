@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use containerd_shim_protos::types::task::Status;
 
 use super::error::TaskError;
+use super::hooks::ContainerHooks;
 use super::process::Process;
 
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
@@ -36,6 +38,10 @@ pub struct Container {
     pub bundle: PathBuf,
     /// Its first process.
     pub init: Arc<Process>,
+    /// What the host runs when it begins and ends.
+    pub hooks: ContainerHooks,
+    /// containerd has been told that it was out of memory.
+    pub oom_told: AtomicBool,
     execs: Mutex<Execs>,
 }
 
@@ -44,8 +50,8 @@ type Execs = HashMap<String, (Arc<Process>, Arc<[u8]>)>;
 
 impl Container {
     /// A created container.
-    pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>) -> Self {
-        Self { id, kind, bundle, init, execs: Mutex::default() }
+    pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>, hooks: ContainerHooks) -> Self {
+        Self { id, kind, bundle, init, hooks, oom_told: AtomicBool::new(false), execs: Mutex::default() }
     }
 
     fn execs(&self) -> MutexGuard<'_, Execs> {

@@ -39,8 +39,13 @@ impl Pod {
             // The sandbox has no process to limit.
             return Ok(());
         }
-        let resources = spec::translate_resources(&resources)?;
-        Ok(self.sandbox()?.agent.update_container(&id, resources).await?)
+        let resources = spec::parse_resources(&resources)?;
+        let sandbox = self.sandbox()?;
+        let mut limits = sandbox.limits(&id);
+        limits.update(&resources);
+        let json = spec::translate_resources(resources)?;
+        let change = async { Ok(sandbox.agent.update_container(&id, json).await?) };
+        sandbox.change_limits(&id, limits, change).await
     }
 
     /// A container's numbers, also after its end. The sandbox's own are none: nothing runs in it.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, event};
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO, TaskOOM};
@@ -11,8 +13,11 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
 use super::container::{Container, Kind};
+use super::end::UNSTARTED_END;
 use super::error::TaskError;
+use super::hooks::ContainerHooks;
 use super::process::Process;
+use super::start::SIGKILL;
 use super::{Pod, options};
 use crate::annotations::Role;
 use crate::bundle;
@@ -21,10 +26,14 @@ use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, ProcessKey};
 use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
-use crate::spec::{self, GuestSpec, PidChoice};
+use crate::spec::{self, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
+
+/// How long the guest may take in all to remove a container that could not be created: the failed call's own time comes
+/// before it, and the kubelet gives two minutes for both.
+const GUEST_FORGETS: Duration = Duration::from_secs(20);
 
 /// What containerd asks to create.
 #[derive(Clone, Debug, Default)]
@@ -41,10 +50,16 @@ pub struct CreateTask {
     pub options: Option<Any>,
 }
 
+/// The configuration that the task's options name, if they name one.
+fn config_path(task: &CreateTask) -> Option<PathBuf> {
+    options::config_path(task.options.as_ref())
+}
+
 impl Pod {
     /// Creates a task and answers its pid.
     pub async fn create(self: Arc<Self>, task: CreateTask) -> Result<u32, TaskError> {
-        let spec = bundle::read_spec(&task.bundle)?;
+        let mut spec = bundle::read_spec(&task.bundle)?;
+        let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
         let kind = match bundle::spec_role(&spec)? {
             Role::Sandbox => Kind::Sandbox,
             Role::Standalone => Kind::Standalone,
@@ -58,25 +73,38 @@ impl Pod {
         let init = Arc::new(Process::new(key, task.stdio.clone()));
         match kind {
             Kind::Sandbox => {
-                let sandbox = self.boot(&spec, &task).await?;
-                init.borrow_pid(sandbox.vm.pid());
+                let sandbox_spec = spec::sandbox(&spec)?;
+                let netns = sandbox_spec.netns.clone();
+                self.boot(sandbox_spec, config_path(&task)).await?;
+                self.or_teardown(init.assign_pid(netns.as_deref()).map(drop)).await?;
+                self.or_teardown(hooks.created(init.pid()).await).await?;
             }
-            Kind::Member => self.create_in(&*self.sandbox()?, spec, &task, &init).await?,
+            Kind::Member => self.create_in(&*self.sandbox()?, spec, &task, &init, &hooks).await?,
             Kind::Standalone => {
-                let sandbox = self.boot(&spec, &task).await?;
-                let created = self.create_in(&sandbox, spec, &task, &init).await;
-                if created.is_err() {
-                    self.teardown().await;
-                }
-                created?;
+                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
+                self.or_teardown(self.create_in(&sandbox, spec, &task, &init, &hooks).await).await?;
             }
         }
-        self.register(kind, task, init)
+        self.register(kind, task, init, hooks)
     }
 
-    fn register(self: Arc<Self>, kind: Kind, task: CreateTask, init: Arc<Process>) -> Result<u32, TaskError> {
+    /// What follows on the boot has failed: the VM goes again.
+    async fn or_teardown<E>(&self, outcome: Result<(), E>) -> Result<(), E> {
+        if outcome.is_err() {
+            self.teardown().await;
+        }
+        outcome
+    }
+
+    fn register(
+        self: Arc<Self>,
+        kind: Kind,
+        task: CreateTask,
+        init: Arc<Process>,
+        hooks: ContainerHooks,
+    ) -> Result<u32, TaskError> {
         let pid = init.pid();
-        let container = Arc::new(Container::new(task.id.clone(), kind, task.bundle.clone(), init));
+        let container = Arc::new(Container::new(task.id.clone(), kind, task.bundle.clone(), init, hooks));
         self.containers().insert(task.id.clone(), container.clone());
         let io = TaskIO {
             stdin: task.stdio.stdin,
@@ -98,14 +126,17 @@ impl Pod {
     }
 
     /// Boots the pod's VM, once.
-    async fn boot(self: &Arc<Self>, spec: &Spec, task: &CreateTask) -> Result<Arc<Sandbox>, TaskError> {
+    pub(super) async fn boot(
+        self: &Arc<Self>,
+        spec: SandboxSpec,
+        config: Option<PathBuf>,
+    ) -> Result<Arc<Sandbox>, TaskError> {
         let _gate = self.gate.lock().await;
         if self.sandbox_slot().is_some() {
             return Err(TaskError::Exists(format!("sandbox {}", self.identity.sandbox_id)));
         }
-        let sandbox_spec = spec::sandbox(spec)?;
-        let config = Config::load(options::config_path(task.options.as_ref()).as_deref())?;
-        let sandbox = Arc::new(Sandbox::boot(self.identity.run_dir.clone(), sandbox_spec, config).await?);
+        let config = Config::load(config.as_deref())?;
+        let sandbox = Arc::new(Sandbox::boot(self.identity.run_dir.clone(), spec, config).await?);
         *self.sandbox_slot() = Some(sandbox.clone());
         tokio::spawn(self.clone().listen(sandbox.agent.clone()));
         Ok(sandbox)
@@ -118,12 +149,26 @@ impl Pod {
         spec: Spec,
         task: &CreateTask,
         init: &Process,
+        hooks: &ContainerHooks,
     ) -> Result<(), TaskError> {
-        let created = self.try_create_in(sandbox, spec, task, init).await;
+        let created = match self.try_create_in(sandbox, spec, task, init).await {
+            Ok(()) => hooks.created(init.pid()).await.map_err(TaskError::from),
+            failed => failed,
+        };
         if created.is_err() {
             let (share, id) = (sandbox.share.clone(), task.id.clone());
             // The guest's side first: it may hold the mounts. What it says does not matter any more.
-            let _ = sandbox.agent.delete_container(&id).await;
+            let forgotten = async {
+                if sandbox.agent.signal(&init.key, SIGKILL, true).await.is_ok() {
+                    let _ = tokio::time::timeout(UNSTARTED_END, sandbox.agent.wait(&init.key)).await;
+                }
+                let _ = sandbox.agent.delete_container(&id).await;
+            };
+            let _ = tokio::time::timeout(GUEST_FORGETS, forgotten).await;
+            sandbox.volumes.remove(&id);
+            sandbox.container_ended(&id);
+            sandbox.detach_disks(&id).await;
+            sandbox.give_back().await;
             let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
             if let Err(error) = removed {
                 tracing::warn!("{}", super::error::chain(&error));
@@ -140,7 +185,15 @@ impl Pod {
         init: &Process,
     ) -> Result<(), TaskError> {
         let prepared = task.bundle.join(spec::root_path(&spec));
-        let guest = spec::translate(spec, &task.id)?;
+        let wanted = spec::disks(&spec)?;
+        let mut limits = spec::limits(&spec);
+        let (spec, huge_volumes) = with_huge_volumes(sandbox, spec).await?;
+        for page_kib in huge_volumes.iter().map(|volume| volume.page_kib) {
+            sandbox.complete_huge_pages(&mut limits, page_kib);
+        }
+        sandbox.make_room(&task.id, limits).await?;
+        let disks = sandbox.attach_disks(&task.id, &wanted).await?;
+        let guest = spec::translate(spec, &task.id, &Given { disks, huge_volumes })?;
         let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
         let volumes = guest.volumes.clone();
         let mounted: Result<(), ShareError> = blocking(move || {
@@ -149,8 +202,11 @@ impl Pod {
         })
         .await;
         mounted?;
-        sandbox.agent.create_container(self.request(task, guest)).await?;
-        init.assign_pid()?;
+        let copied_volumes = sandbox.volumes.add(&sandbox.agent, &task.id, &guest.volumes);
+        let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
+        sandbox.agent.create_container(request).await?;
+        sandbox.volumes.activate(&task.id);
+        init.assign_pid(None)?;
         init.set_io(ProcessIo::connect(&sandbox.agent, &init.key, &task.stdio).await?);
         Ok(())
     }
@@ -183,8 +239,10 @@ impl Pod {
             match agent.next_event().await {
                 Ok(event) => {
                     if let Some(event::Event::Oom(oom)) = event.event
-                        && self.container(&oom.container_id).is_ok_and(|container| container.kind != Kind::Sandbox)
+                        && let Ok(container) = self.container(&oom.container_id)
+                        && container.kind != Kind::Sandbox
                     {
+                        container.oom_told.store(true, Ordering::Relaxed);
                         let container_id = oom.container_id;
                         self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
                     }
@@ -197,4 +255,17 @@ impl Pod {
         }
         tracing::warn!("the guest has sent {MAX_EVENTS} events, no longer listening to them");
     }
+}
+
+/// Makes the volumes of huge pages that a spec mounts.
+async fn with_huge_volumes(sandbox: &Sandbox, spec: Spec) -> Result<(Spec, Vec<HugeVolume>), TaskError> {
+    let look = move || {
+        let volumes = spec::huge_volumes(&spec);
+        Ok::<_, ShareError>((spec, volumes))
+    };
+    let (spec, volumes) = blocking(look).await?;
+    for volume in &volumes {
+        sandbox.agent.add_huge_page_volume(volume).await?;
+    }
+    Ok((spec, volumes))
 }

@@ -17,7 +17,7 @@ use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
 
 /// How long a process that was never started may take to die of SIGKILL before its VM is killed.
-const UNSTARTED_END: Duration = Duration::from_secs(10);
+pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
 /// Signals that end a sandbox: HUP, INT, QUIT, ABRT, KILL, TERM. The pause program would ignore the others.
 const ENDING: [u32; 6] = [1, 2, 3, 6, SIGKILL, 15];
@@ -111,6 +111,7 @@ impl Pod {
             exited_at: MessageField::some(deleted.exit.at.clone()),
             ..TaskDelete::default()
         });
+        container.hooks.deleted().await;
         Ok(deleted)
     }
 
@@ -125,6 +126,11 @@ impl Pod {
         if !sandbox.vm.has_ended() {
             tolerate(&sandbox, sandbox.agent.delete_container(&container.id).await).await;
         }
+        sandbox.volumes.remove(&container.id);
+        sandbox.container_ended(&container.id);
+        sandbox.detach_disks(&container.id).await;
+        let shrinking = sandbox.clone();
+        tokio::spawn(async move { shrinking.give_back().await });
         let (share, id) = (sandbox.share.clone(), container.id.clone());
         let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
         Ok(removed?)

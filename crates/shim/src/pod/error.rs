@@ -4,11 +4,13 @@ use std::error::Error;
 
 use ttrpc::Code;
 
+use super::hooks::HookError;
 use crate::bundle::BundleError;
 use crate::config::ConfigError;
 use crate::io::IoError;
-use crate::sandbox::SandboxError;
+use crate::pod::files::FilesError;
 use crate::sandbox::agent::AgentError;
+use crate::sandbox::{DiskError, ResizeError, SandboxError, VmError};
 use crate::share::ShareError;
 use crate::spec::SpecError;
 
@@ -62,12 +64,24 @@ pub enum TaskError {
     /// The VM.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The VM's size.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    /// Block devices.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Mounts.
     #[error(transparent)]
     Share(#[from] ShareError),
     /// The guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// Files of the pod that containerd mounts.
+    #[error(transparent)]
+    Files(FilesError),
+    /// An OCI hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// Standard streams.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -82,10 +96,31 @@ impl TaskError {
             Self::State { .. } | Self::NoSandbox | Self::WrongSandbox(_) => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
-            Self::Agent(error) | Self::Io(IoError::Agent(error)) => agent_code(error),
+            Self::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
+            Self::Resize(error) => resize_code(error),
+            Self::Disk(DiskError::Agent(error)) | Self::Agent(error) | Self::Io(IoError::Agent(error)) => {
+                agent_code(error)
+            }
+            Self::Disk(_) => Code::FAILED_PRECONDITION,
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
-            Self::Bundle(_) | Self::Config(_) | Self::Sandbox(_) | Self::Share(_) | Self::Io(_) => Code::UNKNOWN,
+            Self::Bundle(_)
+            | Self::Config(_)
+            | Self::Sandbox(_)
+            | Self::Share(_)
+            | Self::Files(_)
+            | Self::Hook(_)
+            | Self::Io(_) => Code::UNKNOWN,
         }
+    }
+}
+
+/// A VM that cannot grow, and why.
+fn resize_code(error: &ResizeError) -> Code {
+    match error {
+        ResizeError::Size(_) | ResizeError::Vm(VmError::NotPlugged(_)) => Code::RESOURCE_EXHAUSTED,
+        ResizeError::Agent(AgentError::Refused { code: Code::RESOURCE_EXHAUSTED, .. }) => Code::RESOURCE_EXHAUSTED,
+        ResizeError::Agent(error) => agent_code(error),
+        ResizeError::Vm(_) => Code::FAILED_PRECONDITION,
     }
 }
 
@@ -97,7 +132,8 @@ fn agent_code(error: &AgentError) -> Code {
             Code::NOT_FOUND | Code::ALREADY_EXISTS | Code::FAILED_PRECONDITION | Code::INVALID_ARGUMENT => *code,
             _ => Code::UNKNOWN,
         },
-        AgentError::Silent => Code::DEADLINE_EXCEEDED,
+        AgentError::Silent(_) | AgentError::Vm(VmError::ConnectTimeout(_)) => Code::DEADLINE_EXCEEDED,
+        AgentError::Vm(VmError::Busy) => Code::UNAVAILABLE,
         AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
     }
 }

@@ -1,6 +1,7 @@
 //! A pod: its VM and the tasks that containerd knows of it.
 //!
-//! The calls of the Task API are in files by what they do: [`create`], [`start`], [`end`] and [`control`]. Locks: the boot
+//! The calls of the Task API are in files by what they do: [`create`], [`start`], [`end`] and [`control`]; those of
+//! the Sandbox API are in [`sandbox_api`]. Locks: the boot
 //! gate, then a process's `order`, then the maps, which are never held across an await.
 
 mod container;
@@ -8,8 +9,11 @@ mod control;
 mod create;
 mod end;
 pub mod error;
-mod options;
+pub mod files;
+mod hooks;
+pub mod options;
 pub mod process;
+mod sandbox_api;
 mod start;
 
 use std::collections::HashMap;
@@ -24,6 +28,8 @@ use container::Container;
 pub use create::CreateTask;
 use error::TaskError;
 use process::Process;
+use sandbox_api::ApiSandbox;
+pub use sandbox_api::CreateSandbox;
 pub use start::ExecTask;
 
 /// Names a pod.
@@ -42,6 +48,8 @@ pub struct Pod {
     publisher: Publisher,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
+    /// Set if containerd made the sandbox by the Sandbox API.
+    api: Mutex<Option<Arc<ApiSandbox>>>,
     /// Held while the VM is made or unmade.
     gate: tokio::sync::Mutex<()>,
     finished: watch::Sender<bool>,
@@ -55,6 +63,7 @@ impl Pod {
             publisher,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
+            api: Mutex::default(),
             gate: tokio::sync::Mutex::new(()),
             finished: watch::channel(false).0,
         }
@@ -66,6 +75,10 @@ impl Pod {
 
     fn sandbox_slot(&self) -> MutexGuard<'_, Option<Arc<Sandbox>>> {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn api_slot(&self) -> MutexGuard<'_, Option<Arc<ApiSandbox>>> {
+        self.api.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The VM, if there is one that runs.
@@ -91,9 +104,9 @@ impl Pod {
         let _ = finished.wait_for(|finished| *finished).await;
     }
 
-    /// Ends the daemon if no container is left.
+    /// Ends the daemon if nothing is left: no container, and no sandbox of the Sandbox API, which has a call of its own.
     pub fn shutdown(&self) {
-        if self.containers().is_empty() {
+        if self.containers().is_empty() && self.api_slot().is_none() {
             self.finished.send_replace(true);
         }
     }

@@ -1,7 +1,8 @@
-//! One process as containerd sees it: a container's init, an exec, or the sandbox, whose process is the VM.
+//! One process as containerd sees it: a container's init, an exec, or the sandbox, which ends with its VM.
 //!
 //! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (DESIGN D9).
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::types::task::Status;
@@ -67,19 +68,14 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the process a pid of its own on the host.
-    pub fn assign_pid(&self) -> Result<u32, TaskError> {
-        let host_pid = HostPid::new().map_err(TaskError::HostPid)?;
+    /// Gives the process a pid of its own on the host, a sandbox's in the pod's network namespace.
+    pub fn assign_pid(&self, netns: Option<&Path>) -> Result<u32, TaskError> {
+        let host_pid = HostPid::new(netns).map_err(TaskError::HostPid)?;
         let pid = host_pid.get();
         let mut state = self.state();
         state.pid = pid;
         state.host_pid = Some(host_pid);
         Ok(pid)
-    }
-
-    /// Gives the process the pid of another, the VMM.
-    pub fn borrow_pid(&self, pid: u32) {
-        self.state().pid = pid;
     }
 
     /// The pid that was reported, also after the end; 0 before.
@@ -194,7 +190,7 @@ mod tests {
     #[test]
     fn pid_is_kept_after_the_end() {
         let process = process();
-        let pid = process.assign_pid().unwrap();
+        let pid = process.assign_pid(None).unwrap();
         process.ended(Exit::now(300));
         assert_eq!(process.pid(), pid);
         assert_eq!(process.exit().unwrap().code, 300 & 0xff);

@@ -1,9 +1,10 @@
 //! `Start` and `Exec`: processes begin, and each is waited for from then on.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bulkhead_protocol::agent::ExecRequest;
-use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskStart};
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart};
 use containerd_shim_protos::types::task::Status;
 use protobuf::MessageField;
 
@@ -48,6 +49,7 @@ impl Pod {
         init.set_status(Status::RUNNING);
         let (container_id, pid) = (container.id.clone(), init.pid());
         self.publisher.publish(&TaskStart { container_id, pid, ..TaskStart::default() });
+        container.hooks.started(pid).await;
         Ok(pid)
     }
 
@@ -57,7 +59,7 @@ impl Pod {
         process.expect("start", &[Status::CREATED])?;
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
-        let pid = process.assign_pid()?;
+        let pid = process.assign_pid(None)?;
         let request = ExecRequest {
             container_id: container.id.clone(),
             exec_id: exec.to_owned(),
@@ -90,6 +92,7 @@ impl Pod {
         if !is_identifier(&task.exec_id) {
             return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
         }
+        container.init.expect("execute in", &[Status::CREATED, Status::RUNNING])?;
         let spec = spec::translate_process(&task.process)?;
         let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
         container.add_exec(Arc::new(Process::new(key, task.stdio)), spec)?;
@@ -118,7 +121,12 @@ impl Pod {
     async fn follow(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
         let code = tokio::select! {
             answer = sandbox.agent.wait(&process.key) => match answer {
-                Ok(status) => status.code,
+                Ok(status) => {
+                    if status.oom_killed {
+                        self.tell_oom(&container).await;
+                    }
+                    status.code
+                }
                 Err(error) => {
                     if !matches!(error, AgentError::Refused { .. }) {
                         sandbox.vm.kill().await;
@@ -132,7 +140,20 @@ impl Pod {
         if let Some(io) = process.io() {
             io.process_ended().await;
         }
+        if process.key.exec.is_empty() {
+            sandbox.container_ended(&container.id);
+        }
         self.process_ended(&container, &process, code).await;
+    }
+
+    /// Says that a container was out of memory, if that was not said before, and waits until containerd knows: the reason
+    /// that the kubelet sees is settled by what containerd knows when it learns of the end.
+    async fn tell_oom(&self, container: &Container) {
+        if !container.oom_told.swap(true, Ordering::Relaxed) {
+            let container_id = container.id.clone();
+            self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
+        }
+        self.publisher.delivered().await;
     }
 
     async fn process_ended(&self, container: &Container, process: &Process, code: u32) {

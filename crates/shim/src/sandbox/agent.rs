@@ -5,23 +5,29 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
-use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT};
+use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
 use tokio::net::UnixStream;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
 
 use super::vm::{Vm, VmError};
+use crate::sizing::Target;
+use crate::spec::{DeviceNumber, HugeVolume};
 
 /// What an ordinary call may take. Creating a container is milliseconds of work; emulated CI nodes are some fifty times
 /// slower, and the kubelet gives up after two minutes.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What a signal may take: the guest's kernel delivers it, so a guest that takes longer is not going to answer.
-const KILL_DEADLINE: Duration = Duration::from_secs(20);
+/// What a call may take that neither makes a process nor mounts anything, a signal above all: a guest that takes longer is
+/// not going to answer. `Kill` and `Delete` kill its VM then.
+const SHORT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What the numbers of one container may take: the kubelet's collector waits 10 s for all containers of the node.
 const STATS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The size of huge pages that every x86 guest has, in KiB.
+const COMMON_PAGE_KIB: u64 = 2048;
 
 /// Longest text of the guest in an error message, in characters.
 const MAX_TEXT: usize = 1024;
@@ -70,6 +76,16 @@ impl Agent {
         Ok(self.vm.connect(AGENT_STDIO_PORT).await?)
     }
 
+    /// A connection to be forwarded to the guest's localhost.
+    pub async fn forward(&self) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(AGENT_FORWARD_PORT).await?)
+    }
+
+    /// Returns when the VM is gone.
+    pub async fn vm_ended(&self) {
+        self.vm.ended().await;
+    }
+
     /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.
     pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
         let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
@@ -78,7 +94,44 @@ impl Agent {
 
     /// See `Agent.DestroySandbox`.
     pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
-        within(KILL_DEADLINE, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)
+        within(SHORT_DEADLINE, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)
+    }
+
+    /// See `Agent.ResizeGuest`.
+    pub async fn resize_guest(&self, target: &Target) -> Result<(), AgentError> {
+        let pool = |(page_kib, pages): (&u64, &u64)| proto::HugePagePool {
+            page_kib: *page_kib,
+            pages: *pages,
+            ..proto::HugePagePool::default()
+        };
+        // A guest without pages of a size is not asked for none of them.
+        let wanted = target.huge_pages.iter().filter(|(kib, pages)| **pages > 0 || **kib == COMMON_PAGE_KIB);
+        let request = proto::ResizeGuestRequest {
+            online_cpus: target.cpus.into(),
+            huge_pages: wanted.map(pool).collect(),
+            ..proto::ResizeGuestRequest::default()
+        };
+        within(DEADLINE, self.client.resize_guest(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.AddHugePageVolume`.
+    pub async fn add_huge_page_volume(&self, volume: &HugeVolume) -> Result<(), AgentError> {
+        let (name, page_kib) = (volume.name.clone(), volume.page_kib);
+        let request = proto::HugePageVolume { name, page_kib, ..proto::HugePageVolume::default() };
+        within(DEADLINE, self.client.add_huge_page_volume(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.BindDevice`; answers the disk's number in the guest.
+    pub async fn bind_device(&self, slot: u8) -> Result<DeviceNumber, AgentError> {
+        let request = proto::DeviceSlot { slot: slot.into(), ..proto::DeviceSlot::default() };
+        let disk = within(DEADLINE, self.client.bind_device(Context::default(), &request)).await?;
+        Ok(DeviceNumber { major: disk.major, minor: disk.minor })
+    }
+
+    /// See `Agent.UnbindDevice`.
+    pub async fn unbind_device(&self, slot: u8) -> Result<(), AgentError> {
+        let request = proto::DeviceSlot { slot: slot.into(), ..proto::DeviceSlot::default() };
+        within(SHORT_DEADLINE, self.client.unbind_device(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.CreateContainer`.
@@ -93,17 +146,17 @@ impl Agent {
 
     /// See `Agent.DeleteContainer`.
     pub async fn delete_container(&self, id: &str) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.delete_container(Context::default(), &container(id))).await.map(drop)
+        within(SHORT_DEADLINE, self.client.delete_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.PauseContainer`.
     pub async fn pause_container(&self, id: &str) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.pause_container(Context::default(), &container(id))).await.map(drop)
+        within(SHORT_DEADLINE, self.client.pause_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.ResumeContainer`.
     pub async fn resume_container(&self, id: &str) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.resume_container(Context::default(), &container(id))).await.map(drop)
+        within(SHORT_DEADLINE, self.client.resume_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.UpdateContainer`.
@@ -113,7 +166,17 @@ impl Agent {
             resources,
             ..proto::UpdateContainerRequest::default()
         };
-        within(DEADLINE, self.client.update_container(Context::default(), &request)).await.map(drop)
+        within(SHORT_DEADLINE, self.client.update_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.UpdateVolume`.
+    pub async fn update_volume(&self, id: &str, volume: proto::CopiedVolume) -> Result<(), AgentError> {
+        let request = proto::UpdateVolumeRequest {
+            container_id: id.to_owned(),
+            volume: Some(volume).into(),
+            ..proto::UpdateVolumeRequest::default()
+        };
+        within(DEADLINE, self.client.update_volume(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.GetStats`.
@@ -128,7 +191,7 @@ impl Agent {
 
     /// See `Agent.DeleteProcess`.
     pub async fn delete_process(&self, key: &ProcessKey) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.delete_process(Context::default(), &key.request())).await.map(drop)
+        within(SHORT_DEADLINE, self.client.delete_process(Context::default(), &key.request())).await.map(drop)
     }
 
     /// See `Agent.SignalProcess`.
@@ -140,7 +203,7 @@ impl Agent {
             all,
             ..proto::SignalRequest::default()
         };
-        within(KILL_DEADLINE, self.client.signal_process(Context::default(), &request)).await.map(drop)
+        within(SHORT_DEADLINE, self.client.signal_process(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.ResizeTerminal`.
@@ -152,7 +215,7 @@ impl Agent {
             height,
             ..proto::ResizeRequest::default()
         };
-        within(KILL_DEADLINE, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
+        within(SHORT_DEADLINE, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.WaitProcess`. Ends with the process or with the VM.
@@ -173,7 +236,7 @@ fn container(id: &str) -> proto::ContainerRequest {
 async fn within<T>(deadline: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
     match tokio::time::timeout(deadline, call).await {
         Ok(answer) => answer.map_err(AgentError::from),
-        Err(_) => Err(AgentError::Silent),
+        Err(_) => Err(AgentError::Silent(deadline)),
     }
 }
 
@@ -189,8 +252,8 @@ pub enum AgentError {
         message: String,
     },
     /// The agent did not answer in time.
-    #[error("the pod's guest does not answer")]
-    Silent,
+    #[error("the pod's guest has not answered within {0:?}; if it never does, remove the pod")]
+    Silent(Duration),
     /// The connection is gone: the VM has ended, or the agent's bytes made no sense.
     #[error("the connection to the pod's guest is gone: {0}")]
     Gone(String),

@@ -1,13 +1,19 @@
-//! The pod's cgroup on the host: the VMM is accounted where the kubelet expects the pod (cgroups(7), version 2).
+//! The pod's cgroup on the host: shim and VMM are accounted where the kubelet expects the pod (cgroups(7), version 2).
 //!
-//! Best effort: without a cgroup the pod runs, unaccounted.
+//! Best effort: without a cgroup the pod runs, unaccounted. When the pod has no more memory its VMM is killed before its
+//! shim, which is then there to say so.
 
 use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// A cgroup that holds the VMM.
-#[derive(Debug)]
+/// `oom_score_adj` of a shim: the lowest but one, as containerd gives its own.
+const SHIM_OOM_SCORE: i32 = -999;
+/// Of a VMM: any ordinary process's.
+const VMM_OOM_SCORE: i32 = 0;
+
+/// A cgroup that holds shim and VMM.
+#[derive(Clone, Debug)]
 pub struct Cgroup(PathBuf);
 
 impl Cgroup {
@@ -21,15 +27,65 @@ impl Cgroup {
             tracing::warn!(%error, dir = %dir.display(), "the pod is not accounted: no cgroup");
             return None;
         }
+        hand_down_controllers(&dir);
         let _ = std::fs::write(note, dir.as_os_str().as_encoded_bytes());
         Some(Self(dir))
     }
 
-    /// Moves a process into it.
-    pub fn add(&self, pid: u32) {
-        if let Err(error) = std::fs::write(self.0.join("cgroup.procs"), pid.to_string()) {
-            tracing::warn!(%error, dir = %self.0.display(), "the pod is not accounted");
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Moves the VMM into it, and the shim.
+    pub fn add(&self, vmm: u32) {
+        for (pid, score) in [(vmm, VMM_OOM_SCORE), (std::process::id(), SHIM_OOM_SCORE)] {
+            if let Err(error) = std::fs::write(self.0.join("cgroup.procs"), pid.to_string()) {
+                tracing::warn!(%error, dir = %self.0.display(), "the pod is not accounted");
+            }
+            if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+                tracing::debug!(%error, pid, "the kernel chooses between VMM and shim when the pod has no more memory");
+            }
         }
+    }
+
+    /// Moves the shim out of it, to the nearest group above that may hold processes: groups that hand controllers down may
+    /// not, and the root always may.
+    pub fn leave(&self) {
+        let pid = std::process::id().to_string();
+        if !self.holds(&pid) {
+            return;
+        }
+        let above = self.0.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT));
+        if !above.into_iter().any(|dir| std::fs::write(dir.join("cgroup.procs"), &pid).is_ok()) {
+            tracing::warn!(dir = %self.0.display(), "the shim cannot leave the pod's cgroup");
+        }
+    }
+
+    fn holds(&self, pid: &str) -> bool {
+        let members = std::fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        members.lines().any(|member| member == pid)
+    }
+
+    /// Lets its processes run on these CPUs only, listed as in cpuset(7); on all of the pod's if there are none.
+    pub fn bind_to_cpus(&self, cpus: &str) {
+        let file = self.0.join("cpuset.cpus");
+        let is_bound = std::fs::read_to_string(&file).is_ok_and(|is| !is.trim().is_empty());
+        if (is_bound || !cpus.is_empty())
+            && let Err(error) = std::fs::write(&file, format!("{cpus}\n"))
+        {
+            tracing::warn!(%error, cpus, "the pod is not bound to the CPUs of its containers");
+        }
+    }
+
+    /// Bytes of huge pages that the kubelet lets the pod have: the limit of the group above, if there is one.
+    pub fn pod_huge_pages(&self, page_kib: u64) -> Option<u64> {
+        let size = match page_kib {
+            kib if kib >= 1 << 20 => format!("{}GB", kib >> 20),
+            kib if kib >= 1 << 10 => format!("{}MB", kib >> 10),
+            kib => format!("{kib}KB"),
+        };
+        std::fs::read_to_string(self.0.parent()?.join(format!("hugetlb.{size}.max"))).ok()?.trim().parse().ok()
     }
 
     /// Removes it. The kubelet removes the pod's own above it.
@@ -41,6 +97,18 @@ impl Cgroup {
     pub fn noted(note: &Path) -> Option<Self> {
         let dir = PathBuf::from(std::fs::read_to_string(note).ok()?);
         dir.starts_with(ROOT).then_some(Self(dir))
+    }
+}
+
+/// Enables in every group above this one what is there to enable, as runc does: the kubelet's own groups hand down what the
+/// kubelet limits, and CPUs are not among it. A group that refuses has processes of its own.
+fn hand_down_controllers(dir: &Path) {
+    let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT)).collect();
+    for group in above.into_iter().rev() {
+        let controllers = std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
+        for controller in controllers.split_whitespace() {
+            let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
     }
 }
 
@@ -70,6 +138,16 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pods_limit_of_huge_pages_is_that_of_the_group_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup(dir.path().join("sandbox"));
+        assert_eq!(cgroup.pod_huge_pages(2048), None);
+        std::fs::write(dir.path().join("hugetlb.2MB.max"), "8388608\n").unwrap();
+        std::fs::write(dir.path().join("hugetlb.1GB.max"), "max\n").unwrap();
+        assert_eq!((cgroup.pod_huge_pages(2048), cgroup.pod_huge_pages(1 << 20)), (Some(8 << 20), None));
+    }
 
     #[test]
     fn both_forms_are_understood() {

@@ -8,11 +8,13 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
 use rustix::fs::{Mode, OFlags};
 
 use super::{Cgroup, VmError};
-use crate::config::{Config, Size};
+use crate::config::Config;
 use crate::network::NetDevice;
+use crate::sizing::Plan;
 
-/// Our own kernel parameters: a quiet boot whose panics still reach the log, and end the guest instead of hanging it.
-const CMDLINE: &str = "quiet console=hvc0 panic=-1 rdinit=/init";
+/// Our own kernel parameters: a quiet boot whose panics still reach the log, and end the guest instead of hanging it; and
+/// no dummy0, which the driver would make by itself in the namespace that the pod sees.
+const CMDLINE: &str = "quiet console=hvc0 panic=-1 rdinit=/init dummy.numdummies=0";
 
 /// What every machine is made from.
 #[derive(Debug)]
@@ -44,7 +46,7 @@ pub struct Machine<'a> {
     /// Kernel and image.
     pub files: Files,
     /// CPUs and memory.
-    pub size: Size,
+    pub plan: &'a Plan,
     /// The pod's network.
     pub devices: Vec<NetDevice>,
     /// The pod's share.
@@ -75,7 +77,11 @@ impl Machine<'_> {
             DeviceSpec::Vsock,
             DeviceSpec::Fs { tag: SHARE_TAG.to_owned(), root: fds.add(&self.share) },
             DeviceSpec::Rng,
+            DeviceSpec::Balloon,
         ];
+        if self.plan.hotplug_mib > 0 {
+            devices.push(DeviceSpec::Memory { requested_mib: self.plan.initial.plugged_mib });
+        }
         for device in &self.devices {
             devices.push(DeviceSpec::Net { tap: fds.add(&device.tap), mac: device.mac, mtu: device.mtu });
         }
@@ -85,9 +91,10 @@ impl Machine<'_> {
             kernel,
             initramfs,
             cmdline,
-            vcpus: self.size.vcpus,
+            vcpus: self.plan.vcpus,
             boot_vcpus: 1,
-            memory_mib: self.size.memory_mib,
+            memory_mib: self.plan.boot_mib,
+            hotplug_mib: self.plan.hotplug_mib,
             devices,
             serial: None,
         };

@@ -3,28 +3,38 @@
 pub mod agent;
 mod cgroup;
 mod console;
+mod disks;
 mod hypervisor;
 mod process;
+mod resize;
 mod timeline;
 mod vm;
+mod volumes;
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::CreateSandboxRequest;
 use bulkhead_protocol::guest::SHARE_TAG;
+use protobuf::well_known_types::timestamp::Timestamp;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
 use crate::network::{self, Network, NetworkError};
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
-use crate::spec::SandboxSpec;
+use crate::sizing::{Limits, Plan, SizeError};
+use crate::spec::{GuestDisk, HostDisk, SandboxSpec};
 use agent::{Agent, AgentError};
 pub use cgroup::Cgroup;
+pub use disks::DiskError;
+use disks::Disks;
 pub use process::{kill_recorded, record};
+pub use resize::ResizeError;
+use resize::Resizer;
 use timeline::Timeline;
 pub use vm::{Vm, VmError};
+use volumes::FollowedVolumes;
 
 /// How long an orderly end of the guest may take before its VMM is killed. The guest only has to kill processes and
 /// flush: what containers wrote is in files of the host already. The kubelet waits two minutes for the whole.
@@ -39,6 +49,13 @@ pub struct Sandbox {
     pub agent: Agent,
     /// What it sees of the host.
     pub share: Share,
+    /// When it was ready.
+    pub booted_at: Timestamp,
+    /// Those of its volumes that the guest keeps copies of.
+    pub volumes: FollowedVolumes,
+    disks: Disks,
+    resizer: Resizer,
+    cgroup: Option<Cgroup>,
     run_dir: RunDir,
     netns: Option<PathBuf>,
 }
@@ -56,7 +73,7 @@ impl Sandbox {
 
     async fn try_boot(run_dir: &RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
         let mut timeline = Timeline::begin();
-        let size = config.size(&annotations::request(&spec.annotations, &config.annotations)?)?;
+        let plan = Plan::new(&config, &annotations::request(&spec.annotations, &config.annotations)?)?;
         let files = hypervisor::Files::open(&config)?;
         let share = blocking({
             let run_dir = run_dir.clone();
@@ -68,18 +85,102 @@ impl Sandbox {
             Some(netns) => network::attach(netns).await?,
             None => Network::default(),
         };
-        let devices = std::mem::take(&mut network.devices);
+        let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
-        let machine = hypervisor::Machine { files, size, devices, share: share.open()?, cgroup: cgroup.as_ref() };
+        let machine =
+            hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
         timeline.done("guest");
         let agent = Agent::connect(&vm).await?;
-        timeline.split(agent.create_sandbox(request(&spec, network, size.vcpus)).await?);
+        timeline.split(agent.create_sandbox(request(&spec, network, plan.initial.cpus)).await?);
+        if let Some(localhost) = localhost {
+            tokio::spawn(localhost.serve(agent.clone()));
+        }
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
-        Ok(Self { vm, agent, share, run_dir: run_dir.clone(), netns: spec.netns })
+        let (volumes, booted_at) = (FollowedVolumes::default(), Timestamp::now());
+        if let Some(cgroup) = cgroup.clone() {
+            tokio::spawn(leave(vm.clone(), cgroup));
+        }
+        let (disks, resizer, run_dir) = (Disks::default(), Resizer::new(plan), run_dir.clone());
+        Ok(Self { vm, agent, share, booted_at, volumes, disks, resizer, cgroup, run_dir, netns: spec.netns })
+    }
+
+    /// Makes the VM large enough for one more container, which counts from now on until [`Self::container_ended`].
+    pub async fn make_room(&self, id: &str, limits: Limits) -> Result<(), ResizeError> {
+        self.resizer.note(id, limits);
+        let grown = self.resizer.grow(&self.vm, &self.agent).await;
+        if grown.is_err() {
+            self.resizer.forget(id);
+        }
+        self.bind_to_cpus();
+        grown
+    }
+
+    /// containerd leaves limits of huge pages out of specs unless it is configured otherwise; the kubelet sets their sum for
+    /// the pod's cgroup in any case. A container that mounts a volume of huge pages gets that, if no other has any.
+    pub fn complete_huge_pages(&self, limits: &mut Limits, page_kib: u64) {
+        if !limits.huge_pages.contains_key(&page_kib)
+            && !self.resizer.has_huge_pages(page_kib)
+            && let Some(bytes) = self.cgroup.as_ref().and_then(|cgroup| cgroup.pod_huge_pages(page_kib))
+        {
+            limits.huge_pages.insert(page_kib, bytes);
+        }
+    }
+
+    /// Changes what a container may use: `change` is what makes the guest keep to it, and comes after the VM has grown and
+    /// before it shrinks.
+    pub async fn change_limits<E: From<ResizeError>>(
+        &self,
+        id: &str,
+        limits: Limits,
+        change: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), E> {
+        let before = self.resizer.limits(id);
+        self.resizer.note(id, before.larger(&limits));
+        let changed = match self.resizer.grow(&self.vm, &self.agent).await {
+            Ok(()) => change.await,
+            Err(error) => Err(error.into()),
+        };
+        self.resizer.note(id, if changed.is_ok() { limits } else { before });
+        self.bind_to_cpus();
+        self.resizer.shrink(&self.vm, &self.agent).await;
+        changed
+    }
+
+    /// What a container may use.
+    pub fn limits(&self, id: &str) -> Limits {
+        self.resizer.limits(id)
+    }
+
+    /// A container that has ended needs nothing any more; what it had is given back by [`Self::give_back`].
+    pub fn container_ended(&self, id: &str) {
+        self.resizer.forget(id);
+        self.bind_to_cpus();
+    }
+
+    /// Gives back what no container needs.
+    pub async fn give_back(&self) {
+        self.resizer.shrink(&self.vm, &self.agent).await;
+    }
+
+    /// Gives a container its block devices.
+    pub async fn attach_disks(&self, id: &str, wanted: &[HostDisk]) -> Result<Vec<GuestDisk>, DiskError> {
+        self.disks.attach(&self.vm, &self.agent, id, wanted).await
+    }
+
+    /// Takes them away.
+    pub async fn detach_disks(&self, id: &str) {
+        self.disks.detach(&self.vm, &self.agent, id).await;
+    }
+
+    /// The kubelet binds containers to CPUs of the host (its static CPU policy). Here that is what runs their vCPUs.
+    fn bind_to_cpus(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.bind_to_cpus(&self.resizer.host_cpus());
+        }
     }
 
     /// Ends the guest orderly, or in bounded time.
@@ -105,6 +206,14 @@ impl Sandbox {
     }
 }
 
+/// When the VM has ended there is nothing to account any more, and the kubelet kills what is left in an ended pod's cgroup:
+/// the shim, which has still to be asked how it ended, goes.
+async fn leave(vm: Vm, cgroup: Cgroup) {
+    vm.ended().await;
+    cgroup.leave();
+    cgroup.remove();
+}
+
 /// Removes redirects, the cgroup, mounts and the pod's directory, after the VMM has ended. Goes on after a failure: each step is worth doing.
 async fn release(run_dir: &RunDir, netns: Option<&std::path::Path>) {
     if let Some(netns) = netns
@@ -113,6 +222,7 @@ async fn release(run_dir: &RunDir, netns: Option<&std::path::Path>) {
         tracing::warn!("{}", crate::pod::error::chain(&error));
     }
     if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
+        cgroup.leave();
         cgroup.remove();
     }
     let run_dir = run_dir.clone();
@@ -157,7 +267,10 @@ pub enum SandboxError {
     /// An annotation of the pod.
     #[error(transparent)]
     Annotation(#[from] AnnotationError),
-    /// The configuration, or a size beyond it.
+    /// A size beyond what the node allows.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The share.

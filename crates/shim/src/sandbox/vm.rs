@@ -4,7 +4,7 @@
 //! for; that happens at once when the process dies, however it dies. The socket is the process's stdin: inherited without
 //! clearing close-on-exec on any descriptor of the shim.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::Interest;
@@ -27,10 +28,22 @@ use crate::config::Config;
 /// a second is much on hardware; emulated CI nodes are some fifty times slower.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Requests that wait for the task; each is one connection.
+/// How long the VMM may take to fill or empty a slot. It waits for nothing but a request that a disk is working on; a disk
+/// of the host that takes longer than a kernel's own patience is broken.
+const SLOT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long the guest may take to plug memory. Linux takes some 100 ms for a GiB; emulated CI nodes are some fifty times
+/// slower, and the kubelet waits two minutes for a container.
+const PLUG_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Requests that wait for the task.
 const REQUESTS: usize = 64;
 
-type Answer = oneshot::Sender<Result<(), VmError>>;
+/// Requests that wait until the VMM reads its socket. A VMM that reads has hardly ever one waiting; a kubelet probes all
+/// containers of a pod at once, and each probe is a connection.
+const UNSENT: usize = 1024;
+
+type Answer = oneshot::Sender<Result<Reply, VmError>>;
 
 /// A VM, as long as its VMM's process is there. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -42,7 +55,7 @@ pub struct Vm {
 
 #[derive(Debug)]
 enum Order {
-    Connect { port: u32, end: OwnedFd, answer: Answer },
+    Ask(Unsent),
     Kill,
 }
 
@@ -94,6 +107,7 @@ impl Vm {
         let supervisor = Supervisor {
             socket,
             child,
+            unsent: VecDeque::new(),
             waiting: HashMap::new(),
             next_id: 1,
             built: Instant::now(),
@@ -135,16 +149,52 @@ impl Vm {
     /// Connects to a vsock port of the guest.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmError> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Socket)?;
-        let (answer, answered) = oneshot::channel();
-        let order = Order::Connect { port, end: theirs.into(), answer };
-        self.requests.send(order).await.map_err(|_| VmError::Ended)?;
-        match tokio::time::timeout(CONNECT_DEADLINE, answered).await {
-            Ok(Ok(done)) => done?,
-            Ok(Err(_)) => return Err(VmError::Ended),
-            Err(_) => return Err(VmError::ConnectTimeout(port)),
-        }
+        match self.ask(Command::ConnectVsock { port }, vec![theirs.into()], CONNECT_DEADLINE).await {
+            Err(VmError::Silent(_)) => return Err(VmError::ConnectTimeout(port)),
+            answer => answer?,
+        };
         ours.set_nonblocking(true).map_err(VmError::Socket)?;
         UnixStream::from_std(ours).map_err(VmError::Socket)
+    }
+
+    /// Puts a disk into a slot of the machine and answers which.
+    pub async fn add_disk(&self, file: OwnedFd, read_only: bool, serial: String) -> Result<u8, VmError> {
+        let device = DeviceSpec::Block { file: FdIndex(0), read_only, serial };
+        match self.ask(Command::AddDevice(device), vec![file], SLOT_DEADLINE).await? {
+            Reply::Added { slot, .. } => Ok(slot),
+            _ => Err(VmError::Unexpected),
+        }
+    }
+
+    /// Empties a slot, whatever the guest does with it.
+    pub async fn remove_device(&self, slot: u8) -> Result<(), VmError> {
+        self.ask(Command::RemoveDevice { slot }, Vec::new(), SLOT_DEADLINE).await.map(drop)
+    }
+
+    /// Grows the guest to so much memory beyond its boot memory, and waits until it is there.
+    pub async fn grow_memory(&self, mib: u64) -> Result<(), VmError> {
+        match self.ask(Command::ResizeMemory { mib }, Vec::new(), PLUG_DEADLINE).await {
+            Ok(Reply::Resized { mib: there, .. }) if there >= mib => Ok(()),
+            Ok(Reply::Resized { .. }) | Err(VmError::Silent(_)) => Err(VmError::NotPlugged(mib)),
+            Ok(_) => Err(VmError::Unexpected),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the guest to shrink to so much memory beyond its boot memory. It does so as soon as it can; nobody waits.
+    pub async fn shrink_memory(&self, mib: u64) -> Result<(), VmError> {
+        let request = Unsent { command: Command::ResizeMemory { mib }, fds: Vec::new(), answer: None };
+        self.requests.send(Order::Ask(request)).await.map_err(|_| VmError::Ended)
+    }
+
+    async fn ask(&self, command: Command, fds: Vec<OwnedFd>, deadline: Duration) -> Result<Reply, VmError> {
+        let (answer, answered) = oneshot::channel();
+        let order = Order::Ask(Unsent { command, fds, answer: Some(answer) });
+        let done = async {
+            self.requests.send(order).await.map_err(|_| VmError::Ended)?;
+            answered.await.map_err(|_| VmError::Ended)?
+        };
+        tokio::time::timeout(deadline, done).await.map_err(|_| VmError::Silent(deadline))?
     }
 }
 
@@ -152,9 +202,20 @@ fn io_error(error: Errno) -> VmError {
     VmError::Socket(error.into())
 }
 
+/// A request that the VMM has not been told of.
+#[derive(Debug)]
+struct Unsent {
+    command: Command,
+    fds: Vec<OwnedFd>,
+    /// `None` if nobody waits.
+    answer: Option<Answer>,
+}
+
 struct Supervisor {
     socket: UnixDatagram,
     child: Child,
+    /// Connections that the VMM has not been told of.
+    unsent: VecDeque<Unsent>,
     waiting: HashMap<u64, Answer>,
     next_id: u64,
     /// When the machine was built.
@@ -173,8 +234,10 @@ impl Supervisor {
                     break;
                 }
                 received = receive(&self.socket), if !self.deaf => self.take(received),
+                // Beside the orders, not among them: a VMM that reads nothing can still be killed.
+                sent = send_next(&self.socket, self.next_id, self.unsent.front()) => self.sent(sent),
                 order = orders.recv() => match order {
-                    Some(Order::Connect { port, end, answer }) => self.connect(port, &end, answer).await,
+                    Some(Order::Ask(request)) => self.ask(request),
                     Some(Order::Kill) => self.kill(),
                     None => {
                         self.kill();
@@ -210,9 +273,9 @@ impl Supervisor {
             Reply::GuestReady => self.tell_ready(Ok(self.built)),
             Reply::GuestExited { reason } => tracing::info!(?reason, "the guest has ended"),
             Reply::Done { id: 0 } => self.built = Instant::now(),
-            Reply::Done { id } => {
+            Reply::Done { id } | Reply::Added { id, .. } | Reply::Resized { id, .. } => {
                 if let Some(answer) = self.waiting.remove(&id) {
-                    let _ = answer.send(Ok(()));
+                    let _ = answer.send(Ok(reply));
                 }
             }
             Reply::Failed { id: 0, message } => self.tell_ready(Err(VmError::Refused(bounded(&message)))),
@@ -230,17 +293,36 @@ impl Supervisor {
         }
     }
 
-    async fn connect(&mut self, port: u32, end: &OwnedFd, answer: Answer) {
-        // Whoever gave up is forgotten, so that the table holds no more than what is being waited for.
+    fn ask(&mut self, request: Unsent) {
+        // Whoever gave up is forgotten, so that both hold no more than what is being waited for.
         self.waiting.retain(|_, answer| !answer.is_closed());
+        self.unsent.retain(|unsent| !unsent.answer.as_ref().is_some_and(Answer::is_closed));
+        if self.unsent.len() < UNSENT {
+            self.unsent.push_back(request);
+        } else if let Some(answer) = request.answer {
+            let _ = answer.send(Err(VmError::Busy));
+        }
+    }
+
+    /// The first of the unsent requests has been told to the VMM, or cannot be.
+    fn sent(&mut self, sent: Result<(), ControlError>) {
+        let Some(Unsent { answer, .. }) = self.unsent.pop_front() else { return };
         let id = self.next_id;
         self.next_id += 1;
-        let request = Request { id, command: Command::ConnectVsock { port } };
-        match send(&self.socket, &request, &[end.as_fd()]).await {
+        let Some(answer) = answer else { return };
+        match sent {
             Ok(()) => drop(self.waiting.insert(id, answer)),
             Err(error) => drop(answer.send(Err(VmError::Control(error)))),
         }
     }
+}
+
+/// Tells the VMM of a request as soon as it can take it; never returns without one. May be dropped at any time: a
+/// message has left whole exactly when this returns.
+async fn send_next(socket: &UnixDatagram, id: u64, next: Option<&Unsent>) -> Result<(), ControlError> {
+    let Some(Unsent { command, fds, .. }) = next else { return std::future::pending().await };
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    send(socket, &Request { id, command: command.clone() }, &fds).await
 }
 
 async fn receive(socket: &UnixDatagram) -> Result<Option<Reply>, ControlError> {
@@ -322,6 +404,20 @@ pub enum VmError {
     /// The VM is gone.
     #[error("the pod's VM has ended")]
     Ended,
+    /// The VMM did not answer.
+    #[error("the pod's VMM has not done within {0:?} what it was asked for")]
+    Silent(Duration),
+    /// The VMM answered something else.
+    #[error("the pod's VMM answered another question; are shim and VMM of the same version?")]
+    Unexpected,
+    /// The guest does not take the memory.
+    #[error(
+        "the guest has not plugged {0} MiB of memory within {PLUG_DEADLINE:?}; lower the pod's limits, or restart it"
+    )]
+    NotPlugged(u64),
+    /// The VMM reads nothing.
+    #[error("the pod's VMM does not read its socket, and {UNSENT} requests wait already; remove the pod")]
+    Busy,
     /// The guest did not accept.
     #[error("the guest did not accept a connection to its port {0} within {CONNECT_DEADLINE:?}")]
     ConnectTimeout(u32),

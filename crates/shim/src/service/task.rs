@@ -1,7 +1,6 @@
 //! The Task API (containerd: api/runtime/task/v3/shim.proto): each method translates and calls the pod.
 //!
-//! A call that changes something runs in a task of its own: a caller who gives up or goes away must not leave it half
-//! done. Errors become gRPC statuses in [`status`] alone.
+//! A call that changes something runs in a task of its own, see [`super::status`].
 
 use std::sync::Arc;
 
@@ -13,8 +12,9 @@ use protobuf::well_known_types::empty::Empty;
 use protobuf::{EnumOrUnknown, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 
+use super::status::{detached, status};
 use crate::io::Stdio;
-use crate::pod::error::{TaskError, chain};
+use crate::pod::error::TaskError;
 use crate::pod::{CreateTask, ExecTask, Pod};
 
 /// The service of one pod.
@@ -27,17 +27,6 @@ impl TaskService {
     pub fn new(pod: Arc<Pod>) -> Self {
         Self { pod }
     }
-}
-
-/// The one place where an error becomes a status.
-fn status(error: TaskError) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
-}
-
-async fn detached<T: Send + 'static>(
-    call: impl Future<Output = Result<T, TaskError>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    tokio::spawn(call).await.unwrap_or(Err(TaskError::Ending)).map_err(status)
 }
 
 #[async_trait]
@@ -110,7 +99,12 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, r: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
         let container = self.pod.container(&r.id).map_err(status)?;
         let info = |pid| ProcessInfo { pid, ..Default::default() };
-        let processes = container.running().iter().map(|process| info(process.pid())).collect();
+        let mut processes: Vec<_> = container.running().iter().map(|process| info(process.pid())).collect();
+        // An init that has ended is there like a zombie until it is deleted: a containerd that starts again takes a task
+        // without pids for a leak, and throws its exit code away (core/runtime/v2/shim_load.go).
+        if processes.is_empty() {
+            processes.push(info(container.init.pid()));
+        }
         Ok(api::PidsResponse { processes, ..Default::default() })
     }
 

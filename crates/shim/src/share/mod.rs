@@ -22,7 +22,7 @@ use rustix::mount::{
 };
 
 use crate::paths::RunDir;
-use crate::spec::Volume;
+use crate::spec::{Access, Volume};
 
 /// A pod's share. Its methods block: mount(2) on a slow file system does.
 #[derive(Clone, Debug)]
@@ -90,10 +90,13 @@ impl Share {
             if volume.follows_host { MountPropagationFlags::DOWNSTREAM } else { MountPropagationFlags::PRIVATE };
         mount_change(&target, propagation | MountPropagationFlags::REC)
             .map_err(|error| ShareError::volume(source, error.into()))?;
-        if volume.read_only {
-            remount_read_only(&target).map_err(|error| ShareError::volume(source, error.into()))?;
-        }
-        Ok(())
+        let read_only = match volume.access {
+            Access::ReadWrite => Vec::new(),
+            Access::ReadOnly => vec![target],
+            Access::RecursiveReadOnly => mountinfo::mounts_below(&target).map_err(ShareError::MountTable)?,
+        };
+        let remounted = read_only.iter().try_for_each(|mount| remount_read_only(mount));
+        remounted.map_err(|error| ShareError::volume(source, error.into()))
     }
 
     /// Unmounts and removes what a container had. What is already gone is no error.

@@ -1,5 +1,6 @@
 //! Mounts of a container's root file system as containerd describes them (containerd: core/mount/mount_linux.go).
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use containerd_shim_protos::types::mount::Mount;
@@ -18,6 +19,7 @@ const MAX_DATA: usize = 4095;
 /// Mounts one entry at `target`.
 pub fn mount_one(entry: &Mount, target: &Path) -> Result<(), ShareError> {
     let options = Options::parse(&entry.options);
+    options.own_upper_directory()?;
     let failed = |error: Errno| ShareError::Rootfs { path: entry.source.clone().into(), source: error.into() };
     match entry.type_.as_str() {
         "overlay" if options.data_len() <= MAX_DATA => {
@@ -76,12 +78,15 @@ struct Options<'a> {
     flags: MountFlags,
     bind: bool,
     recursive: bool,
+    /// The id that a user namespace's root would have on the host.
+    mapped_root: Option<u32>,
     data: Vec<&'a str>,
 }
 
 impl<'a> Options<'a> {
     fn parse(options: &'a [String]) -> Self {
-        let mut parsed = Self { flags: MountFlags::empty(), bind: false, recursive: false, data: Vec::new() };
+        let mut parsed =
+            Self { flags: MountFlags::empty(), bind: false, recursive: false, mapped_root: None, data: Vec::new() };
         for option in options {
             match option.as_str() {
                 "ro" => parsed.flags |= MountFlags::RDONLY,
@@ -93,10 +98,29 @@ impl<'a> Options<'a> {
                 "bind" => parsed.bind = true,
                 "rbind" => (parsed.bind, parsed.recursive) = (true, true),
                 "rw" | "defaults" | "suid" | "dev" | "exec" | "atime" => {}
-                data => parsed.data.push(data),
+                // Instructions to containerd to map the layers' ids, which a guest does not need (spec/users.rs).
+                map if map.starts_with("gidmap=") => {}
+                data => match data.strip_prefix("uidmap=") {
+                    Some(map) => parsed.mapped_root = map.split(':').nth(1).and_then(|id| id.parse().ok()),
+                    None => parsed.data.push(data),
+                },
             }
         }
         parsed
+    }
+
+    /// Gives the upper directory, which becomes the container's root directory, back to root: for a container with a user
+    /// namespace containerd has made it the mapped root's.
+    fn own_upper_directory(&self) -> Result<(), ShareError> {
+        let upper = self.data.iter().find_map(|option| option.strip_prefix("upperdir="));
+        let (Some(upper), Some(mapped)) = (upper, self.mapped_root) else { return Ok(()) };
+        let own = || {
+            if std::fs::metadata(upper)?.uid() == mapped {
+                std::os::unix::fs::chown(upper, Some(0), Some(0))?;
+            }
+            Ok(())
+        };
+        own().map_err(|source| ShareError::Rootfs { path: upper.into(), source })
     }
 
     fn data_len(&self) -> usize {

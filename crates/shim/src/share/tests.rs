@@ -1,6 +1,7 @@
 //! The share's mounts, each test in a mount namespace of its own, which takes root.
 
 use super::*;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 
 /// Runs `body` in a thread with a private mount namespace. unshare(2) of the file system attributes is per thread.
@@ -20,7 +21,13 @@ fn in_mount_namespace(body: impl FnOnce(&Path) + Send + 'static) {
 }
 
 fn volume(source: &Path) -> Volume {
-    Volume { source: source.to_path_buf(), recursive: true, read_only: false, follows_host: false }
+    Volume {
+        source: source.to_path_buf(),
+        recursive: true,
+        access: Access::ReadWrite,
+        follows_host: false,
+        copied: false,
+    }
 }
 
 fn overlay(dir: &Path) -> Mount {
@@ -47,7 +54,7 @@ fn container_appears_and_leaves_nothing() {
         std::fs::write(dir.join("vol/data"), "v").unwrap();
         share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
         share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        share.add_volume("c", 1, &Volume { read_only: true, ..volume(&dir.join("vol/data")) }).unwrap();
+        share.add_volume("c", 1, &Volume { access: Access::ReadOnly, ..volume(&dir.join("vol/data")) }).unwrap();
         let at = run.share().join("c");
         assert_eq!(std::fs::read_to_string(at.join("rootfs/file")).unwrap(), "lower");
         assert_eq!(std::fs::read_to_string(at.join("mounts/0/data")).unwrap(), "v");
@@ -75,6 +82,40 @@ fn unmounting_a_volume_leaves_the_hosts_mounts() {
         assert!(run.share().join("c/mounts/0/inner/kept").exists());
         share.remove_container("c").unwrap();
         assert!(dir.join("vol/inner/kept").exists());
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn root_file_system_for_a_user_namespace_keeps_the_ids_on_disk() {
+    in_mount_namespace(|dir| {
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let mut mount = overlay(dir);
+        std::os::unix::fs::chown(dir.join("upper"), Some(65536), Some(65536)).unwrap();
+        mount.options.extend(["uidmap=0:65536:65536".to_owned(), "gidmap=0:65536:65536".to_owned()]);
+        share.add_rootfs("c", &[mount], Path::new("/nonexistent")).unwrap();
+        let root = std::fs::metadata(run.share().join("c/rootfs")).unwrap();
+        assert_eq!((root.uid(), root.gid()), (0, 0));
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn recursive_read_only_reaches_what_is_mounted_below() {
+    in_mount_namespace(|dir| {
+        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
+        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        for (index, access, inner) in [(0, Access::ReadOnly, true), (1, Access::RecursiveReadOnly, false)] {
+            share.add_volume("c", index, &Volume { access, ..volume(&dir.join("vol")) }).unwrap();
+            let at = run.share().join(format!("c/mounts/{index}"));
+            assert!(std::fs::write(at.join("file"), "").is_err());
+            assert_eq!(std::fs::write(at.join("inner/file"), "").is_ok(), inner, "{access:?}");
+        }
+        assert!(std::fs::write(dir.join("vol/inner/file"), "").is_ok(), "the host's own mount stays as it is");
         Share::destroy(&run).unwrap();
     });
 }

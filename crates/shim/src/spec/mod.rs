@@ -1,17 +1,28 @@
 //! A container's OCI spec, rewritten for the guest (the contract is at `CreateContainerRequest` in agent.proto).
 //!
 //! Pure: what has to be bound on the host comes out as a list. Whatever names a thing of the host (namespace paths,
-//! cgroups, security labels, cpusets, host devices' numbers) is dropped; what cannot be honoured in a guest is refused.
+//! cgroups, security labels, cpusets) is dropped, its block devices become the guest's ([`devices`]); what cannot be honoured in a guest is refused.
 
+mod devices;
+mod hooks;
+mod huge_pages;
 mod mounts;
 mod namespaces;
+mod pod;
 mod sandbox;
+mod users;
 
 use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::guest::SHARE_DIR;
 use oci_spec::runtime::{Linux, LinuxResources, Process, Root, Spec};
 
-pub use mounts::Volume;
+use crate::sizing::Limits;
+
+pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
+pub use hooks::{HostHooks, take as take_hooks};
+pub use huge_pages::{HugeVolume, huge_volumes};
+pub use mounts::{Access, Volume};
+pub use pod::pod_sandbox;
 pub use sandbox::{SandboxSpec, sandbox};
 
 /// A container as the agent is asked to create it.
@@ -47,11 +58,21 @@ impl PidChoice {
     }
 }
 
+/// What a container has been given before its spec is rewritten.
+#[derive(Clone, Debug, Default)]
+pub struct Given {
+    /// Those that [`disks`] has named.
+    pub disks: Vec<GuestDisk>,
+    /// Those that [`huge_volumes`] has found.
+    pub huge_volumes: Vec<HugeVolume>,
+}
+
 /// Rewrites a container's spec.
-pub fn translate(mut spec: Spec, id: &str) -> Result<GuestSpec, SpecError> {
-    refuse_hooks(&spec)?;
+pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, SpecError> {
+    devices::renumber(&mut spec, &given.disks);
     let pid = namespaces::strip(&mut spec)?;
-    let volumes = mounts::rewrite(&mut spec, id)?;
+    users::rewrite(&mut spec, pid)?;
+    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes)?;
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
     spec.set_root(Some(root));
@@ -77,20 +98,21 @@ pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
     serde_json::to_vec(&process).map_err(SpecError::Encode)
 }
 
-/// Rewrites an update's resources: JSON in, JSON out.
-pub fn translate_resources(json: &[u8]) -> Result<Vec<u8>, SpecError> {
-    let mut resources: LinuxResources = serde_json::from_slice(json).map_err(SpecError::Resources)?;
+/// Reads an update's resources.
+pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
+    serde_json::from_slice(json).map_err(SpecError::Resources)
+}
+
+/// Rewrites an update's resources, to JSON.
+pub fn translate_resources(mut resources: LinuxResources) -> Result<Vec<u8>, SpecError> {
     strip_resources(&mut resources);
     serde_json::to_vec(&resources).map_err(SpecError::Encode)
 }
 
-/// Hooks are programs of the host that expect the container to be there.
-fn refuse_hooks(spec: &Spec) -> Result<(), SpecError> {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let empty = serde_json::to_value(hooks).ok().and_then(|value| {
-        value.as_object().map(|map| map.values().all(|list| list.as_array().is_none_or(Vec::is_empty)))
-    });
-    if empty == Some(false) { Err(SpecError::Hooks) } else { Ok(()) }
+/// What a container may use.
+pub fn limits(spec: &Spec) -> Limits {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.map(Limits::of).unwrap_or_default()
 }
 
 /// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement.
@@ -112,7 +134,7 @@ fn strip_linux(linux: &mut Linux) {
     }
 }
 
-/// Drops what speaks of the host's CPUs, disks, huge pages and cgroup v1 classes.
+/// Drops what speaks of the host's CPUs, disks and cgroup v1 classes.
 fn strip_resources(resources: &mut LinuxResources) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_cpus(None);
@@ -121,7 +143,6 @@ fn strip_resources(resources: &mut LinuxResources) {
         cpu.set_realtime_runtime(None);
     }
     resources.set_block_io(None);
-    resources.set_hugepage_limits(None);
     resources.set_network(None);
     resources.set_rdma(None);
 }
@@ -139,14 +160,32 @@ pub enum SpecError {
         "hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod or run it with runc"
     )]
     HostIpc,
+    /// containerd makes the network of a pod with user namespaces only after the sandbox was started, in the namespace of
+    /// its process (containerd: internal/cri/server/sandbox_run.go), which the VM would never see.
+    #[error(
+        "the pod's network namespace does not exist yet, as with hostUsers: false; remove that from the pod or run it with runc"
+    )]
+    UserNetwork,
     /// A mount shall propagate into the host.
     #[error(
         "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"
     )]
     Bidirectional(std::path::PathBuf),
-    /// OCI hooks.
-    #[error("the container has OCI hooks, programs of the host that cannot reach into a VM; remove what adds them")]
-    Hooks,
+    /// A `createContainer` hook.
+    #[error(
+        "the container has an OCI hook createContainer, a program of the host that cannot run inside a VM; remove what adds it, or run the pod with runc"
+    )]
+    CreateContainerHook,
+    /// A device of the host that a guest cannot be given.
+    #[error(
+        "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible (is privileged_without_host_devices = true set for the runtime in containerd's configuration?)"
+    )]
+    Device(std::path::PathBuf),
+    /// A user namespace in a pod that shares a pid namespace.
+    #[error(
+        "a container with a user namespace (hostUsers: false) cannot share a pid namespace inside a VM; turn off one of the two for the pod"
+    )]
+    UserAndPid,
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),

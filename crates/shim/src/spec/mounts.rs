@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
+use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{Mount, Spec};
 
-use super::SpecError;
+use super::{HugeVolume, SpecError};
 
 /// Devices that every kernel has and that behave the same: a bind of one means the guest's own.
 const COMMON_DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
@@ -17,23 +17,44 @@ pub struct Volume {
     pub source: PathBuf,
     /// With what is mounted below it.
     pub recursive: bool,
-    /// The guest must not write.
-    pub read_only: bool,
+    /// Whether the guest may write.
+    pub access: Access,
     /// What the host mounts below it later appears as well (HostToContainer).
     pub follows_host: bool,
+    /// The guest keeps a copy of it and is told of updates, which raise inotify(7) events in it then.
+    pub copied: bool,
+}
+
+/// What the guest may do with a volume.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// Read and write.
+    ReadWrite,
+    /// Read. What is mounted below the volume has a say of its own, as with every bind mount (mount(8)).
+    ReadOnly,
+    /// Read, also what is mounted below it (`rro`, `recursiveReadOnly` of Kubernetes).
+    RecursiveReadOnly,
 }
 
 /// Points the binds of a spec to the share and answers what belongs there.
-pub fn rewrite(spec: &mut Spec, id: &str) -> Result<Vec<Volume>, SpecError> {
+pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Volume>, SpecError> {
     let mut volumes = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten().filter(|mount| is_bind(mount)) {
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| SpecError::NoSource(mount.destination().clone()))?;
         if is_pod_shm(mount, &source) {
             mount.set_source(Some(SHM_DIR.into()));
+        } else if let Some(volume) = huge.iter().find(|volume| volume.source == source) {
+            mount.set_source(Some(volume.guest_path()));
         } else if !COMMON_DEVICES.iter().any(|device| source == Path::new(device)) {
             let volume = volume(mount, source)?;
-            mount.set_source(Some(format!("{SHARE_DIR}/{id}/mounts/{}", volumes.len()).into()));
+            let index = volumes.len();
+            let place = if volume.copied {
+                format!("{VOLUMES_DIR}/{id}/{index}")
+            } else {
+                format!("{SHARE_DIR}/{id}/mounts/{index}")
+            };
+            mount.set_source(Some(place.into()));
             volumes.push(volume);
         }
     }
@@ -60,10 +81,30 @@ fn volume(mount: &Mount, source: PathBuf) -> Result<Volume, SpecError> {
     if options(mount).any(|option| matches!(option, "shared" | "rshared")) {
         return Err(SpecError::Bidirectional(mount.destination().clone()));
     }
+    let access = access(mount);
     Ok(Volume {
+        copied: access != Access::ReadWrite && is_kept_by_kubelet(&source),
         source,
+        access,
         recursive: options(mount).any(|option| option == "rbind"),
-        read_only: options(mount).any(|option| matches!(option, "ro" | "rro")),
         follows_host: options(mount).any(|option| matches!(option, "slave" | "rslave")),
     })
+}
+
+fn access(mount: &Mount) -> Access {
+    let has = |wanted| options(mount).any(|option| option == wanted);
+    match (has("rro"), has("ro")) {
+        (true, _) => Access::RecursiveReadOnly,
+        (false, true) => Access::ReadOnly,
+        (false, false) => Access::ReadWrite,
+    }
+}
+
+/// Volumes of small files that the kubelet writes and updates, by their place: `<pod>/volumes/<plugin>/<name>`
+/// (kubernetes: pkg/kubelet/kubelet_getters.go).
+fn is_kept_by_kubelet(source: &Path) -> bool {
+    const PLUGINS: [&str; 4] =
+        ["kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"];
+    let plugin = source.parent().and_then(Path::file_name);
+    plugin.is_some_and(|plugin| PLUGINS.iter().any(|known| plugin == *known))
 }

@@ -29,9 +29,13 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let find = |typ| namespaces.and_then(|list| list.iter().find(|namespace| namespace.typ() == typ));
     let network = find(LinuxNamespaceType::Network).ok_or(SpecError::HostNetwork)?;
     find(LinuxNamespaceType::Ipc).ok_or(SpecError::HostIpc)?;
+    let netns = network.path().clone().filter(|path| !path.as_os_str().is_empty());
+    if netns.is_none() && find(LinuxNamespaceType::User).is_some() {
+        return Err(SpecError::UserNetwork);
+    }
     Ok(SandboxSpec {
         hostname: spec.hostname().clone().unwrap_or_default(),
-        netns: network.path().clone().filter(|path| !path.as_os_str().is_empty()),
+        netns,
         sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         annotations: spec.annotations().clone().unwrap_or_default(),

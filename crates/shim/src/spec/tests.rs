@@ -40,7 +40,7 @@ fn container() -> Value {
 }
 
 fn translated(value: Value) -> (Value, GuestSpec) {
-    let guest = translate(spec(value), "c").unwrap();
+    let guest = translate(spec(value), "c", &Given::default()).unwrap();
     (serde_json::from_slice(&guest.json).unwrap(), guest)
 }
 
@@ -72,11 +72,36 @@ fn binds_come_through_the_share() {
     let hosts = Volume {
         source: "/var/lib/kubelet/pods/u/etc-hosts".into(),
         recursive: true,
-        read_only: true,
+        access: Access::ReadOnly,
         follows_host: false,
+        copied: false,
     };
-    let data = Volume { source: "/srv/data".into(), recursive: false, read_only: false, follows_host: true };
+    let data = Volume {
+        source: "/srv/data".into(),
+        recursive: false,
+        access: Access::ReadWrite,
+        follows_host: true,
+        copied: false,
+    };
     assert_eq!(guest.volumes, [hosts, data]);
+}
+
+#[test]
+fn volumes_that_the_kubelet_updates_are_copied() {
+    for (plugin, options, copied, access) in [
+        ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
+        ("projected", json!(["rbind", "rro"]), true, Access::RecursiveReadOnly),
+        ("secret", json!(["rbind", "rw"]), false, Access::ReadWrite),
+        ("empty-dir", json!(["rbind", "ro"]), false, Access::ReadOnly),
+    ] {
+        let mut value = container();
+        value["mounts"][3]["source"] = format!("/var/lib/kubelet/pods/u/volumes/kubernetes.io~{plugin}/v").into();
+        value["mounts"][3]["options"] = options;
+        let (json, guest) = translated(value);
+        assert_eq!((guest.volumes[1].copied, guest.volumes[1].access), (copied, access), "{plugin}");
+        let dir = if copied { "volumes/c/1" } else { "share/c/mounts/1" };
+        assert_eq!(json["mounts"][3]["source"], format!("/run/bulkhead/{dir}"));
+    }
 }
 
 #[test]
@@ -92,7 +117,7 @@ fn pid_namespace_is_told_by_the_reported_pid() {
     value["linux"]["namespaces"][0]["path"] = "/proc/4711/ns/pid".into();
     assert_eq!(translated(value.clone()).1.pid, PidChoice::OfReported(4711));
     value["linux"]["namespaces"][0]["path"] = "/var/run/ns/pid".into();
-    assert!(matches!(translate(spec(value.clone()), "c"), Err(SpecError::PidPath(_))));
+    assert!(matches!(translate(spec(value.clone()), "c", &Given::default()), Err(SpecError::PidPath(_))));
     value["linux"]["namespaces"] = json!([{"type": "mount"}]);
     assert_eq!(translated(value).1.pid, PidChoice::Pod);
 }
@@ -101,15 +126,49 @@ fn pid_namespace_is_told_by_the_reported_pid() {
 fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
-    assert!(matches!(translate(spec(shared), "c"), Err(SpecError::Bidirectional(_))));
+    assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
     let mut hooked = container();
-    hooked["hooks"] = json!({"prestart": [{"path": "/bin/true"}]});
-    assert!(matches!(translate(spec(hooked), "c"), Err(SpecError::Hooks)));
+    hooked["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
+    assert!(matches!(take_hooks(&mut spec(hooked)), Err(SpecError::CreateContainerHook)));
     let mut host_network = container();
     host_network["linux"]["namespaces"] = json!([{"type": "ipc"}]);
     assert!(matches!(sandbox(&spec(host_network.clone())), Err(SpecError::HostNetwork)));
     host_network["linux"]["namespaces"] = json!([{"type": "network"}]);
     assert!(matches!(sandbox(&spec(host_network)), Err(SpecError::HostIpc)));
+}
+
+#[test]
+fn hooks_run_where_their_programs_are() {
+    let hook = |path: &str| json!([{"path": path}]);
+    let mut value = container();
+    value["hooks"] = json!({
+        "prestart": hook("/1"), "createRuntime": hook("/2"), "poststart": hook("/3"), "poststop": hook("/4"),
+        "startContainer": hook("/5")
+    });
+    let mut hooked = spec(value);
+    let host = take_hooks(&mut hooked).unwrap();
+    let paths = |hooks: &[oci_spec::runtime::Hook]| hooks.iter().map(|hook| hook.path().clone()).collect::<Vec<_>>();
+    assert_eq!(paths(&host.created), [std::path::Path::new("/1"), std::path::Path::new("/2")]);
+    assert_eq!((paths(&host.started), paths(&host.deleted)), (vec!["/3".into()], vec!["/4".into()]));
+    let guest: Value = serde_json::from_slice(&translate(hooked, "c", &Given::default()).unwrap().json).unwrap();
+    assert_eq!(guest["hooks"], json!({"startContainer": [{"path": "/5"}]}));
+}
+
+#[test]
+fn user_namespace_maps_ids_to_themselves() {
+    let map = |host: u32| json!([{"containerID": 0, "hostID": host, "size": 65536}]);
+    let mut value = container();
+    value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "user", "path": "/proc/7/ns/user"}]);
+    value["linux"]["uidMappings"] = map(131_072);
+    value["linux"]["gidMappings"] = map(131_072);
+    value["mounts"][3]["uidMappings"] = map(131_072);
+    value["mounts"][3]["gidMappings"] = map(131_072);
+    let (json, _) = translated(value.clone());
+    assert_eq!(json["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "user"}]));
+    assert_eq!((&json["linux"]["uidMappings"], &json["linux"]["gidMappings"]), (&map(0), &map(0)));
+    assert!(json["mounts"][3]["uidMappings"].is_null());
+    value["linux"]["namespaces"] = json!([{"type": "user"}]);
+    assert!(matches!(translate(spec(value), "c", &Given::default()), Err(SpecError::UserAndPid)));
 }
 
 #[test]
@@ -128,7 +187,21 @@ fn process_and_resources_are_rewritten_alone() {
     let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
     assert!(out["apparmorProfile"].is_null());
     let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
-    let out: Value = serde_json::from_slice(&translate_resources(resources.to_string().as_bytes()).unwrap()).unwrap();
+    let out: Value =
+        serde_json::from_slice(&translate_resources(serde_json::from_value(resources).unwrap()).unwrap()).unwrap();
     assert_eq!(out["cpu"]["quota"], 5);
     assert!(translate_process(b"[]").is_err());
+}
+
+#[test]
+fn volume_of_huge_pages_is_the_guests_own() {
+    let mut value = container();
+    let path = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/huge";
+    value["mounts"] = json!([{"destination": "/huge", "type": "bind", "source": path, "options": ["rbind", "rw"]}]);
+    let volume = HugeVolume::new(std::path::Path::new(path), 2048);
+    let given = Given { huge_volumes: vec![volume.clone()], ..Given::default() };
+    let guest = translate(spec(value), "c", &given).unwrap();
+    let json: Value = serde_json::from_slice(&guest.json).unwrap();
+    assert_eq!(json["mounts"][0]["source"], format!("/run/bulkhead/hugepages/{}", volume.name));
+    assert!(guest.volumes.is_empty() && volume.name.len() == 32);
 }

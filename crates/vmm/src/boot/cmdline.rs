@@ -11,8 +11,10 @@ use crate::layout::{self, CMDLINE_MAX};
 ///
 /// - `reboot=t panic=-1`: the guest ends by a triple fault, and so it does at once after a panic;
 /// - `tsc=reliable`: KVM keeps the vCPUs' TSCs in step, so no watchdog wakes an idle guest, and a vCPU comes online
-///   without measuring its TSC against another one that may not even be running.
-const MACHINE: &str = "reboot=t panic=-1 tsc=reliable";
+///   without measuring its TSC against another one that may not even be running;
+/// - `memory_hotplug.online_policy=auto-movable`: as much of the plugged memory as is safe holds only what can be moved out
+///   of it, so that it can be unplugged (Documentation/admin-guide/mm/memory-hotplug.rst).
+const MACHINE: &str = "reboot=t panic=-1 tsc=reliable memory_hotplug.online_policy=auto-movable";
 
 /// Builds the command line.
 pub fn build(spec: &VmSpec) -> Result<CString, CmdlineError> {
@@ -61,6 +63,7 @@ mod tests {
             vcpus: 2,
             boot_vcpus: 1,
             memory_mib: 128,
+            hotplug_mib: 0,
             devices: vec![],
             serial: None,
         }

@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn initramfs_ends_up_page_aligned_below_the_end() {
-        let memory = create_memory(16).unwrap();
+        let memory = create_memory(16, 0).unwrap();
         let placed = load(&memory, file(0x1001), 0x20_0000).unwrap();
         assert_eq!((placed.address, placed.size), ((16 << 20) - 0x2000, 0x1001));
         assert_eq!(memory.read_obj::<u8>(GuestAddress(placed.address + 0x1000)).unwrap(), 7);
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn initramfs_larger_than_the_room_is_refused() {
-        let memory = create_memory(16).unwrap();
+        let memory = create_memory(16, 0).unwrap();
         assert!(matches!(load(&memory, file(0x1001), (16 << 20) - 0x1000), Err(InitramfsError::TooLarge { .. })));
         assert!(matches!(load(&memory, file(17 << 20), 0), Err(InitramfsError::TooLarge { .. })));
     }

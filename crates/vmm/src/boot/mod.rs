@@ -26,7 +26,7 @@ pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File
     let initramfs = initramfs.map(|file| initramfs::load(memory, file, kernel.end)).transpose()?;
     let cmdline = cmdline::build(spec)?;
     memory.write_slice(cmdline.as_bytes_with_nul(), GuestAddress(layout::CMDLINE)).map_err(BootError::Write)?;
-    let map = params::memory_map(memory);
+    let map = params::memory_map(memory, layout::hotplug_start(spec.memory_mib));
     mptable::write(memory, spec.vcpus)?;
     match kernel.entry {
         Entry::Pvh { .. } => params::write_pvh(memory, &map, initramfs)?,

@@ -20,10 +20,10 @@ pub struct Ram {
 /// E820 and PVH type of usable memory.
 const TYPE_RAM: u32 = 1;
 
-/// What the guest may use: all of its memory but the hole between conventional and high memory.
-pub fn memory_map(memory: &Memory) -> Vec<Ram> {
+/// What the guest may use: all of its memory below `end` but the hole between conventional and high memory.
+pub fn memory_map(memory: &Memory, end: u64) -> Vec<Ram> {
     let mut map = vec![Ram { address: 0, size: LOW_MEMORY_END }];
-    for region in memory.iter() {
+    for region in memory.iter().filter(|region| region.start_addr().raw_value() < end) {
         let (start, size) = (region.start_addr().raw_value(), region.len());
         let skipped = HIGH_MEMORY_START.saturating_sub(start).min(size);
         map.push(Ram { address: start + skipped, size: size - skipped });
@@ -106,6 +106,7 @@ pub fn write_boot_params(
 mod tests {
     use super::*;
     use crate::kvm::create_memory;
+    use crate::layout::hotplug_start;
 
     fn u32_at(memory: &Memory, address: u64) -> u32 {
         memory.read_obj(GuestAddress(address)).unwrap()
@@ -117,7 +118,7 @@ mod tests {
 
     #[test]
     fn memory_map_leaves_out_the_bios_areas_and_the_gap() {
-        let map = memory_map(&create_memory(4096).unwrap());
+        let map = memory_map(&create_memory(4096, 128).unwrap(), hotplug_start(4096));
         let low = Ram { address: 0x10_0000, size: 0xbff0_0000 };
         let high = Ram { address: 0x1_0000_0000, size: 0x4000_0000 };
         assert_eq!(map, [Ram { address: 0, size: LOW_MEMORY_END }, low, high]);
@@ -125,8 +126,8 @@ mod tests {
 
     #[test]
     fn start_info_points_to_its_lists() {
-        let memory = create_memory(16).unwrap();
-        let map = memory_map(&memory);
+        let memory = create_memory(16, 0).unwrap();
+        let map = memory_map(&memory, hotplug_start(16));
         write_pvh(&memory, &map, Some(Initramfs { address: 0x80_0000, size: 77 })).unwrap();
         assert_eq!(u32_at(&memory, BOOT_INFO), 0x336e_c578);
         assert_eq!(u32_at(&memory, BOOT_INFO + 12), 1);
@@ -139,8 +140,8 @@ mod tests {
 
     #[test]
     fn boot_params_have_signature_and_map() {
-        let memory = create_memory(16).unwrap();
-        let map = memory_map(&memory);
+        let memory = create_memory(16, 0).unwrap();
+        let map = memory_map(&memory, hotplug_start(16));
         write_boot_params(&memory, &map, None, 9).unwrap();
         assert_eq!(u32_at(&memory, BOOT_INFO + 0x202), u32::from_le_bytes(*b"HdrS"));
         assert_eq!(u32_at(&memory, BOOT_INFO + 0x238), 9);

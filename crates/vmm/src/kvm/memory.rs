@@ -1,10 +1,11 @@
-//! The guest's memory: private anonymous mappings, reserved but not allocated until the guest touches them.
+//! The guest's memory: private anonymous mappings, reserved but not allocated until the guest touches them, and given
+//! back to the host where the guest has no more use for them.
 
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use crate::layout::{GAP_END, GAP_START};
+use crate::layout::{self, GAP_END, GAP_START, MEMORY_BLOCK};
 use crate::virtio::Memory;
 
 /// Less cannot hold a kernel and its initramfs.
@@ -12,12 +13,20 @@ const MIN_MIB: u64 = 16;
 /// More than any node has; bounds the arithmetic.
 const MAX_MIB: u64 = 16 << 20;
 
-/// Maps `mib` MiB for a guest: below the gap as much as fits, the rest above 4 GiB.
-pub fn create_memory(mib: u64) -> Result<Memory, MemoryError> {
+/// Maps `mib` MiB for a guest: below the gap as much as fits, the rest above 4 GiB. Behind that comes what can be plugged
+/// into it, which costs nothing before.
+pub fn create_memory(mib: u64, hotplug_mib: u64) -> Result<Memory, MemoryError> {
     if !(MIN_MIB..=MAX_MIB).contains(&mib) {
         return Err(MemoryError::Size(mib));
     }
-    let ranges = ranges(mib << 20).ok_or(MemoryError::Size(mib))?;
+    if hotplug_mib > MAX_MIB || !hotplug_mib.is_multiple_of(MEMORY_BLOCK >> 20) {
+        return Err(MemoryError::Hotplug(hotplug_mib));
+    }
+    let mut ranges = ranges(mib << 20).ok_or(MemoryError::Size(mib))?;
+    if hotplug_mib > 0 {
+        let bytes = usize::try_from(hotplug_mib << 20).map_err(|_| MemoryError::Hotplug(hotplug_mib))?;
+        ranges.push((GuestAddress(layout::hotplug_start(mib)), bytes));
+    }
     // Private, anonymous and MAP_NORESERVE, see `MmapRegionBuilder`.
     let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MemoryError::Map { mib, source })?;
     Ok(Arc::new(memory))
@@ -33,12 +42,29 @@ fn ranges(bytes: u64) -> Option<Vec<(GuestAddress, usize)>> {
     Some(ranges)
 }
 
+/// Gives the pages of a range back to the host; the guest reads zeros there from then on (madvise(2), MADV_DONTNEED).
+/// `false` if the range is not whole pages of one region, and then nothing has happened.
+pub fn discard(memory: &GuestMemoryMmap, address: u64, len: u64) -> bool {
+    const PAGE: u64 = 4096;
+    if !address.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
+        return false;
+    }
+    let Ok(size) = usize::try_from(len) else { return false };
+    let Ok(slice) = memory.get_slice(GuestAddress(address), size) else { return false };
+    // SAFETY: the range is in a private anonymous mapping that `memory` owns, which everything here accesses as volatile
+    // memory that may change at any time; it stays mapped.
+    unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), size, libc::MADV_DONTNEED) == 0 }
+}
+
 /// The guest's memory cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// Out of bounds.
     #[error("a guest of {0} MiB is not possible; give it {MIN_MIB} to {MAX_MIB} MiB")]
     Size(u64),
+    /// Not whole memory blocks, or out of bounds.
+    #[error("{0} MiB to plug is not possible; give a multiple of 128 MiB up to {MAX_MIB}")]
+    Hotplug(u64),
     /// mmap(2) failed.
     #[error("cannot map {mib} MiB for the guest; the host's address space or overcommit limit is too small")]
     Map {
@@ -53,6 +79,7 @@ pub enum MemoryError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_larger_than_the_gap_start_continues_above_4_gib() {
@@ -65,7 +92,22 @@ mod tests {
     #[test]
     fn sizes_out_of_bounds_are_refused() {
         for mib in [0, MIN_MIB - 1, MAX_MIB + 1, u64::MAX] {
-            assert!(matches!(create_memory(mib), Err(MemoryError::Size(_))), "{mib}");
+            assert!(matches!(create_memory(mib, 0), Err(MemoryError::Size(_))), "{mib}");
+        }
+        assert!(matches!(create_memory(16, 100), Err(MemoryError::Hotplug(100))));
+    }
+
+    #[test]
+    fn discarded_memory_reads_as_zeros_and_what_is_no_memory_is_left_alone() {
+        let memory = create_memory(16, 128).unwrap();
+        let start = layout::hotplug_start(16);
+        for address in [0x1000, start] {
+            memory.write_obj(7u64, GuestAddress(address)).unwrap();
+            assert!(discard(&memory, address, 0x1000));
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(address)).unwrap(), 0);
+        }
+        for (address, len) in [(1, 4096), (0, 1), (15 << 20, 2 << 20), (1 << 30, 4096), (u64::MAX - 4095, 4096)] {
+            assert!(!discard(&memory, address, len), "{address:#x}");
         }
     }
 }

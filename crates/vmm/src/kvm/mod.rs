@@ -3,20 +3,23 @@
 #![allow(unsafe_code)] // descriptors become KVM's, and KVM is given host addresses
 
 mod cpuid;
+mod hotplug;
 mod memory;
 mod registers;
 mod vcpu;
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use memory::{MemoryError, create_memory};
+pub use hotplug::HotplugMemory;
+pub use memory::{MemoryError, create_memory, discard};
 pub use registers::{Entry, gdt};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
@@ -36,15 +39,16 @@ const NEEDED: [(Cap, &str); 6] = [
 /// A virtual machine without vCPUs.
 pub struct Vm {
     // Declared before `memory`, so that KVM lets go of the mapping first.
-    fd: VmFd,
+    fd: Arc<VmFd>,
     kvm: Kvm,
     cpuid: CpuId,
     memory: Memory,
 }
 
 impl Vm {
-    /// Creates a machine with in-kernel interrupt controllers and timer from an open /dev/kvm.
-    pub fn new(kvm: OwnedFd, memory: Memory) -> Result<Self, KvmError> {
+    /// Creates a machine with in-kernel interrupt controllers and timer from an open /dev/kvm. Memory from `hotplug_start`
+    /// on is not the guest's yet, see [`Self::hotplug_memory`].
+    pub fn new(kvm: OwnedFd, memory: Memory, hotplug_start: u64) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned, and ownership moves to `Kvm`. If it is not /dev/kvm, the ioctls fail.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let version = kvm.get_api_version();
@@ -62,13 +66,19 @@ impl Vm {
         // The dummy speaker port keeps the guest's reads of port 0x61 in the kernel.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
-        register_memory(&fd, &memory)?;
-        Ok(Self { fd, kvm, cpuid, memory })
+        register_memory(&fd, &memory, hotplug_start)?;
+        Ok(Self { fd: Arc::new(fd), kvm, cpuid, memory })
     }
 
     /// The guest's memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// What can be plugged into the machine, if anything can.
+    pub fn hotplug_memory(&self, start: u64) -> Option<HotplugMemory> {
+        let used = u32::try_from(self.memory.num_regions()).ok()?;
+        HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start)
     }
 
     /// Makes every write to `irq` an edge on that pin of the I/O APIC.
@@ -79,6 +89,16 @@ impl Vm {
     /// Makes the guest's write of the 32-bit `value` to `address` a write to `event`, without an exit.
     pub fn register_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(call("KVM_IOEVENTFD"))
+    }
+
+    /// Undoes [`Self::register_irq`].
+    pub fn unregister_irq(&self, irq: &EventFd, pin: u32) -> Result<(), KvmError> {
+        self.fd.unregister_irqfd(irq, pin).map_err(call("KVM_IRQFD"))
+    }
+
+    /// Undoes [`Self::register_doorbell`].
+    pub fn unregister_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+        self.fd.unregister_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(call("KVM_IOEVENTFD"))
     }
 
     /// Creates vCPU `id` of `count`. The first one starts at `entry`, the others wait for its INIT and startup IPI.
@@ -102,22 +122,30 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
-/// Gives KVM each region of the memory as a slot.
-fn register_memory(fd: &VmFd, memory: &Memory) -> Result<(), KvmError> {
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let slice = region.as_volatile_slice().map_err(|_| KvmError::Missing("host mapping of the guest's memory"))?;
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
-        };
-        // SAFETY: the range is a mapping that `memory` owns, and `Vm` drops `fd` before `memory`. The vCPUs hold the
-        // VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
-        unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+/// Gives KVM each region of the boot memory as a slot.
+fn register_memory(fd: &VmFd, memory: &Memory, end: u64) -> Result<(), KvmError> {
+    let boot = memory.iter().filter(|region| region.start_addr().raw_value() < end);
+    for (slot, region) in (0u32..).zip(boot) {
+        set_slot(fd, memory, slot, region.start_addr().raw_value(), region.len())?;
     }
     Ok(())
+}
+
+/// Makes a slot of memory at `address`; one of no length deletes it.
+fn set_slot(fd: &VmFd, memory: &Memory, slot: u32, address: u64, len: u64) -> Result<(), KvmError> {
+    let unmapped = || KvmError::Missing("host mapping of the guest's memory");
+    let size = usize::try_from(len).map_err(|_| unmapped())?;
+    let slice = memory.get_slice(GuestAddress(address), size).map_err(|_| unmapped())?;
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address,
+        memory_size: len,
+        userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
+    };
+    // SAFETY: the range is a mapping that `memory` owns, and whoever holds `fd` drops it before `memory`. The vCPUs hold
+    // the VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
+    unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
 }
 
 /// Names the ioctl that failed.

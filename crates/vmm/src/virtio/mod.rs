@@ -4,10 +4,12 @@
 //! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
 //! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod ring;
 pub mod rng;

@@ -76,6 +76,7 @@ pub fn spec() -> VmSpec {
         vcpus: 1,
         boot_vcpus: 1,
         memory_mib: 16,
+        hotplug_mib: 0,
         devices: vec![],
         serial: Some(FdIndex(2)),
     }

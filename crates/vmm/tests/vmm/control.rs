@@ -14,16 +14,17 @@ use crate::common::{Start, kernel, kvm, spec};
 /// `ud2` without an interrupt table.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
 /// `jmp .`
-const SPIN: [u8; 2] = [0xeb, 0xfe];
+pub const SPIN: [u8; 2] = [0xeb, 0xfe];
 
 /// A VMM process and the shim's end of its control socket.
-struct Vmm {
+pub struct Vmm {
     socket: OwnedFd,
     process: Child,
 }
 
 impl Vmm {
-    fn start() -> Self {
+    /// Starts the process.
+    pub fn start() -> Self {
         // Held from the moment when the descriptor can be inherited until it is closed here, so that only one child gets it.
         static INHERITING: Mutex<()> = Mutex::new(());
         let (ours, theirs) =
@@ -40,23 +41,25 @@ impl Vmm {
         Self { socket: ours, process }
     }
 
-    fn send(&self, id: u64, command: Command, fds: &[OwnedFd]) {
+    /// Sends a command.
+    pub fn send(&self, id: u64, command: Command, fds: &[OwnedFd]) {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         control::send(&self.socket, &Request { id, command }, &fds).unwrap();
     }
 
     /// Sends Boot for a spec whose serial port goes nowhere.
-    fn boot(&self, id: u64, spec: VmSpec, code: &[u8]) {
+    pub fn boot(&self, id: u64, spec: VmSpec, code: &[u8]) {
         let fds = [kvm(), kernel(Start::Long, code, &[]).into()];
         self.send(id, Command::Boot(VmSpec { serial: None, ..spec }), &fds);
     }
 
-    fn reply(&self) -> Option<Reply> {
+    /// The next message; `None` at the end.
+    pub fn reply(&self) -> Option<Reply> {
         control::receive(&self.socket).unwrap().map(|(reply, _)| reply)
     }
 
     /// Closes the socket and waits; whether the process ended well.
-    fn end(mut self) -> bool {
+    pub fn end(mut self) -> bool {
         drop(self.socket);
         self.process.wait().unwrap().success()
     }

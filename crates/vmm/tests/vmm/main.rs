@@ -3,5 +3,6 @@
 
 mod common;
 mod control;
+mod hotplug;
 mod machine;
 mod tap;

@@ -1,12 +1,22 @@
 //! The end-to-end suites; they run in the test node (`make test-node`), one test at a time.
 
+mod block;
+mod cni;
+mod codes;
+mod contract;
 mod exec;
 mod failure;
 mod lifecycle;
 mod network;
+mod port_forward;
 mod refusal;
+mod resize;
 mod resources;
+mod restart;
+mod soak;
 mod standalone;
+mod stuck;
+mod volumes;
 
 /// A file of the node, trimmed.
 fn read(path: &str) -> anyhow::Result<String> {

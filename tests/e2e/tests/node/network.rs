@@ -1,8 +1,10 @@
 //! The pod's network: CNI's addresses in the guest, and traffic in both directions.
 
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
+use bulkhead_cli::cri::v1;
 use bulkhead_cli::{cri, net};
 use bulkhead_e2e::{NGINX, PATIENCE, TestPod, node_command, on_node};
 
@@ -103,6 +105,50 @@ fn service_address_reaches_a_pod_from_pods_and_node() {
         node_command("ip", &["route", "del", "10.96.0.80"])?;
         ensure!(from_pod? == "service-page", "the pod does not reach the service");
         ensure!(from_node?.trim() == "service-page", "the node does not reach the service");
+        Ok(())
+    });
+}
+
+#[test]
+fn host_port_reaches_the_pod_from_the_node_and_from_pods() {
+    on_node(async |node| {
+        let mapping = |pod: &mut v1::PodSandboxConfig| {
+            pod.port_mappings = vec![v1::PortMapping { container_port: 80, host_port: 8088, ..Default::default() }];
+        };
+        let server = node.pod_with("mapped", "bulkhead", mapping).await?;
+        serve(&server, "mapped-page").await?;
+        for address in ["127.0.0.1", "10.88.0.1"] {
+            ensure!(net::http_get(address.parse()?, 8088, "/", PATIENCE).await?.trim() == "mapped-page", "{address}");
+        }
+        let client = node.pod("client").await?;
+        let shell = client.sleeper("main").await?;
+        ensure!(client.sh(&shell, "wget -qO- http://10.88.0.1:8088/").await? == "mapped-page", "from a pod");
+        Ok(())
+    });
+}
+
+#[test]
+fn cni_interface_counts_what_the_pod_sends_and_receives() {
+    on_node(async |node| {
+        let pod = node.pod("counted").await?;
+        let container = serve(&pod, "page").await?;
+        pod.sh(&container, "head -c 4000000 /dev/zero > /www/data").await?;
+        let netns = pod.netns().await?;
+        let counters = || -> Result<Vec<u64>> {
+            let shown = node_command("nsenter", &[&format!("--net={netns}"), "cat", "/proc/net/dev"])?;
+            let line = shown.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no eth0")?;
+            Ok(line.split_whitespace().map_while(|word| word.parse().ok()).collect())
+        };
+        let before = counters()?;
+        let target = std::net::SocketAddr::new(ipv4(&pod).await?.into(), 80);
+        let mut stream = std::net::TcpStream::connect(target)?;
+        stream.write_all(b"GET /data HTTP/1.0\r\n\r\n")?;
+        let got = stream.read_to_end(&mut Vec::new())?;
+        let after = counters()?;
+        let [rx_bytes, tx_bytes, tx_packets] = [0, 8, 9].map(|column| after[column] - before[column]);
+        ensure!(got > 4_000_000 && tx_bytes > 4_000_000 && rx_bytes > 1000, "{got} bytes read: {before:?} {after:?}");
+        // The host segments for the guest: far fewer frames than an MTU's worth each.
+        ensure!(tx_packets < 4_000_000 / 1500 / 2, "{tx_packets} frames for 4 MB");
         Ok(())
     });
 }

@@ -1,10 +1,11 @@
 //! Accounting and limits.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::{status, v1};
-use bulkhead_e2e::{PATIENCE, TestPod, on_node, sh};
+use bulkhead_e2e::{PATIENCE, TestPod, node_command, on_node, sh};
 
 async fn stats(pod: &TestPod, container: &str) -> Result<v1::ContainerStats> {
     let request = v1::ContainerStatsRequest { container_id: container.to_owned() };
@@ -66,5 +67,54 @@ fn pid_limit_and_cpu_quota_reach_the_guests_cgroup() {
         let shown = pod.sh(&container, "cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/memory.max").await?;
         ensure!(shown == "50000 100000\n67108864", "{shown}");
         pod.stop(&container, Duration::from_secs(20)).await
+    });
+}
+
+/// What a container's numbers are made of: the path of each that is not zero.
+fn fields(value: &serde_json::Value, path: &str, found: &mut BTreeSet<String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            map.iter().for_each(|(key, value)| fields(value, &format!("{path}.{key}"), found))
+        }
+        serde_json::Value::Array(list) => list.iter().for_each(|value| fields(value, path, found)),
+        serde_json::Value::Null => {}
+        other if *other == 0 => {}
+        _ => drop(found.insert(path.to_owned())),
+    }
+}
+
+#[test]
+fn stats_have_every_field_that_runcs_have() {
+    on_node(async |node| {
+        let mut seen = Vec::new();
+        for handler in ["runc", "bulkhead"] {
+            let pod = node.pod_with(&format!("fields-{handler}"), handler, |_| {}).await?;
+            let work =
+                "head -c 4000000 /dev/zero > /tmp/file; cat /tmp/file > /dev/null; echo x > /dev/shm/x; sleep 3600";
+            let mut config = sh("main", work);
+            let linux = config.linux.get_or_insert_default();
+            linux.resources = Some(v1::LinuxContainerResources {
+                cpu_quota: 50_000,
+                cpu_period: 100_000,
+                memory_limit_in_bytes: 64 << 20,
+                ..Default::default()
+            });
+            let container = pod.run(config).await?;
+            pod.sh(&container, "while [ ! -s /dev/shm/x ]; do sleep 0.1; done").await?;
+            let json = node_command("ctr", &["-n", "k8s.io", "tasks", "metrics", "--format", "json", &container])?;
+            let mut found = BTreeSet::new();
+            fields(&serde_json::from_str(&json).context("ctr prints no JSON")?, "", &mut found);
+            seen.push(found);
+        }
+        let [runc, ours] = seen.as_slice() else { anyhow::bail!("two handlers") };
+        println!("runc {runc:?}\nbulkhead {ours:?}");
+        // The files are the host's: nothing of the guest's is written back to a disk, nor is its cache of them dirty. And the
+        // guest's kernel gives transparent huge pages to those who ask for them, the node's to everybody.
+        let forced = [".io.usage", ".memory.file_dirty", ".memory.file_writeback", ".memory.thp_"];
+        let missing: Vec<_> =
+            runc.difference(ours).filter(|path| !forced.iter().any(|prefix| path.starts_with(prefix))).collect();
+        ensure!(missing.is_empty(), "missing: {missing:?}");
+        ensure!(ours.len() > 20, "{ours:?}");
+        Ok(())
     });
 }

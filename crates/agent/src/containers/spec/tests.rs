@@ -57,6 +57,25 @@ fn what_would_be_inherited_or_looked_up_is_filled_in() {
 }
 
 #[test]
+fn shares_become_the_weight_that_runc_makes_of_them() {
+    let weights = [(2, 1), (512, 20), (1024, 39), (262_144, 10_000), (1_u64 << 40, 10_000)];
+    for (shares, weight) in weights {
+        let resources =
+            adapt_resources(format!(r#"{{"cpu": {{"shares": {shares}, "quota": 5}}}}"#).as_bytes()).unwrap();
+        assert_eq!(resources.unified().as_ref().unwrap().get("cpu.weight"), Some(&weight.to_string()), "{shares}");
+        assert_eq!(resources.cpu().as_ref().unwrap().quota(), Some(5));
+    }
+    assert!(adapt_resources(br#"{"cpu": {"shares": 0}}"#).unwrap().unified().is_none());
+}
+
+#[test]
+fn swap_equal_to_memory_means_no_swap() {
+    let resources = adapt_resources(br#"{"memory": {"limit": 4096, "swap": 4096}}"#).unwrap();
+    assert_eq!(resources.unified().as_ref().unwrap().get("memory.swap.max").map(String::as_str), Some("0"));
+    assert!(adapt_resources(br#"{"memory": {"limit": 4096, "swap": 8192}}"#).unwrap().unified().is_none());
+}
+
+#[test]
 fn exec_keeps_its_home() {
     let json = br#"{"cwd": "/", "args": ["id"], "env": ["HOME=/srv"], "user": {"uid": 0, "gid": 0}, "oomScoreAdj": 5}"#;
     let process = adapt_process(json, true, Path::new("/nowhere")).unwrap();

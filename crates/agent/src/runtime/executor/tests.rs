@@ -26,9 +26,13 @@ fn relative_entries_of_the_path_are_not_searched() {
 #[test]
 fn path_of_a_program_is_taken_as_it_is() {
     assert_eq!(find_program(&process("/bin/sh", &[])).unwrap(), Path::new("/bin/sh"));
-    assert!(find_program(&process("/nowhere/sh", &[])).unwrap_err().contains("No such file"));
-    assert!(find_program(&process("/etc/passwd", &[])).unwrap_err().contains("ermission denied"));
-    assert!(find_program(&process("/etc", &[])).unwrap_err().contains("directory"));
+    assert!(
+        find_program(&process("/nowhere/sh", &[]))
+            .unwrap_err()
+            .ends_with("stat /nowhere/sh: no such file or directory")
+    );
+    assert!(find_program(&process("/etc/passwd", &[])).unwrap_err().ends_with(": permission denied"));
+    assert!(find_program(&process("/etc", &[])).unwrap_err().ends_with(": permission denied"));
     assert!(find_program(&process("", &[])).is_err());
 }
 

@@ -1,5 +1,6 @@
 //! Addresses as the protocol writes them, and /proc/net/dev.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
@@ -42,6 +43,29 @@ pub struct Prefix {
     pub address: IpAddr,
     /// Bits of it that are the network's.
     pub length: u8,
+}
+
+impl Prefix {
+    /// The network: the address with the bits behind the prefix cleared.
+    pub fn network(self) -> Self {
+        let address = match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.length)).unwrap_or(0);
+                IpAddr::V4((address.to_bits() & mask).into())
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.length)).unwrap_or(0);
+                IpAddr::V6((address.to_bits() & mask).into())
+            }
+        };
+        Self { address, ..self }
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
 }
 
 impl FromStr for Prefix {
@@ -110,6 +134,19 @@ mod tests {
         assert_eq!("fd00::5/64".parse::<Prefix>().unwrap().address, address("fd00::5").unwrap());
         for bad in ["10.0.0.1", "10.0.0.1/33", "fd00::1/129", "x/8", "10.0.0.1/", "10.0.0.1/-1"] {
             assert!(bad.parse::<Prefix>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn network_has_no_bits_behind_its_prefix() {
+        for (address, network) in [
+            ("10.22.7.5/16", "10.22.0.0/16"),
+            ("10.22.7.5/32", "10.22.7.5/32"),
+            ("10.22.7.5/0", "0.0.0.0/0"),
+            ("fd00::7:5/112", "fd00::7:0/112"),
+            ("fd00::5/0", "::/0"),
+        ] {
+            assert_eq!(address.parse::<Prefix>().unwrap().network().to_string(), network);
         }
     }
 

@@ -16,7 +16,15 @@ use crate::virtio::VirtioDevice;
 /// A slot.
 #[derive(Default)]
 pub struct Slot {
-    transport: Option<MmioTransport>,
+    device: Option<Filled>,
+}
+
+/// What is in a slot.
+struct Filled {
+    transport: MmioTransport,
+    /// The device's interrupt and doorbells, for disconnecting them from KVM.
+    line: EventFd,
+    kicks: Vec<EventFd>,
 }
 
 impl Slot {
@@ -28,7 +36,7 @@ impl Slot {
 
     /// Puts a device into the slot at `address` and connects its interrupt and doorbells.
     pub fn fill(&mut self, vm: &Vm, address: u64, irq: u8, device: Box<dyn VirtioDevice>) -> Result<(), SlotError> {
-        if self.transport.is_some() {
+        if !self.is_empty() {
             return Err(SlotError::Taken);
         }
         let line = event()?;
@@ -39,10 +47,32 @@ impl Slot {
             vm.register_doorbell(&kick, address + QUEUE_NOTIFY, index)?;
             kicks.push(kick);
         }
-        let interrupt = Arc::new(MmioInterrupt::new(line));
-        self.transport = Some(MmioTransport::new(device, vm.memory().clone(), interrupt, kicks));
+        let interrupt = Arc::new(MmioInterrupt::new(copy(&line)?));
+        let theirs = kicks.iter().map(copy).collect::<Result<_, _>>()?;
+        let transport = MmioTransport::new(device, vm.memory().clone(), interrupt, theirs);
+        self.device = Some(Filled { transport, line, kicks });
         Ok(())
     }
+
+    /// Whether a device fits in.
+    pub fn is_empty(&self) -> bool {
+        self.device.is_none()
+    }
+
+    /// Takes the device out, with no regard to the driver: from now on the slot at `address` reads as empty. What is
+    /// returned stops the device when it is dropped, which may take as long as a request that it works on.
+    pub fn clear(&mut self, vm: &Vm, address: u64, irq: u8) -> Result<impl Sized + use<>, SlotError> {
+        let Filled { transport, line, kicks } = self.device.take().ok_or(SlotError::Empty)?;
+        vm.unregister_irq(&line, u32::from(irq))?;
+        for (index, kick) in (0u32..).zip(&kicks) {
+            vm.unregister_doorbell(kick, address + QUEUE_NOTIFY, index)?;
+        }
+        Ok(transport)
+    }
+}
+
+fn copy(event: &EventFd) -> Result<EventFd, SlotError> {
+    event.try_clone().map_err(SlotError::Event)
 }
 
 fn event() -> Result<EventFd, SlotError> {
@@ -51,8 +81,8 @@ fn event() -> Result<EventFd, SlotError> {
 
 impl BusDevice for Slot {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        match (&mut self.transport, offset, <&mut [u8; 4]>::try_from(&mut *data)) {
-            (Some(transport), ..) => transport.read(offset, data),
+        match (&mut self.device, offset, <&mut [u8; 4]>::try_from(&mut *data)) {
+            (Some(filled), ..) => filled.transport.read(offset, data),
             (None, REG_MAGIC, Ok(word)) => *word = MAGIC.to_le_bytes(),
             (None, REG_VERSION, Ok(word)) => *word = VERSION.to_le_bytes(),
             (None, ..) => {}
@@ -60,8 +90,8 @@ impl BusDevice for Slot {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(transport) = &mut self.transport {
-            transport.write(offset, data);
+        if let Some(filled) = &mut self.device {
+            filled.transport.write(offset, data);
         }
     }
 }
@@ -72,10 +102,13 @@ pub enum SlotError {
     /// There is one already.
     #[error("slot is taken")]
     Taken,
+    /// There is none.
+    #[error("slot is empty")]
+    Empty,
     /// eventfd(2).
     #[error("cannot create an event descriptor; is the limit of open files too low?")]
     Event(#[source] std::io::Error),
     /// irqfd or ioeventfd.
-    #[error("cannot connect the device's interrupt and doorbells")]
+    #[error("cannot connect or disconnect the device's interrupt and doorbells")]
     Kvm(#[from] KvmError),
 }

@@ -1,0 +1,80 @@
+//! Disks that come while the guest runs: the VMM fills a slot, and the driver is told to look at it (DESIGN D3).
+//!
+//! The kernel names the slots of its command line `virtio-mmio.<n>` in their order (drivers/virtio/virtio_mmio.c). Binding
+//! returns when the driver has looked, and by then the disk and its node in /dev exist: nothing has to be waited for.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::agent::BlockDevice;
+
+const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+const DEVICES: &str = "/sys/bus/platform/devices";
+
+/// Makes the driver take the device in a slot; answers with its disk.
+pub fn bind(slot: u32) -> Result<BlockDevice, DeviceError> {
+    let name = format!("virtio-mmio.{slot}");
+    std::fs::write(Path::new(DRIVER).join("bind"), &name).map_err(|source| DeviceError::Bind { slot, source })?;
+    match find_disk(&Path::new(DEVICES).join(name)) {
+        Some(disk) => Ok(disk),
+        None => {
+            // Whatever it is, it is of no use.
+            let _ = unbind(slot);
+            Err(DeviceError::NoDisk { slot })
+        }
+    }
+}
+
+/// Makes the driver let go of a slot. One that has no driver is as good.
+pub fn unbind(slot: u32) -> Result<(), DeviceError> {
+    match std::fs::write(Path::new(DRIVER).join("unbind"), format!("virtio-mmio.{slot}")) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        other => other.map_err(|source| DeviceError::Unbind { slot, source }),
+    }
+}
+
+/// The disk below a platform device: `virtio<n>/block/<name>/dev`.
+fn find_disk(device: &Path) -> Option<BlockDevice> {
+    let virtio = child(device, |name| name.starts_with("virtio") && !name.contains('-'))?;
+    let disk = child(&virtio.join("block"), |_| true)?;
+    let numbers = std::fs::read_to_string(disk.join("dev")).ok()?;
+    let (major, minor) = numbers.trim().split_once(':')?;
+    let name = disk.file_name()?.to_str()?.to_owned();
+    Some(BlockDevice { name, major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() })
+}
+
+fn child(dir: &Path, fits: impl Fn(&str) -> bool) -> Option<PathBuf> {
+    let mut entries = std::fs::read_dir(dir).ok()?.filter_map(Result::ok);
+    entries.find(|entry| entry.file_name().to_str().is_some_and(&fits)).map(|entry| entry.path())
+}
+
+/// A slot's device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver does not want it.
+    #[error("the guest's driver does not take the device in slot {slot}; is the slot filled?")]
+    Bind { slot: u32, source: io::Error },
+    /// The driver does not give it back.
+    #[error("the guest's driver does not let go of slot {slot}")]
+    Unbind { slot: u32, source: io::Error },
+    /// Something else.
+    #[error("the device in slot {slot} is no disk")]
+    NoDisk { slot: u32 },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_is_found_below_its_platform_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("virtio-mmio.7");
+        assert_eq!(find_disk(&device), None);
+        std::fs::create_dir_all(device.join("virtio6/block/vdb")).unwrap();
+        std::fs::create_dir_all(device.join("power")).unwrap();
+        std::fs::write(device.join("virtio6/block/vdb/dev"), "254:16\n").unwrap();
+        let disk = find_disk(&device).unwrap();
+        assert_eq!((disk.name.as_str(), disk.major, disk.minor), ("vdb", 254, 16));
+    }
+}

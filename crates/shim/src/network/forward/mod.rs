@@ -1,0 +1,174 @@
+//! Port-forward: what is dialled at localhost in the pod's network namespace on the host goes to localhost in the guest.
+//!
+//! The CRI (containerd: internal/cri/server/sandbox_portforward_linux.go) joins the pod's namespace and dials
+//! localhost:PORT there, over IPv4 and then over IPv6. With the pod's servers in the guest nobody would answer, so a
+//! program of the kernel's socket lookup ([`steer`]) gives every such connection, whatever its port, to one listener of
+//! ours. The port is not known before it is dialled, and needs no rule, no module and no address: the accepted socket's
+//! own address says what was dialled.
+//!
+//! We have accepted before the guest is asked; if it refuses, the connection is reset, which the dialler reads at once.
+
+mod steer;
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_protocol::forward::{CONNECTED, Target};
+use rustix::net::sockopt::set_socket_linger;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+
+use crate::sandbox::agent::Agent;
+
+/// Most connections at a time; one more is reset. `kubectl port-forward` opens one for each connection to its local port, so
+/// a browser takes a dozen. They are a part of the guest's vsock connections, of which most stay for streams of processes.
+const MAX_CONNECTIONS: usize = 128;
+
+/// Bytes copied at once, in each direction: 4 MiB for all connections together.
+const CHUNK: usize = 16 << 10;
+
+/// How long the guest may take to say whether somebody listens; it gives up after 10 s itself. See `CONNECT_DEADLINE` of
+/// the VM for emulated nodes.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Listeners in the pod's namespace to which its localhost leads. The namespace is as before when they are dropped.
+#[derive(Debug)]
+pub struct Localhost {
+    listeners: Vec<TcpListener>,
+    _steering: OwnedFd,
+}
+
+impl Localhost {
+    /// Listens in the calling thread's network namespace.
+    pub fn open() -> Result<Self, ForwardError> {
+        let ipv4 = listen((Ipv4Addr::LOCALHOST, 0).into()).map_err(ForwardError::Listen)?;
+        // A namespace without IPv6 has nothing to be dialled there.
+        let ipv6 = listen((Ipv6Addr::LOCALHOST, 0).into()).ok();
+        let steering = steer::attach(ipv4.as_fd(), ipv6.as_ref().map(AsFd::as_fd)).map_err(ForwardError::Steer)?;
+        Ok(Self { listeners: [Some(ipv4), ipv6].into_iter().flatten().collect(), _steering: steering })
+    }
+
+    #[cfg(test)]
+    pub fn listeners(&self) -> &[TcpListener] {
+        &self.listeners
+    }
+
+    /// Carries connections to the guest until the VM ends.
+    pub async fn serve(self, agent: Agent) {
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let listeners =
+            self.listeners.into_iter().filter_map(|listener| tokio::net::TcpListener::from_std(listener).ok());
+        let accepting = listeners.map(|listener| accept(listener, &agent, &room));
+        tokio::select! {
+            _ = futures::future::join_all(accepting) => {}
+            () = agent.vm_ended() => {}
+        }
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+async fn accept(listener: tokio::net::TcpListener, agent: &Agent, room: &Arc<Semaphore>) {
+    loop {
+        let dialled = match listener.accept().await {
+            Ok((dialled, _)) => dialled,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            // The node is out of descriptors or memory, and asking again at once would take all of a processor.
+            Err(error) => return tracing::error!(%error, "no more port-forward for this pod"),
+        };
+        match Arc::clone(room).try_acquire_owned() {
+            Ok(permit) => {
+                let agent = agent.clone();
+                tokio::spawn(async move {
+                    forward(dialled, &agent).await;
+                    drop(permit);
+                });
+            }
+            Err(_) => {
+                tracing::warn!("{MAX_CONNECTIONS} connections are forwarded already; one more is reset");
+                reset(dialled);
+            }
+        }
+    }
+}
+
+async fn forward(mut dialled: TcpStream, agent: &Agent) {
+    let mut guest = match connect(&dialled, agent).await {
+        Ok(guest) => guest,
+        Err(error) => {
+            tracing::debug!("{}", crate::pod::error::chain(&error));
+            return reset(dialled);
+        }
+    };
+    if let Err(error) = copy_bidirectional_with_sizes(&mut dialled, &mut guest, CHUNK, CHUNK).await {
+        tracing::debug!(%error, "forwarded connection ended early");
+        reset(dialled);
+    }
+}
+
+/// Connects to the port in the guest that was dialled: the accepted socket's own.
+async fn connect(dialled: &TcpStream, agent: &Agent) -> Result<tokio::net::UnixStream, ForwardError> {
+    let address = dialled.local_addr().map_err(ForwardError::Dialled)?;
+    dialled.set_nodelay(true).map_err(ForwardError::Dialled)?;
+    let target = Target { ipv6: address.is_ipv6(), port: address.port() };
+    let mut guest = agent.forward().await.map_err(|source| ForwardError::Agent { port: target.port, source })?;
+    let handshake = async {
+        guest.write_all(&target.encode()).await?;
+        guest.read_u8().await
+    };
+    match tokio::time::timeout(ANSWER, handshake).await {
+        Ok(Ok(CONNECTED)) => Ok(guest),
+        Ok(Ok(_)) => Err(ForwardError::Refused(target.port)),
+        Ok(Err(source)) => Err(ForwardError::Handshake { port: target.port, source }),
+        Err(_) => Err(ForwardError::Handshake { port: target.port, source: io::ErrorKind::TimedOut.into() }),
+    }
+}
+
+/// Ends a connection with RST rather than FIN: the dialler reads an error, not an empty answer.
+fn reset(dialled: TcpStream) {
+    let _ = set_socket_linger(&dialled, Some(Duration::ZERO));
+    drop(dialled);
+}
+
+/// A connection to localhost cannot be carried to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The namespace's loopback interface.
+    #[error("cannot listen on the pod's localhost; did CNI bring the loopback interface up?")]
+    Listen(#[source] io::Error),
+    /// bpf(2).
+    #[error("cannot steer connections to the pod's localhost; the kernel must be 5.9 or newer, with BPF")]
+    Steer(#[source] io::Error),
+    /// The accepted socket.
+    #[error("the connection to be forwarded is gone")]
+    Dialled(#[source] io::Error),
+    /// No connection to the guest.
+    #[error("no connection to the guest for port {port}")]
+    Agent {
+        /// The port that was dialled.
+        port: u16,
+        /// Why.
+        #[source]
+        source: crate::sandbox::agent::AgentError,
+    },
+    /// The agent says no.
+    #[error("nothing in the guest listens on port {0}")]
+    Refused(u16),
+    /// The agent says nothing.
+    #[error("the guest broke the handshake of a connection to port {port}")]
+    Handshake {
+        /// The port that was dialled.
+        port: u16,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}

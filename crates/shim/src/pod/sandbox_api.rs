@@ -1,0 +1,191 @@
+//! The pod as containerd's Sandbox API sees it: the VM is made and ended by calls of its own, and no pause task stands for
+//! it (containerd: docs/sandbox-api.md). Containers come by the Task API as always.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bulkhead_protocol::cri::PodSandboxConfig;
+use containerd_shim_protos::types::task::Status;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+
+use super::Pod;
+use super::error::TaskError;
+use super::files::PodFiles;
+use super::process::{Exit, Process};
+use crate::io::Stdio;
+use crate::sandbox::agent::ProcessKey;
+use crate::sandbox::{Sandbox, blocking};
+use crate::spec::{self, SandboxSpec};
+use crate::stats;
+
+/// What containerd asks to create.
+#[derive(Clone, Debug, Default)]
+pub struct CreateSandbox {
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The pod as the CRI describes it.
+    pub config: PodSandboxConfig,
+    /// The network namespace that CNI has made; empty for none.
+    pub netns: String,
+}
+
+/// A sandbox that was created by the Sandbox API.
+#[derive(Debug)]
+pub struct ApiSandbox {
+    spec: SandboxSpec,
+    config: PodSandboxConfig,
+    files: Option<PodFiles>,
+    /// Stands for the VM: its pid, its state and its end.
+    process: Arc<Process>,
+}
+
+/// What a sandbox tells of itself.
+#[derive(Clone, Debug)]
+pub struct SandboxState {
+    /// Its pid, which lives in the pod's network namespace.
+    pub pid: u32,
+    /// Whether containers can be created in it.
+    pub ready: bool,
+    /// When it was started.
+    pub created_at: Option<Timestamp>,
+    /// When it ended.
+    pub exited_at: Option<Timestamp>,
+    /// For people.
+    pub info: serde_json::Value,
+}
+
+impl Pod {
+    /// Fails unless the id is this pod's.
+    pub fn expect_id(&self, id: &str) -> Result<(), TaskError> {
+        if id == self.identity.sandbox_id { Ok(()) } else { Err(TaskError::NotFound(format!("sandbox {id}"))) }
+    }
+
+    fn api_sandbox(&self) -> Result<Arc<ApiSandbox>, TaskError> {
+        let found = self.api_slot().clone();
+        found.ok_or_else(|| TaskError::NotFound(format!("sandbox {}", self.identity.sandbox_id)))
+    }
+
+    /// Checks what is asked for and makes the pod's files; the VM comes with [`Pod::start_sandbox`].
+    pub async fn create_sandbox(self: Arc<Self>, request: CreateSandbox) -> Result<(), TaskError> {
+        let id = &self.identity.sandbox_id;
+        let spec = spec::pod_sandbox(&request.config, id, &request.netns)?;
+        let key = ProcessKey { container: id.clone(), exec: String::new() };
+        let process = Arc::new(Process::new(key, Stdio::default()));
+        let files = PodFiles::locate(&request.bundle, id);
+        let _gate = self.gate.lock().await;
+        if self.api_slot().is_some() || self.sandbox_slot().is_some() {
+            return Err(TaskError::Exists(format!("sandbox {id}")));
+        }
+        if let (Some(files), config) = (files.clone(), request.config.clone()) {
+            let made: Result<(), TaskError> = blocking(move || files.create(&config).map_err(TaskError::Files)).await;
+            made?;
+        }
+        *self.api_slot() = Some(Arc::new(ApiSandbox { spec, config: request.config, files, process }));
+        Ok(())
+    }
+
+    /// Boots the VM.
+    pub async fn start_sandbox(self: Arc<Self>) -> Result<SandboxState, TaskError> {
+        let api = self.api_sandbox()?;
+        let order = api.process.order.lock().await;
+        api.process.expect("start", &[Status::CREATED])?;
+        let sandbox = self.boot(api.spec.clone(), None).await?;
+        if let Err(error) = api.process.assign_pid(api.spec.netns.as_deref()) {
+            self.teardown().await;
+            return Err(error);
+        }
+        api.process.set_status(Status::RUNNING);
+        drop(order);
+        tokio::spawn(follow(api.process.clone(), sandbox));
+        self.sandbox_state()
+    }
+
+    /// Ends the VM, orderly or in bounded time. What belongs to it on the host stays until [`Pod::shutdown_sandbox`].
+    pub async fn stop_sandbox(self: Arc<Self>) -> Result<(), TaskError> {
+        let api = self.api_sandbox()?;
+        let sandbox = self.sandbox_slot().clone();
+        match sandbox {
+            Some(sandbox) => {
+                sandbox.stop().await;
+                api.process.wait().await;
+            }
+            None => drop(api.process.ended(Exit::now(Exit::KILLED))),
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of the VM.
+    pub async fn wait_sandbox(&self) -> Result<Exit, TaskError> {
+        let api = self.api_sandbox()?;
+        Ok(api.process.wait().await)
+    }
+
+    /// The state, without asking the guest.
+    pub fn sandbox_state(&self) -> Result<SandboxState, TaskError> {
+        let api = self.api_sandbox()?;
+        api.restore_files();
+        let sandbox = self.sandbox_slot().clone();
+        Ok(SandboxState {
+            pid: api.process.pid(),
+            ready: api.process.status() == Status::RUNNING,
+            created_at: sandbox.as_ref().map(|sandbox| sandbox.booted_at.clone()),
+            exited_at: api.process.exit().map(|exit| exit.at),
+            info: serde_json::json!({
+                "runtime": "io.containerd.bulkhead.v2",
+                "hostname": api.spec.hostname,
+                "netns": api.spec.netns,
+                "vmmPid": sandbox.map(|sandbox| sandbox.vm.pid()),
+                "runDirectory": self.identity.run_dir.path(),
+            }),
+        })
+    }
+
+    /// Fails unless the VM runs. The guest is not asked: it might not answer.
+    pub fn ping_sandbox(&self) -> Result<(), TaskError> {
+        self.api_sandbox()?;
+        self.sandbox().map(drop)
+    }
+
+    /// What the pod uses of the node, its VM included.
+    pub fn sandbox_metrics(&self) -> Result<Any, TaskError> {
+        self.api_sandbox()?;
+        stats::of_host_cgroup(&self.identity.run_dir.cgroup())
+    }
+
+    /// Ends the VM, removes everything of the pod and lets the daemon end. containerd asks for it after a failed
+    /// `CreateSandbox` too, when there is nothing to remove.
+    pub async fn shutdown_sandbox(self: Arc<Self>) {
+        let _gate = self.gate.lock().await;
+        self.teardown().await;
+        let api = self.api_slot().take();
+        if let Some(api) = api {
+            api.process.ended(Exit::now(Exit::KILLED));
+            if let Some(files) = api.files.clone() {
+                let _: Result<(), TaskError> = blocking(move || {
+                    files.remove();
+                    Ok(())
+                })
+                .await;
+            }
+        }
+        self.finished.send_replace(true);
+    }
+}
+
+impl ApiSandbox {
+    /// A containerd that starts again takes the pod's files for a leak and removes them (2.1: internal/cri/server/restart.go
+    /// cleanupOrphanedIDDirs knows sandboxes with a pause container only). It asks for the state before it makes the next
+    /// container, as the kubelet does.
+    fn restore_files(&self) {
+        let missing = self.files.as_ref().filter(|files| self.process.exit().is_none() && !files.exist());
+        if let Some(Err(error)) = missing.map(|files| files.create(&self.config)) {
+            tracing::warn!("{}", super::error::chain(&error));
+        }
+    }
+}
+
+async fn follow(process: Arc<Process>, sandbox: Arc<Sandbox>) {
+    sandbox.vm.ended().await;
+    process.ended(Exit::now(Exit::KILLED));
+}

@@ -1,0 +1,150 @@
+//! Keeps the VM as large as its containers need (DESIGN D4): it grows before a container may use more, and shrinks after
+//! it may not any more. [`crate::sizing`] says how large that is.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::agent::{Agent, AgentError};
+use super::vm::{Vm, VmError};
+use crate::sizing::{Limits, Plan, SizeError, Target};
+
+/// The size of a VM and what it follows from.
+#[derive(Debug)]
+pub struct Resizer {
+    plan: Plan,
+    /// Containers whose init has not ended, by id.
+    containers: Mutex<HashMap<String, Limits>>,
+    /// Held while the size changes; never together with `containers` across an await.
+    size: tokio::sync::Mutex<Size>,
+}
+
+#[derive(Debug)]
+struct Size {
+    /// What was asked for.
+    asked: Target,
+    /// MiB that the guest has plugged for sure.
+    plugged_mib: u64,
+}
+
+impl Resizer {
+    /// The size of a VM that has just booted.
+    pub fn new(plan: Plan) -> Self {
+        // The driver plugs what the annotations let expect by itself; whether it has is seen when it is needed.
+        let size = tokio::sync::Mutex::new(Size { asked: plan.initial.clone(), plugged_mib: 0 });
+        Self { plan, containers: Mutex::default(), size }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Limits>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a container may use; nothing if it has ended or never was.
+    pub fn limits(&self, id: &str) -> Limits {
+        self.containers().get(id).cloned().unwrap_or_default()
+    }
+
+    /// All CPUs of the host that containers are bound to, as cpuset(7) lists them; empty if one is bound to none.
+    pub fn host_cpus(&self) -> String {
+        let containers = self.containers();
+        let sets: Option<Vec<&str>> = containers.values().map(|limits| limits.host_cpus.as_deref()).collect();
+        sets.unwrap_or_default().join(",")
+    }
+
+    /// Whether a container may use huge pages of a size.
+    pub fn has_huge_pages(&self, page_kib: u64) -> bool {
+        self.containers().values().any(|limits| limits.huge_pages.get(&page_kib).is_some_and(|bytes| *bytes > 0))
+    }
+
+    /// Notes what a container may use from now on, without doing anything about it.
+    pub fn note(&self, id: &str, limits: Limits) {
+        self.containers().insert(id.to_owned(), limits);
+    }
+
+    /// Forgets a container.
+    pub fn forget(&self, id: &str) {
+        self.containers().remove(id);
+    }
+
+    fn target(&self) -> Result<Target, SizeError> {
+        self.plan.target(self.containers().values())
+    }
+
+    /// Makes the VM at least as large as the containers need; returns when it is.
+    pub async fn grow(&self, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
+        let mut size = self.size.lock().await;
+        let wanted = size.asked.larger(&self.target()?);
+        if wanted.plugged_mib > size.plugged_mib {
+            if let Err(error) = vm.grow_memory(wanted.plugged_mib).await {
+                // What cannot be had is not asked for any longer.
+                let _ = vm.shrink_memory(size.asked.plugged_mib).await;
+                return Err(error.into());
+            }
+            size.plugged_mib = wanted.plugged_mib;
+            size.asked.plugged_mib = wanted.plugged_mib;
+        }
+        if wanted != size.asked {
+            agent.resize_guest(&wanted).await?;
+            size.asked = wanted;
+        }
+        Ok(())
+    }
+
+    /// Makes the VM as small as the containers allow. Memory is given back as soon as the guest can; nobody waits for it.
+    pub async fn shrink(&self, vm: &Vm, agent: &Agent) {
+        let mut size = self.size.lock().await;
+        // It has been possible before, and fewer containers need no more.
+        let Ok(mut wanted) = self.target() else { return };
+        for kib in size.asked.huge_pages.keys() {
+            wanted.huge_pages.entry(*kib).or_default();
+        }
+        if wanted == size.asked || vm.has_ended() {
+            return;
+        }
+        if (wanted.cpus, &wanted.huge_pages) != (size.asked.cpus, &size.asked.huge_pages)
+            && let Err(error) = agent.resize_guest(&wanted).await
+        {
+            tracing::warn!(%error, "the guest does not shrink");
+            return;
+        }
+        if wanted.plugged_mib < size.asked.plugged_mib && vm.shrink_memory(wanted.plugged_mib).await.is_ok() {
+            size.plugged_mib = size.plugged_mib.min(wanted.plugged_mib);
+        }
+        size.asked = wanted;
+    }
+}
+
+/// The VM cannot be as large as it should.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It may not.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// The VMM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The guest.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::annotations::Request;
+    use crate::config::{Config, Node, RawConfig};
+
+    #[test]
+    fn cpusets_count_when_every_container_has_one() {
+        let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();
+        let resizer = Resizer::new(Plan::new(&config, &Request::default()).unwrap());
+        let bound = |cpus: &str| Limits { host_cpus: Some(cpus.to_owned()), ..Limits::default() };
+        assert_eq!(resizer.host_cpus(), "");
+        resizer.note("a", bound("2-3"));
+        assert_eq!(resizer.host_cpus(), "2-3");
+        resizer.note("b", Limits::default());
+        assert_eq!(resizer.host_cpus(), "");
+        resizer.forget("b");
+        resizer.note("a", bound("1"));
+        assert_eq!(resizer.host_cpus(), "1");
+    }
+}

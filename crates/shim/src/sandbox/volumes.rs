@@ -1,0 +1,267 @@
+//! Volumes that the kubelet updates: the guest keeps copies, and each new version is told to it (agent.proto,
+//! `CopiedVolume`). The kubelet switches versions by renaming `..data`, which inotify(7) reports.
+//!
+//! A pod needs one inotify instance, made with its first such volume.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bulkhead_protocol::agent::CopiedVolume;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::net::unix::pipe;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use super::agent::{Agent, AgentError};
+use crate::spec::Volume;
+
+/// The link to a volume's current version.
+const DATA: &str = "..data";
+
+/// The followed volumes of a pod.
+#[derive(Debug, Default)]
+pub struct FollowedVolumes {
+    follower: Mutex<Option<Follower>>,
+}
+
+/// Carries versions to the guest until it is dropped or the guest is gone.
+#[derive(Debug)]
+struct Follower {
+    watch: Arc<Watch>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl FollowedVolumes {
+    /// Begins to follow those of a container that are to be copied, and answers which version each has. Nothing is told
+    /// to the guest before [`Self::activate`].
+    pub fn add(&self, agent: &Agent, container: &str, volumes: &[Volume]) -> Vec<CopiedVolume> {
+        let copied = volumes.iter().zip(0..).filter(|(volume, _)| volume.copied);
+        let followed = copied.map(|(volume, index)| {
+            let version = self.watch(agent).and_then(|watch| watch.add(container, index, &volume.source));
+            let version = version.unwrap_or_else(|error| {
+                let dir = volume.source.display();
+                tracing::warn!(%error, %dir, "updates of a volume raise no events in the guest; fs.inotify.max_user_instances may be too low");
+                String::new()
+            });
+            CopiedVolume { index, version, ..CopiedVolume::default() }
+        });
+        followed.collect()
+    }
+
+    fn watch(&self, agent: &Agent) -> io::Result<Arc<Watch>> {
+        let mut follower = self.lock();
+        if let Some(follower) = &*follower {
+            return Ok(follower.watch.clone());
+        }
+        let watch = Arc::new(Watch::new()?);
+        let task = tokio::spawn(follow(watch.clone(), agent.clone()));
+        *follower = Some(Follower { watch: watch.clone(), task });
+        Ok(watch)
+    }
+
+    /// The container exists in the guest, which is told of updates from now on, and of those since [`Self::add`].
+    pub fn activate(&self, container: &str) {
+        if let Some(follower) = &*self.lock() {
+            follower.watch.activate(container);
+        }
+    }
+
+    /// Follows a container's volumes no longer.
+    pub fn remove(&self, container: &str) {
+        if let Some(follower) = &*self.lock() {
+            follower.watch.remove(container);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Follower>> {
+        self.follower.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the guest of each version. What the guest refuses is not tried again: the next version may be better.
+async fn follow(watch: Arc<Watch>, agent: Agent) {
+    while watch.changed().await.is_ok() {
+        for (container, volume) in watch.updates() {
+            match agent.update_volume(&container, volume).await {
+                Ok(()) => {}
+                Err(error @ AgentError::Refused { .. }) => {
+                    tracing::warn!(%error, "the guest does not take a volume's update")
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "no more updates of volumes");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// An inotify instance and what it watches.
+#[derive(Debug)]
+struct Watch {
+    /// Not a pipe, but what it takes to read a descriptor once it is readable.
+    inotify: pipe::Receiver,
+    activated: Notify,
+    entries: Mutex<Vec<Entry>>,
+}
+
+/// One volume of one container.
+#[derive(Debug)]
+struct Entry {
+    container: String,
+    index: u32,
+    dir: PathBuf,
+    /// inotify's name for the directory; the same for every entry of it.
+    descriptor: i32,
+    /// What the guest knows.
+    version: String,
+    active: bool,
+}
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        Ok(Self {
+            inotify: pipe::Receiver::from_owned_fd_unchecked(inotify)?,
+            activated: Notify::new(),
+            entries: Mutex::default(),
+        })
+    }
+
+    fn add(&self, container: &str, index: u32, dir: &Path) -> io::Result<String> {
+        let flags = WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
+        let descriptor = inotify::add_watch(&self.inotify, dir, flags)?;
+        // Read after the watch is set, so that no version is missed.
+        let version = version(dir).unwrap_or_default();
+        self.entries().push(Entry {
+            container: container.to_owned(),
+            index,
+            dir: dir.to_path_buf(),
+            descriptor,
+            version: version.clone(),
+            active: false,
+        });
+        Ok(version)
+    }
+
+    fn activate(&self, container: &str) {
+        self.entries().iter_mut().filter(|entry| entry.container == container).for_each(|entry| entry.active = true);
+        self.activated.notify_one();
+    }
+
+    fn remove(&self, container: &str) {
+        let mut entries = self.entries();
+        let (gone, kept): (Vec<_>, Vec<_>) = entries.drain(..).partition(|entry| entry.container == container);
+        for entry in gone.iter().filter(|gone| kept.iter().all(|kept| kept.descriptor != gone.descriptor)) {
+            // The kernel has removed it already if the directory is gone.
+            let _ = inotify::remove_watch(&self.inotify, entry.descriptor);
+        }
+        *entries = kept;
+    }
+
+    /// Returns when a version may have changed.
+    async fn changed(&self) -> io::Result<()> {
+        tokio::select! {
+            () = self.activated.notified() => Ok(()),
+            ready = self.inotify.readable() => {
+                ready?;
+                // Which directory it was does not matter: all are looked at.
+                match self.inotify.try_read(&mut [0; 4096]) {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// What the guest does not know yet, and does from now on.
+    fn updates(&self) -> Vec<(String, CopiedVolume)> {
+        let mut updates = Vec::new();
+        for entry in self.entries().iter_mut().filter(|entry| entry.active) {
+            if let Some(version) = version(&entry.dir).filter(|version| *version != entry.version) {
+                entry.version.clone_from(&version);
+                let volume = CopiedVolume { index: entry.index, version, ..CopiedVolume::default() };
+                updates.push((entry.container.clone(), volume));
+            }
+        }
+        updates
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What `..data` names; `None` if the volume is not laid out like that.
+fn version(dir: &Path) -> Option<String> {
+    let target = std::fs::read_link(dir.join(DATA)).ok()?;
+    let name = target.to_str()?;
+    (target.components().count() == 1 && target.file_name()? == target).then(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn switch(dir: &Path, version: &str) {
+        std::fs::create_dir(dir.join(version)).unwrap();
+        symlink(version, dir.join("..data_tmp")).unwrap();
+        std::fs::rename(dir.join("..data_tmp"), dir.join(DATA)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn each_container_is_told_of_a_version_once() {
+        let dir = tempfile::tempdir().unwrap();
+        switch(dir.path(), "..1");
+        let watch = Watch::new().unwrap();
+        assert_eq!(watch.add("a", 0, dir.path()).unwrap(), "..1");
+        assert_eq!(watch.add("b", 3, dir.path()).unwrap(), "..1");
+        watch.activate("a");
+        watch.activate("b");
+        watch.changed().await.unwrap();
+        assert!(watch.updates().is_empty());
+        switch(dir.path(), "..2");
+        watch.changed().await.unwrap();
+        let told: Vec<_> = watch.updates().into_iter().map(|(id, volume)| (id, volume.index, volume.version)).collect();
+        assert_eq!(told, [("a".into(), 0, "..2".into()), ("b".into(), 3, "..2".into())]);
+        assert!(watch.updates().is_empty());
+        // One of two users of the directory leaves; the other is still told.
+        watch.remove("a");
+        switch(dir.path(), "..3");
+        watch.changed().await.unwrap();
+        assert_eq!(watch.updates().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_update_before_the_container_exists_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        switch(dir.path(), "..1");
+        let watch = Watch::new().unwrap();
+        watch.add("a", 0, dir.path()).unwrap();
+        switch(dir.path(), "..2");
+        watch.changed().await.unwrap();
+        assert!(watch.updates().is_empty());
+        watch.activate("a");
+        watch.changed().await.unwrap();
+        assert_eq!(watch.updates().len(), 1);
+    }
+
+    #[test]
+    fn a_volume_of_another_layout_has_no_version() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(version(dir.path()), None);
+        symlink("../elsewhere", dir.path().join(DATA)).unwrap();
+        assert_eq!(version(dir.path()), None);
+        std::fs::remove_file(dir.path().join(DATA)).unwrap();
+        symlink("..", dir.path().join(DATA)).unwrap();
+        assert_eq!(version(dir.path()), None);
+    }
+}

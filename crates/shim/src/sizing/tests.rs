@@ -1,0 +1,97 @@
+//! Sizes of pods, on a node of 8 CPUs and 16 GiB.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::config::Node;
+
+const NODE: Node = Node { cpus: 8, memory_mib: 16 << 10 };
+
+fn plan(config: &str, request: Request) -> Result<Plan, SizeError> {
+    Plan::new(&Config::validate(toml::from_str(config).unwrap(), NODE).unwrap(), &request)
+}
+
+fn limits(value: Value) -> Limits {
+    Limits::of(&serde_json::from_value(value).unwrap())
+}
+
+fn memory(mib: u64) -> Limits {
+    Limits { memory: Some(mib << 20), ..Limits::default() }
+}
+
+#[test]
+fn pod_boots_small_and_may_grow_to_what_the_node_has() {
+    let plan = plan("", Request::default()).unwrap();
+    assert_eq!((plan.vcpus, plan.boot_mib, plan.hotplug_mib), (8, 256, 16 * 1024 - 256));
+    assert_eq!(plan.initial, Target { cpus: 1, ..Target::default() });
+}
+
+#[test]
+fn annotations_tell_the_size_before_there_are_containers() {
+    let request = Request { cpus: Some(3), memory: Some(512 << 20), ..Request::default() };
+    let plan = plan("max_vcpus = 4\nmax_memory_mib = 1000", request).unwrap();
+    assert_eq!((plan.vcpus, plan.hotplug_mib), (4, 640));
+    assert_eq!((plan.initial.cpus, plan.initial.plugged_mib), (3, 512));
+}
+
+#[test]
+fn own_annotations_fix_the_size() {
+    let request = Request { own_vcpus: Some(2), own_memory_mib: Some(512), ..Request::default() };
+    let fixed = plan("", request).unwrap();
+    assert_eq!((fixed.vcpus, fixed.boot_mib, fixed.hotplug_mib), (2, 512, 0));
+    let large = limits(json!({"memory": {"limit": 1i64 << 40}, "cpu": {"quota": 500_000, "period": 100_000}}));
+    assert_eq!(fixed.target([&large]).unwrap(), Target { cpus: 2, ..Target::default() });
+    assert!(plan("", Request { own_vcpus: Some(9), ..Request::default() }).is_err());
+    assert!(plan("", Request { own_memory_mib: Some(1), ..Request::default() }).is_err());
+}
+
+#[test]
+fn containers_add_up() {
+    let plan = plan("default_vcpus = 2", Request::default()).unwrap();
+    let half = limits(json!({"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 100 << 20}}));
+    let none = limits(json!({"cpu": {"quota": -1, "period": 100_000}, "memory": {"limit": -1}}));
+    assert_eq!(plan.target([&half, &none]).unwrap(), Target { cpus: 2, plugged_mib: 100, ..Target::default() });
+    assert_eq!(plan.target([&half, &half, &none]).unwrap().cpus, 3);
+    assert_eq!(plan.target([&half; 20]).unwrap().cpus, 8);
+    assert_eq!(plan.target([&memory(1), &memory(2)]).unwrap().plugged_mib, 3);
+    assert_eq!(plan.target([]).unwrap(), Target { cpus: 2, ..Target::default() });
+}
+
+#[test]
+fn huge_pages_are_memory_of_their_own() {
+    let plan = plan("", Request::default()).unwrap();
+    let huge = limits(json!({
+        "memory": {"limit": 64 << 20},
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 32 << 20}, {"pageSize": "1GB", "limit": 0}]
+    }));
+    let target = plan.target([&huge, &huge]).unwrap();
+    assert_eq!(target.plugged_mib, 192);
+    assert_eq!(target.huge_pages, [(2048, 32), (1 << 20, 0)].into());
+}
+
+#[test]
+fn ceiling_that_the_operator_set_is_an_error_and_the_nodes_own_is_not() {
+    let set = plan("max_memory_mib = 512", Request::default()).unwrap();
+    assert!(set.target([&memory(256)]).is_ok());
+    let error = set.target([&memory(200), &memory(57)]).unwrap_err().to_string();
+    assert!(error.contains("257 MiB") && error.contains("max_memory_mib"), "{error}");
+    let open = plan("", Request::default()).unwrap();
+    assert_eq!(open.target([&memory(64 << 10)]).unwrap().plugged_mib, open.hotplug_mib);
+}
+
+#[test]
+fn update_changes_what_it_names() {
+    let mut limits = limits(json!({"cpu": {"quota": 50_000, "period": 100_000}, "memory": {"limit": 1 << 20}}));
+    let before = limits.clone();
+    limits.update(&serde_json::from_value(json!({"cpu": {"shares": 2}, "memory": {"limit": 0}})).unwrap());
+    assert_eq!(limits, before);
+    limits
+        .update(&serde_json::from_value(json!({"cpu": {"quota": 200_000, "period": 100_000, "cpus": "0-3"}})).unwrap());
+    assert_eq!(
+        (limits.millicpus, limits.memory, limits.host_cpus.as_deref()),
+        (Some(2000), Some(1 << 20), Some("0-3"))
+    );
+    limits.update(&serde_json::from_value(json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})).unwrap());
+    assert_eq!((limits.millicpus, limits.memory), (None, None));
+    assert_eq!(limits.larger(&before), Limits { host_cpus: None, ..before });
+}

@@ -1,0 +1,185 @@
+//! Devices that a container's spec names by numbers of the host. Block devices become disks of the guest; what every guest
+//! has under the same numbers stays; any other device of the host is out of a guest's reach and refused.
+
+use std::fmt;
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
+
+use super::SpecError;
+
+/// Character devices that Linux numbers the same everywhere and that every guest has: null, zero, full, random, urandom;
+/// tty, ptmx; tun; fuse (Documentation/admin-guide/devices.txt).
+const COMMON: [(i64, i64); 9] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (10, 200), (10, 229)];
+
+/// A device's number.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct DeviceNumber {
+    /// The driver's.
+    pub major: u32,
+    /// The device's.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// From the form that stat(2) has it in.
+    pub fn of(raw: u64) -> Self {
+        Self { major: rustix::fs::major(raw), minor: rustix::fs::minor(raw) }
+    }
+}
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// A block device of the host that a container wants.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct HostDisk {
+    /// Its number on the host.
+    pub number: DeviceNumber,
+    /// Whether a rule lets the container write to it.
+    pub writable: bool,
+}
+
+/// A block device of the host that is a disk of the guest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct GuestDisk {
+    /// Its number on the host.
+    pub host: DeviceNumber,
+    /// Its number in the guest.
+    pub guest: DeviceNumber,
+}
+
+/// The block devices that a spec names, each once.
+pub fn disks(spec: &Spec) -> Result<Vec<HostDisk>, SpecError> {
+    let linux = spec.linux().as_ref();
+    let devices = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let mut disks: Vec<HostDisk> = Vec::new();
+    for device in devices {
+        let refused = || SpecError::Device(device.path().clone());
+        match device.typ() {
+            LinuxDeviceType::B => {
+                let number = number(device.major(), device.minor()).ok_or_else(refused)?;
+                if !disks.iter().any(|disk| disk.number == number) {
+                    disks.push(HostDisk { number, writable: is_writable(rules, number) });
+                }
+            }
+            LinuxDeviceType::C | LinuxDeviceType::U if COMMON.contains(&(device.major(), device.minor())) => {}
+            LinuxDeviceType::P => {}
+            _ => return Err(refused()),
+        }
+    }
+    Ok(disks)
+}
+
+fn number(major: i64, minor: i64) -> Option<DeviceNumber> {
+    Some(DeviceNumber { major: u32::try_from(major).ok()?, minor: u32::try_from(minor).ok()? })
+}
+
+/// Whether the last rule about writing to a device allows it.
+fn is_writable(rules: &[LinuxDeviceCgroup], device: DeviceNumber) -> bool {
+    let same = |rule: Option<i64>, number: u32| rule.is_none_or(|rule| rule == -1 || rule == i64::from(number));
+    let about = |rule: &&LinuxDeviceCgroup| {
+        matches!(rule.typ(), None | Some(LinuxDeviceType::A | LinuxDeviceType::B))
+            && same(rule.major(), device.major)
+            && same(rule.minor(), device.minor)
+            && rule.access().as_deref().is_none_or(|access| access.contains('w'))
+    };
+    rules.iter().rev().find(about).is_some_and(LinuxDeviceCgroup::allow)
+}
+
+/// Gives the disks of a spec the numbers that they have in the guest, in the devices and in the rules about them. A rule
+/// about any other block device of the host would be about a disk of the guest that happens to have its number.
+pub fn renumber(spec: &mut Spec, disks: &[GuestDisk]) {
+    let Some(linux) = spec.linux_mut() else { return };
+    let guest = |major: Option<i64>, minor: Option<i64>| {
+        let host = number(major?, minor?)?;
+        disks.iter().find(|disk| disk.host == host).map(|disk| disk.guest)
+    };
+    for device in linux.devices_mut().iter_mut().flatten().filter(|device| device.typ() == LinuxDeviceType::B) {
+        if let Some(number) = guest(Some(device.major()), Some(device.minor())) {
+            set_number(device, number);
+        }
+    }
+    let rules = linux.resources_mut().as_mut().and_then(|resources| resources.devices_mut().as_mut());
+    let Some(rules) = rules else { return };
+    rules.retain_mut(|rule| {
+        let any = rule.major().is_none_or(|major| major == -1);
+        if any || rule.typ() != Some(LinuxDeviceType::B) {
+            return true;
+        }
+        let Some(number) = guest(rule.major(), rule.minor()) else { return false };
+        rule.set_major(Some(number.major.into())).set_minor(Some(number.minor.into()));
+        true
+    });
+}
+
+fn set_number(device: &mut LinuxDevice, number: DeviceNumber) {
+    device.set_major(number.major.into()).set_minor(number.minor.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn spec(devices: Value, rules: Value) -> Spec {
+        let linux = json!({"devices": devices, "resources": {"devices": rules}});
+        serde_json::from_value(json!({"ociVersion": "1.0.2", "linux": linux})).unwrap()
+    }
+
+    fn device(kind: &str, path: &str, major: i64, minor: i64) -> Value {
+        json!({"type": kind, "path": path, "major": major, "minor": minor, "fileMode": 0o660, "uid": 0, "gid": 6})
+    }
+
+    fn rule(allow: bool, kind: &str, major: i64, minor: i64, access: &str) -> Value {
+        json!({"allow": allow, "type": kind, "major": major, "minor": minor, "access": access})
+    }
+
+    #[test]
+    fn disk_is_writable_if_the_last_rule_about_it_says_so() {
+        let devices = json!([device("b", "/dev/xvda", 7, 0), device("b", "/dev/xvdb", 7, 1), device("b", "/a", 7, 0)]);
+        let rules =
+            json!([{"allow": false, "access": "rwm"}, rule(true, "b", 7, 0, "rwm"), rule(true, "b", 7, 1, "rm")]);
+        let disk = |minor, writable| HostDisk { number: DeviceNumber { major: 7, minor }, writable };
+        assert_eq!(disks(&spec(devices, rules)).unwrap(), [disk(0, true), disk(1, false)]);
+    }
+
+    #[test]
+    fn character_devices_are_refused_unless_every_guest_has_them() {
+        let fine = json!([device("c", "/dev/zero", 1, 5), device("c", "/dev/fuse", 10, 229)]);
+        assert_eq!(disks(&spec(fine, json!([]))).unwrap(), []);
+        for other in [device("c", "/dev/kvm", 10, 232), device("c", "/dev/mem", 1, 1), device("b", "/dev/x", -1, 0)] {
+            let path = other["path"].as_str().unwrap().to_owned();
+            let error = disks(&spec(json!([other]), json!([]))).unwrap_err().to_string();
+            assert!(error.contains(&path) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn numbers_become_the_guests_and_rules_about_the_hosts_disks_go() {
+        let devices = json!([device("b", "/dev/xvda", 7, 0), device("c", "/dev/zero", 1, 5)]);
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            rule(true, "b", 7, 0, "rwm"),
+            rule(true, "b", 254, 0, "rwm"),
+            rule(true, "c", 1, 5, "rwm"),
+            rule(true, "b", -1, -1, "m")
+        ]);
+        let mut spec = spec(devices, rules);
+        let (host, guest) = (DeviceNumber { major: 7, minor: 0 }, DeviceNumber { major: 254, minor: 16 });
+        renumber(&mut spec, &[GuestDisk { host, guest }]);
+        let spec = serde_json::to_value(spec).unwrap();
+        let device = &spec["linux"]["devices"][0];
+        assert_eq!(
+            (&device["path"], &device["major"], &device["minor"]),
+            (&json!("/dev/xvda"), &json!(254), &json!(16))
+        );
+        let rules = spec["linux"]["resources"]["devices"].as_array().unwrap();
+        assert_eq!(rules.len(), 4);
+        assert_eq!((&rules[1]["major"], &rules[1]["minor"], &rules[2]["type"]), (&json!(254), &json!(16), &json!("c")));
+    }
+}

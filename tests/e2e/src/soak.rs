@@ -1,0 +1,138 @@
+//! Many containers one after the other and many pods at once: nothing may be left, and what a pod costs on the host may
+//! not grow with what has run in it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_cli::cri::v1;
+use futures::{StreamExt, TryStreamExt};
+
+use crate::{Node, TestPod, sh};
+
+/// Cycles of a pod before its cost is first looked at, 20 of four pods together: thread pools, tables and the allocator's
+/// arenas have their size then.
+pub const WARM_UP: usize = 5;
+
+/// Growth of a shim's memory from [`WARM_UP`] on that is taken for noise, in KiB. The allocator keeps some of what is freed
+/// in each arena; a leak of one connection's 16 KiB buffer in each of a pod's 45 later cycles is 720.
+const MEMORY_NOISE: u64 = 512;
+
+/// Growth of the number of open descriptors that is taken for noise: a connection that is about to be closed has two.
+const DESCRIPTOR_NOISE: usize = 8;
+
+/// The annotation that makes a guest small, and half of the default memory, in MiB: 20 of them fit into the test node.
+const SMALL: (&str, &str) = ("io.bulkhead.memory-mib", "128");
+
+/// Pods that boot at the same time. One emulated processor boots them no faster together, and each has a time limit.
+const BOOTING: usize = 4;
+
+/// What a pod costs on the host.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// Memory of the shim that is its own, in KiB (smaps_rollup of proc(5)): anonymous pages, not those of its program.
+    shim_kib: u64,
+    /// Open descriptors of the shim.
+    shim_descriptors: usize,
+    /// Open descriptors of the VMM. Its memory is the guest's, which grows as the guest touches it.
+    vmm_descriptors: usize,
+}
+
+impl Cost {
+    fn of(pod: &TestPod) -> Result<Self> {
+        let shim = find_process(|command, _| command.contains(&pod.id) && command.ends_with("\0serve\0"))?;
+        let parent = format!("PPid:\t{shim}\n");
+        let vmm = find_process(|command, status| command.contains("bulkhead-vmm") && status.contains(&parent))?;
+        let rollup = fs::read_to_string(format!("/proc/{shim}/smaps_rollup"))?;
+        let anonymous = rollup.lines().find_map(|line| line.strip_prefix("Anonymous:")).context("no Anonymous line")?;
+        Ok(Self {
+            shim_kib: anonymous.trim().trim_end_matches(" kB").parse()?,
+            shim_descriptors: descriptors(shim)?,
+            vmm_descriptors: descriptors(vmm)?,
+        })
+    }
+
+    fn assert_no_more_than(&self, earlier: &Self) -> Result<()> {
+        ensure!(
+            self.shim_kib <= earlier.shim_kib + MEMORY_NOISE
+                && self.shim_descriptors <= earlier.shim_descriptors + DESCRIPTOR_NOISE
+                && self.vmm_descriptors <= earlier.vmm_descriptors + DESCRIPTOR_NOISE,
+            "a pod costs more and more: first {earlier:?}, now {self:?}"
+        );
+        Ok(())
+    }
+}
+
+fn find_process(is_it: impl Fn(&str, &str) -> bool) -> Result<u32> {
+    let pids = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let mut found = pids.filter(|pid| {
+        let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        is_it(&read("cmdline"), &read("status"))
+    });
+    found.next().context("a process of the pod is not there")
+}
+
+fn descriptors(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+}
+
+fn small(pod: &mut v1::PodSandboxConfig) {
+    pod.annotations.insert(SMALL.0.to_owned(), SMALL.1.to_owned());
+}
+
+/// Creates, executes in and deletes `cycles` containers, in `pods` pods by turns; the pods may not cost more at the end
+/// than after [`WARM_UP`] cycles each.
+pub async fn cycles(node: &Node, pods: usize, cycles: usize) -> Result<()> {
+    let mut running = Vec::new();
+    for index in 0..pods {
+        running.push(node.pod_with(&format!("soak-{index}"), "bulkhead", small).await?);
+    }
+    let mut first = BTreeMap::new();
+    let begin = Instant::now();
+    for cycle in 0..cycles {
+        let index = cycle % pods;
+        let pod = &running[index];
+        one_cycle(pod, cycle).await.with_context(|| format!("cycle {cycle}"))?;
+        if cycle / pods + 1 == WARM_UP {
+            first.insert(index, Cost::of(pod)?);
+        }
+        if (cycle + 1) % 20 == 0 {
+            println!("soak: {} of {cycles} cycles, {:.0?}, {:?}", cycle + 1, begin.elapsed(), Cost::of(pod)?);
+        }
+    }
+    for (index, earlier) in first {
+        let last = Cost::of(&running[index])?;
+        println!("soak: pod {index}: after {WARM_UP} cycles of its own {earlier:?}, at the end {last:?}");
+        last.assert_no_more_than(&earlier)?;
+    }
+    Ok(())
+}
+
+async fn one_cycle(pod: &TestPod, cycle: usize) -> Result<()> {
+    let container = pod.run(sh(&format!("cycle-{cycle}"), "exec sleep 3600")).await?;
+    let answer = pod.sh(&container, &format!("echo {cycle}")).await?;
+    ensure!(answer == cycle.to_string(), "the exec says {answer:?}");
+    pod.stop(&container, std::time::Duration::ZERO).await?;
+    pod.remove_container(&container).await
+}
+
+/// Runs that many pods at once, with a container and an exec in each.
+pub async fn at_once(node: &Node, pods: usize) -> Result<()> {
+    let begin = Instant::now();
+    let start = async |index: usize| -> Result<(TestPod, String)> {
+        let pod = node.pod_with(&format!("crowd-{index}"), "bulkhead", small).await?;
+        let container = pod.sleeper("main").await?;
+        println!("soak: pod {index} runs, {:.0?}", begin.elapsed());
+        Ok((pod, container))
+    };
+    let running: Vec<_> = futures::stream::iter((0..pods).map(start)).buffer_unordered(BOOTING).try_collect().await?;
+    ensure!(running.len() == pods, "{} of {pods} pods run", running.len());
+    for (pod, container) in &running {
+        ensure!(pod.sh(container, "echo alive").await? == "alive", "{} does not answer", pod.id);
+    }
+    println!("soak: {pods} pods at once, all answer, {:.0?}", begin.elapsed());
+    let free = fs::read_to_string("/proc/meminfo")?;
+    println!("soak: {}", free.lines().nth(2).unwrap_or_default());
+    Ok(())
+}

@@ -1,0 +1,529 @@
+/*
+ * Makes system calls that busybox has no applet for, for the A/B suite (tests/e2e, compat).
+ *
+ *     probe calls            calls that every kernel has, with what it says to them
+ *     probe options          calls that a kernel may be built without
+ *     probe files DIRECTORY  what the file system of a directory can do
+ *
+ * Prints one line for each: its name and `ok`, the name of an error, or what it found.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/inotify.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <sys/xattr.h>
+#include <time.h>
+#include <unistd.h>
+
+static void say(const char *name, long result)
+{
+    printf("%s: %s\n", name, result < 0 ? strerrorname_np(errno) : "ok");
+    fflush(stdout);
+}
+
+/* Runs a call in a child, whose death by a signal or changed state is then its own. */
+#define TRY(name, expression)                                          \
+    do {                                                               \
+        pid_t child = fork();                                          \
+        if (child == 0) {                                              \
+            errno = 0;                                                 \
+            say(name, (long)(expression));                             \
+            _exit(0);                                                  \
+        }                                                              \
+        int status = 0;                                                \
+        waitpid(child, &status, 0);                                    \
+        if (WIFSIGNALED(status))                                       \
+            printf("%s: signal %d\n", name, WTERMSIG(status));         \
+    } while (0)
+
+static long bind_port(int port)
+{
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    return bind(fd, (struct sockaddr *)&address, sizeof address);
+}
+
+static long real_time(void)
+{
+    struct sched_param param = {.sched_priority = 1};
+    return sched_setscheduler(0, SCHED_FIFO, &param);
+}
+
+static long set_clock(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return clock_settime(CLOCK_REALTIME, &now);
+}
+
+/* To what it is, as other containers of the pod have the same. */
+static long set_own_name(void)
+{
+    char name[65];
+    gethostname(name, sizeof name);
+    return sethostname(name, strlen(name));
+}
+
+/* The sibling does not agree to be traced: whether it may be is the kernel's and the filter's matter. */
+static long trace_sibling(void)
+{
+    pid_t sibling = fork();
+    if (sibling == 0) {
+        pause();
+        _exit(0);
+    }
+    long result = ptrace(PTRACE_SEIZE, sibling, 0, 0);
+    int error = errno;
+    kill(sibling, SIGKILL);
+    errno = error;
+    return result;
+}
+
+static long read_sibling(void)
+{
+    static char there = 'x', here;
+    struct iovec local = {&here, 1}, remote = {&there, 1};
+    return process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+}
+
+static void calls(void)
+{
+    static char zeros[256];
+    TRY("ptrace of a sibling", trace_sibling());
+    TRY("process_vm_readv", read_sibling());
+    TRY("reboot", syscall(SYS_reboot, 0, 0, 0, 0));
+    TRY("clock_settime", set_clock());
+    TRY("mount", syscall(SYS_mount, "none", "/tmp", "tmpfs", 0, ""));
+    TRY("umount2", syscall(SYS_umount2, "/none", 0));
+    TRY("pivot_root", syscall(SYS_pivot_root, "/none", "/none"));
+    TRY("chroot", chroot("/"));
+    TRY("unshare mount", unshare(CLONE_NEWNS));
+    TRY("unshare network", unshare(CLONE_NEWNET));
+    TRY("unshare ipc", unshare(CLONE_NEWIPC));
+    TRY("setns to own", setns(open("/proc/self/ns/net", O_RDONLY), CLONE_NEWNET));
+    TRY("clone3", syscall(SYS_clone3, 0, 0));
+    TRY("open_by_handle_at", syscall(SYS_open_by_handle_at, AT_FDCWD, zeros, 0));
+    TRY("syslog", syscall(SYS_syslog, 10, 0, 0));
+    TRY("personality ADDR_NO_RANDOMIZE", syscall(SYS_personality, 0x0040000));
+    TRY("modify_ldt", syscall(SYS_modify_ldt, 0, zeros, 16));
+    TRY("sethostname", set_own_name());
+    TRY("pidfd_open", syscall(SYS_pidfd_open, getpid(), 0));
+    TRY("pidfd_getfd", syscall(SYS_pidfd_getfd, syscall(SYS_pidfd_open, getpid(), 0), 1, 0));
+    TRY("kcmp", syscall(SYS_kcmp, getpid(), getpid(), 0, 1, 1));
+    TRY("memfd_create", memfd_create("probe", 0));
+    TRY("mlock", mlock(zeros, sizeof zeros));
+    TRY("mlockall", mlockall(MCL_FUTURE));
+    TRY("real-time scheduling", real_time());
+    TRY("setpriority -5", setpriority(PRIO_PROCESS, 0, -5));
+    TRY("raise of the limit of files", setrlimit(RLIMIT_NOFILE, &(struct rlimit){1 << 21, 1 << 21}));
+    TRY("aio", syscall(SYS_io_setup, 1, zeros + 8));
+    TRY("openat2", syscall(SYS_openat2, AT_FDCWD, "/", (char[24]){0}, 24));
+    TRY("close_range", syscall(SYS_close_range, 100, 200, 0));
+    TRY("membarrier", syscall(SYS_membarrier, 0, 0, 0));
+    TRY("prctl PR_SET_SECCOMP by itself", prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    TRY("mq_open", syscall(SYS_mq_open, "probe", O_CREAT | O_RDWR, 0600, 0));
+    TRY("shmget", syscall(SYS_shmget, 0, 4096, 0600 | 01000));
+    TRY("semget", syscall(SYS_semget, 0, 1, 0600 | 01000));
+    TRY("msgget", syscall(SYS_msgget, 0, 0600 | 01000));
+    TRY("socket unix", socket(AF_UNIX, SOCK_STREAM, 0));
+    TRY("socket raw", socket(AF_INET, SOCK_RAW, IPPROTO_ICMP));
+    TRY("socket raw 6", socket(AF_INET6, SOCK_RAW, IPPROTO_ICMPV6));
+    TRY("socket ping", socket(AF_INET, SOCK_DGRAM, IPPROTO_ICMP));
+    TRY("socket packet", socket(AF_PACKET, SOCK_RAW, 0));
+    TRY("socket netlink", socket(AF_NETLINK, SOCK_RAW, 0));
+    TRY("socket udp 6", socket(AF_INET6, SOCK_DGRAM, 0));
+    TRY("socket vsock", socket(AF_VSOCK, SOCK_STREAM, 0));
+    TRY("bind to port 81", bind_port(81));
+    TRY("mknod of a null device", mknod("/tmp/probe-null", S_IFCHR | 0600, 1 << 8 | 3));
+    TRY("mknod of a disk", mknod("/tmp/probe-disk", S_IFBLK | 0600, 8 << 8));
+    TRY("open of that disk", open("/tmp/probe-disk", O_RDONLY));
+    TRY("trusted xattr", setxattr("/tmp", "trusted.probe", "x", 1, 0));
+    TRY("security.capability", setxattr("/tmp", "security.capability", "x", 1, 0));
+    unlink("/tmp/probe-null");
+    unlink("/tmp/probe-disk");
+}
+
+/* What a kernel may be built without, or the node forbid. */
+static void options(void)
+{
+    static char zeros[256];
+    TRY("add_key", syscall(SYS_add_key, "user", "probe", "x", 1, -3));
+    TRY("keyctl", syscall(SYS_keyctl, 0, -3, 1));
+    TRY("bpf", syscall(SYS_bpf, 5, zeros, 48));
+    TRY("perf_event_open", syscall(SYS_perf_event_open, zeros, 0, -1, -1, 0));
+    TRY("io_uring_setup", syscall(SYS_io_uring_setup, 1, zeros));
+    TRY("userfaultfd", syscall(SYS_userfaultfd, 1));
+    TRY("kexec_load", syscall(SYS_kexec_load, 0, 0, 0, ~0UL));
+    TRY("init_module", syscall(SYS_init_module, zeros, 0, ""));
+    TRY("delete_module", syscall(SYS_delete_module, "none", 0));
+    TRY("acct", syscall(SYS_acct, "/none"));
+    TRY("swapon", syscall(SYS_swapon, "/none", 0));
+    TRY("unshare user", unshare(CLONE_NEWUSER));
+    TRY("unshare cgroup", unshare(CLONE_NEWCGROUP));
+    TRY("fanotify_init", syscall(SYS_fanotify_init, 0, 0));
+    TRY("quotactl", syscall(SYS_quotactl, 0x80000100, 0, 0, 0));
+    TRY("iopl", syscall(SYS_iopl, 3));
+    TRY("ioperm", syscall(SYS_ioperm, 0x80, 1, 1));
+    TRY("memfd_secret", syscall(SYS_memfd_secret, 0));
+    TRY("set_mempolicy", syscall(SYS_set_mempolicy, 0, 0, 0));
+    TRY("move_pages", syscall(SYS_move_pages, 0, 0, 0, 0, 0, 0));
+    TRY("landlock", syscall(SYS_landlock_create_ruleset, 0, 0, 1));
+    TRY("socket alg", socket(AF_ALG, SOCK_SEQPACKET, 0));
+    TRY("socket sctp", socket(AF_INET, SOCK_STREAM, 132));
+}
+
+static int make(const char *name, const char *text)
+{
+    int fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0644);
+    if (write(fd, text, strlen(text)) < 0)
+        perror(name);
+    return fd;
+}
+
+static long lock_conflict(int kind)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = make("lock", "x");
+    long held = kind == 0 ? flock(fd, LOCK_EX) : fcntl(fd, kind == 1 ? F_SETLK : F_OFD_SETLK, &lock);
+    if (held < 0)
+        return held;
+    pid_t child = fork();
+    if (child == 0) {
+        int other = open("lock", O_RDWR);
+        struct flock wanted = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+        long got = kind == 0 ? flock(other, LOCK_EX | LOCK_NB) : fcntl(other, kind == 1 ? F_SETLK : F_OFD_SETLK, &wanted);
+        _exit(got < 0 ? errno : 0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    errno = WEXITSTATUS(status);
+    return errno ? -1 : 0;
+}
+
+static long mapped_write(int flags)
+{
+    char text[8] = {0};
+    int fd = make("mapped", "before");
+    char *map = mmap(0, 4096, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (map == MAP_FAILED)
+        return -1;
+    memcpy(map, "behind", 6);
+    if (pread(fd, text, 6, 0) != 6)
+        return -1;
+    printf("mapping shows as %s\n", text);
+    return msync(map, 4096, MS_SYNC);
+}
+
+static long direct(void)
+{
+    void *page;
+    int fd = open("direct", O_RDWR | O_CREAT | O_DIRECT, 0644);
+    if (fd < 0 || posix_memalign(&page, 4096, 4096))
+        return -1;
+    memset(page, 'd', 4096);
+    return write(fd, page, 4096) == 4096 ? pread(fd, page, 4096, 0) : -1;
+}
+
+static long tmpfile_linked(void)
+{
+    char path[64];
+    int fd = open(".", O_RDWR | O_TMPFILE, 0600);
+    if (fd < 0)
+        return -1;
+    sprintf(path, "/proc/self/fd/%d", fd);
+    return linkat(AT_FDCWD, path, AT_FDCWD, "linked", AT_SYMLINK_FOLLOW);
+}
+
+static long holes(void)
+{
+    int fd = make("holes", "");
+    struct stat status;
+    if (ftruncate(fd, 1 << 20) < 0 || pwrite(fd, "x", 1, 1 << 19) != 1)
+        return -1;
+    fstat(fd, &status);
+    printf("sparse file: size %ld, fewer blocks %d\n", (long)status.st_size, status.st_blocks * 512 < status.st_size);
+    printf("first data at %ld, hole after at %ld\n", (long)lseek(fd, 0, SEEK_DATA), (long)lseek(fd, 1 << 19, SEEK_HOLE));
+    if (fallocate(fd, 0, 0, 8192) < 0)
+        return -1;
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 1 << 19, 4096);
+}
+
+static long unlinked(void)
+{
+    char text[8] = {0};
+    struct stat status;
+    int fd = make("unlinked", "still");
+    unlink("unlinked");
+    if (fstat(fd, &status) < 0 || pread(fd, text, 5, 0) != 5)
+        return -1;
+    printf("unlinked file: links %ld, text %s\n", (long)status.st_nlink, text);
+    return ftruncate(fd, 2);
+}
+
+static long set_user_id_cleared(void)
+{
+    struct stat before, after;
+    int fd = make("setuid", "x");
+    fchmod(fd, 06755);
+    fstat(fd, &before);
+    if (fork() == 0) {
+        setgid(1000);
+        setuid(1000);
+        int other = open("setuid", O_WRONLY);
+        _exit(write(other, "y", 1) == 1);
+    }
+    wait(0);
+    fstat(fd, &after);
+    printf("setuid file: %o, after another's attempt %o\n", before.st_mode & 07777, after.st_mode & 07777);
+    fchmod(fd, 06777);
+    if (fork() == 0) {
+        setgid(1000);
+        setuid(1000);
+        int other = open("setuid", O_WRONLY);
+        _exit(write(other, "y", 1) == 1);
+    }
+    wait(0);
+    fstat(fd, &after);
+    printf("after another's write %o\n", after.st_mode & 07777);
+    return 0;
+}
+
+static long notified(void)
+{
+    char buffer[4096] __attribute__((aligned(8)));
+    int fd = inotify_init1(IN_NONBLOCK);
+    if (inotify_add_watch(fd, ".", IN_CREATE | IN_MODIFY | IN_DELETE | IN_MOVED_TO | IN_CLOSE_WRITE | IN_ATTRIB) < 0)
+        return -1;
+    close(make("noticed", "x"));
+    chmod("noticed", 0600);
+    rename("noticed", "noticed2");
+    unlink("noticed2");
+    ssize_t length = read(fd, buffer, sizeof buffer);
+    printf("events:");
+    for (ssize_t at = 0; at < length;) {
+        struct inotify_event *event = (void *)(buffer + at);
+        printf(" %x %s", event->mask, event->len ? event->name : "");
+        at += sizeof *event + event->len;
+    }
+    printf("\n");
+    return length;
+}
+
+static long listing(void)
+{
+    struct dirent *entry;
+    char name[32];
+    long count = 0, sum = 0, position = -1;
+    mkdir("many", 0755);
+    for (int i = 0; i < 1000; i++) {
+        sprintf(name, "many/entry-%d", i);
+        close(open(name, O_CREAT | O_WRONLY, 0644));
+    }
+    DIR *directory = opendir("many");
+    while ((entry = readdir(directory))) {
+        count++;
+        if (entry->d_name[0] == 'e')
+            sum += atoi(entry->d_name + 6);
+        if (count == 500)
+            position = telldir(directory);
+    }
+    printf("entries %ld, their numbers' sum %ld\n", count, sum);
+    seekdir(directory, position);
+    for (count = 0; readdir(directory);)
+        count++;
+    printf("entries after the 500th: %ld\n", count);
+    closedir(directory);
+    return 0;
+}
+
+static long times(void)
+{
+    struct timespec both[2] = {{1000000001, 123456789}, {1000000002, 987654321}};
+    struct stat status;
+    close(make("times", "x"));
+    if (utimensat(AT_FDCWD, "times", both, 0) < 0)
+        return -1;
+    stat("times", &status);
+    printf("times: %ld.%09ld %ld.%09ld\n", (long)status.st_atim.tv_sec, status.st_atim.tv_nsec, (long)status.st_mtim.tv_sec,
+           status.st_mtim.tv_nsec);
+    return 0;
+}
+
+static long attribute(const char *name, const char *value, size_t size)
+{
+    char back[256];
+    close(make("attributes", "x"));
+    if (setxattr("attributes", name, value, size, 0) < 0)
+        return -1;
+    ssize_t length = getxattr("attributes", name, back, sizeof back);
+    if (length != (ssize_t)size || memcmp(back, value, size))
+        printf("%s reads back as %ld other bytes\n", name, (long)length);
+    return length;
+}
+
+/* An ACL for user 1000 (xattr(7), acl(5)): version 2, then entries of tag, permissions, id. */
+static long acl(void)
+{
+    struct {
+        unsigned version;
+        struct {
+            unsigned short tag, permissions;
+            unsigned id;
+        } entries[5];
+    } acl = {2, {{1, 6, -1u}, {2, 7, 1000}, {4, 4, -1u}, {16, 7, -1u}, {32, 0, -1u}}};
+    struct stat status;
+    long result = attribute("system.posix_acl_access", (void *)&acl, sizeof acl);
+    stat("attributes", &status);
+    printf("mode with an ACL: %o\n", status.st_mode & 07777);
+    return result;
+}
+
+static long long_names(void)
+{
+    char name[258];
+    memset(name, 'n', sizeof name);
+    name[255] = 0;
+    say("name of 255 bytes", close(make(name, "")));
+    name[255] = 'n';
+    name[256] = 0;
+    return open(name, O_CREAT | O_WRONLY, 0644);
+}
+
+static long socket_file(void)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = "socket"};
+    int server = socket(AF_UNIX, SOCK_STREAM, 0), client = socket(AF_UNIX, SOCK_STREAM, 0);
+    unlink("socket");
+    if (bind(server, (struct sockaddr *)&address, sizeof address) < 0 || listen(server, 1) < 0)
+        return -1;
+    return connect(client, (struct sockaddr *)&address, sizeof address);
+}
+
+static long stable_numbers(void)
+{
+    struct stat one, two, link_status;
+    close(make("number", "x"));
+    stat("number", &one);
+    link("number", "number2");
+    rename("number", "number3");
+    stat("number3", &two);
+    stat("number2", &link_status);
+    printf("inode number same after rename %d, by link %d, links %ld\n", one.st_ino == two.st_ino,
+           one.st_ino == link_status.st_ino && one.st_dev == link_status.st_dev, (long)link_status.st_nlink);
+    return 0;
+}
+
+static long copied_range(void)
+{
+    int from = make("from", "0123456789"), to = make("to", "");
+    off64_t at = 2;
+    return copy_file_range(from, &at, to, 0, 5, 0);
+}
+
+static long sane_statfs(void)
+{
+    struct statfs status;
+    if (statfs(".", &status) < 0)
+        return -1;
+    printf("statfs: block %ld, size %d, free %d, inodes %d, names %ld\n", (long)status.f_bsize, status.f_blocks > 0,
+           status.f_bavail > 0 && status.f_bfree <= status.f_blocks, status.f_files > 0, (long)status.f_namelen);
+    return 0;
+}
+
+static long appended(void)
+{
+    char text[16] = {0};
+    int one = make("append", ""), two = open("append", O_WRONLY | O_APPEND), three = open("append", O_WRONLY | O_APPEND);
+    if (write(two, "a", 1) < 0 || write(three, "b", 1) < 0 || write(two, "c", 1) < 0 || pread(one, text, 8, 0) < 0)
+        return -1;
+    printf("appended: %s\n", text);
+    return 0;
+}
+
+static void files(const char *directory)
+{
+    umask(022);
+    if (chdir(directory) < 0) {
+        say(directory, -1);
+        return;
+    }
+    TRY("flock is exclusive", lock_conflict(0));
+    TRY("fcntl lock is exclusive", lock_conflict(1));
+    TRY("open file description lock is exclusive", lock_conflict(2));
+    TRY("shared mapping", mapped_write(MAP_SHARED));
+    TRY("private mapping", mapped_write(MAP_PRIVATE));
+    TRY("O_DIRECT", direct());
+    TRY("O_TMPFILE, linked", tmpfile_linked());
+    TRY("holes", holes());
+    TRY("unlinked file", unlinked());
+    TRY("setuid bits", set_user_id_cleared());
+    TRY("inotify", notified());
+    TRY("directory of 1000", listing());
+    TRY("times", times());
+    TRY("user xattr", attribute("user.probe", "value", 5));
+    TRY("large user xattr", attribute("user.large", (char[250]){1, 2, 3}, 250));
+    TRY("trusted xattr", attribute("trusted.probe", "value", 5));
+    TRY("security.capability", attribute("security.capability", "\1\0\0\2\0\4\0\0\0\0\0\0\0\0\0\0\0\0\0", 20));
+    TRY("ACL", acl());
+    TRY("name of 256 bytes", long_names());
+    TRY("socket", socket_file());
+    TRY("inode numbers", stable_numbers());
+    TRY("copy_file_range", copied_range());
+    TRY("statfs", sane_statfs());
+    TRY("O_APPEND of two", appended());
+    TRY("mkfifo", mkfifo("fifo", 0640));
+    TRY("mknod of a device", mknod("device", S_IFCHR | 0600, 1 << 8 | 3));
+    TRY("open of the device", open("device", O_RDONLY));
+    TRY("symbolic link loop", (symlink("loop", "loop"), open("loop", O_RDONLY)));
+    TRY("rename over", (close(make("old", "1")), close(make("new", "2")), rename("new", "old")));
+    TRY("rename without replacing", (close(make("new", "2")), renameat2(AT_FDCWD, "new", AT_FDCWD, "old", RENAME_NOREPLACE)));
+    TRY("rename as exchange", renameat2(AT_FDCWD, "new", AT_FDCWD, "old", RENAME_EXCHANGE));
+    TRY("rename with whiteout", renameat2(AT_FDCWD, "new", AT_FDCWD, "gone", RENAME_WHITEOUT));
+    TRY("rename into itself", (mkdir("tree", 0755), rename("tree", "tree/below")));
+    TRY("rmdir of what is not empty", (close(make("tree/file", "")), rmdir("tree")));
+    TRY("open of a directory for writing", open("tree", O_WRONLY));
+    TRY("O_EXCL", open("old", O_CREAT | O_EXCL | O_WRONLY, 0644));
+    TRY("O_NOATIME", open("old", O_RDONLY | O_NOATIME));
+    TRY("lease", fcntl(open("old", O_RDONLY), F_SETLEASE, F_RDLCK));
+    TRY("sync_file_range", sync_file_range(open("old", O_RDWR), 0, 0, SYNC_FILE_RANGE_WRITE));
+    TRY("fsync of a directory", fsync(open(".", O_RDONLY)));
+    TRY("file beyond 4 GiB", pwrite(make("beyond", ""), "x", 1, 5L << 30));
+    TRY("syncfs", syncfs(open(".", O_RDONLY)));
+    TRY("immutable flag", ioctl(open("old", O_RDONLY), FS_IOC_SETFLAGS, &(int){FS_IMMUTABLE_FL}));
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 2 && !strcmp(argv[1], "calls"))
+        calls();
+    else if (argc == 2 && !strcmp(argv[1], "options"))
+        options();
+    else if (argc == 3 && !strcmp(argv[1], "files"))
+        files(argv[2]);
+    else
+        return 2;
+    return 0;
+}
