@@ -69,9 +69,9 @@ fn hostile_10_connection_of_the_host_outlives_strays_and_a_peer_that_breaks_its_
     let mut guest = HostileGuest::boot("vsock-peer");
     guest.wait_for("ok the host may connect");
     let mut honest = connect(&guest, 10);
+    honest.write_all(b"ping").unwrap();
     guest.wait_for("ok the host may connect again");
     let _unread = connect(&guest, 11);
-    honest.write_all(b"ping").unwrap();
     let mut text = String::new();
     honest.read_to_string(&mut text).unwrap();
     assert_eq!(text, "pongpong");

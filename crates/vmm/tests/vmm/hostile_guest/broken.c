@@ -74,8 +74,7 @@ static const char *const breaks[] = {
 
 void broken_rings(void)
 {
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "boot");
+    revive_all("boot");
     for (u64 p = 0; p < ARRAY_SIZE(places); p++) {
         struct device *device = device_of(places[p].kind);
         for (u64 how = 0; device && how < ARRAY_SIZE(breaks); how++) {
@@ -158,8 +157,7 @@ void bad_chains(void)
 {
     static struct chain chains[32];
     int count = build_chains(chains);
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "boot");
+    revive_all("boot");
     for (u64 p = 0; p < ARRAY_SIZE(places); p++) {
         struct device *device = device_of(places[p].kind);
         for (int how = 0; device && how < count; how++) {

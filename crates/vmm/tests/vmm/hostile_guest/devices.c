@@ -3,7 +3,6 @@
 
 #define IO_ERROR 1
 #define UNSUPPORTED 2
-#define F_BLOCK_READ_ONLY (1u << 5)
 
 static void out_of_bounds(struct device *device, u64 sectors)
 {
@@ -51,8 +50,7 @@ void block_limits(void)
         if (device->kind != BLOCK || !start_device(device))
             continue;
         u64 sectors = read64(device->base + CONFIG);
-        set(device, DEVICE_FEATURES_SEL, 0);
-        if (get(device, DEVICE_FEATURES) & F_BLOCK_READ_ONLY) {
+        if (is_read_only(device)) {
             check(block_request(device, BLOCK_OUT, 0, scratch, 512) == IO_ERROR, "block refuses a write to what is read-only", 0, 0);
             check(block_request(device, BLOCK_IN, 0, scratch, 512) == 0, "block reads what is read-only", 0, 0);
             continue;
@@ -128,7 +126,6 @@ static void made_up_numbers(struct device *device)
         refused(fuse(device, FUSE_READ, FUSE_ROOT, read, sizeof read), "to read", "from a handle that is not there");
         refused(fuse(device, FUSE_RELEASE, FUSE_ROOT, release, sizeof release), "to close", "a handle that is not there");
         fuse(device, FUSE_FORGET, numbers[i], forget, sizeof forget);
-        fuse(device, FUSE_FORGET, FUSE_ROOT, forget, sizeof forget);
     }
 }
 
@@ -158,7 +155,10 @@ void share_limits(void)
     device_nodes(device);
     made_up_numbers(device);
     check(reads_hello(device), "share still has its file", 0, 0);
-    revive(device, "made-up numbers");
+    /* The root itself: who forgets that has no share any more, until the next start. */
+    u64 forget[1] = {~0ull};
+    fuse(device, FUSE_FORGET, FUSE_ROOT, forget, sizeof forget);
+    revive(device, "its root was forgotten");
 }
 
 static void rng_limits(struct device *device)

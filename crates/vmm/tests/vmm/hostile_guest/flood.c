@@ -5,9 +5,10 @@
  */
 #include "scenarios.h"
 
-/* Rounds before the host is told that the flood is on: by then everything has happened that needs memory once. */
-#define WARM_UP 400
-#define ROUNDS_WITHOUT_END 4000
+/* Rounds before the host is told that the flood is on. */
+#define WARM_UP 20
+#define ROUNDS_WITHOUT_END 400
+#define CHAINS_AT_ONCE 4
 #define CHAIN_LEN 4
 
 /* Everything that a chain of the flood names is in the scratch memory: tables, then what is read, then what is written, and
@@ -235,7 +236,7 @@ static u64 chains, restarts;
 static void flood_queue(struct device *device, struct queue *queue)
 {
     u16 heads = (u16)(queue->size / CHAIN_LEN);
-    for (u32 i = 1 + below(heads); i; i--) {
+    for (u32 i = 1 + below(CHAINS_AT_ONCE); i; i--) {
         /* As many as the ring holds, so that only the wrong ones break it. */
         if ((u16)(queue->next - queue->used[1]) >= queue->size)
             break;
@@ -266,8 +267,7 @@ static void flood_round(void)
 
 void flood(void)
 {
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "boot");
+    revive_all("boot");
     struct device *mem = device_of(MEM);
     u32 requested = mem ? get(mem, MEM_REQUESTED) : 0;
     for (u32 round = 0; mem ? get(mem, MEM_REQUESTED) == requested : round < ROUNDS_WITHOUT_END; round++) {
@@ -280,6 +280,5 @@ void flood(void)
     put(", restarts ");
     put_number(restarts);
     put_char('\n');
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "the flood");
+    revive_all("the flood");
 }

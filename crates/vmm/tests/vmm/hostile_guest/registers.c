@@ -50,9 +50,10 @@ static void fail(struct device *device)
 
 void late_writes(void)
 {
+    revive_all("boot");
     for (int i = 0; i < device_count; i++) {
         struct device *device = &devices[i];
-        if (!revive(device, "boot"))
+        if (!revive(device, "witness duty"))
             continue;
         write_late(device);
         fail(device);
@@ -91,14 +92,14 @@ void resets_in_flight(void)
             started = start_device(device) && started;
             for (int q = 0; q < device->queue_count; q++)
                 fill(device, &device->queues[q], turn & 1);
-            for (u32 wait = below(20000); wait; wait--)
+            for (u32 wait = below(2000); wait; wait--)
                 pause();
             reset(device);
             /* From here on the rings are the driver's. */
             u16 used[MAX_QUEUES];
             for (int q = 0; q < device->queue_count; q++)
                 used[q] = device->queues[q].used[1];
-            for (u32 wait = 20000; wait; wait--)
+            for (u32 wait = 3000; wait; wait--)
                 pause();
             for (int q = 0; q < device->queue_count; q++)
                 quiet = quiet && used[q] == device->queues[q].used[1];
@@ -185,8 +186,7 @@ void storm(void)
     }
     for (u64 slot = (u64)device_count; slot < SLOTS; slot++)
         scatter(SLOTS_START + slot * SLOT_SIZE, 50);
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "all storms");
+    revive_all("all storms");
 }
 
 struct shape {
@@ -219,6 +219,7 @@ void impossible_queues(void)
         {"a used ring over the descriptors", 8, a, b, a + 64},
         {"an available ring over the used ring", 8, a, c + 8, c},
     };
+    revive_all("boot");
     for (int i = 0; i < device_count; i++) {
         struct device *device = &devices[i];
         for (u64 shape = 0; shape < ARRAY_SIZE(shapes); shape++) {
@@ -305,6 +306,5 @@ void nowhere(void)
     out8(0x3fc, 0);
     out8(0x3f9, 0);
     check(true, "the legacy ports take anything", 0, 0);
-    for (int i = 0; i < device_count; i++)
-        revive(&devices[i], "probes of nothing");
+    revive_all("probes of nothing");
 }

@@ -60,8 +60,16 @@ u8 block_request(struct device *device, u32 kind, u64 sector, u64 address, u32 l
     return exchange(device, 0, parts, len ? 3 : 2, &used) ? *(volatile u8 *)&status : 0xff;
 }
 
+bool is_read_only(struct device *device)
+{
+    set(device, DEVICE_FEATURES_SEL, 0);
+    return get(device, DEVICE_FEATURES) & 1u << 5;
+}
+
 static bool block_works(struct device *device)
 {
+    if (is_read_only(device))
+        return block_request(device, BLOCK_IN, 1, (u64)reply, 512) == 0;
     static u8 turn;
     memset(request, ++turn, 512);
     memset(reply, 0, 512);
@@ -230,4 +238,10 @@ bool honest(struct device *device)
 bool revive(struct device *device, const char *after)
 {
     return check(start_device(device) && honest(device), device->name, "works after", after);
+}
+
+void revive_all(const char *after)
+{
+    for (int i = 0; i < device_count; i++)
+        revive(&devices[i], after);
 }

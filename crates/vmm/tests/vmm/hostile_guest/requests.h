@@ -7,9 +7,11 @@
 bool honest(struct device *device);
 /* Reset, start, an honest request; reported. */
 bool revive(struct device *device, const char *after);
+void revive_all(const char *after);
 
 /* Block (section 5.2.6): one request, its status; 0xff if there was no answer. */
 enum block_kind { BLOCK_IN = 0, BLOCK_OUT = 1, BLOCK_FLUSH = 4, BLOCK_GET_ID = 8, BLOCK_DISCARD = 11, BLOCK_ZEROES = 13 };
+bool is_read_only(struct device *device);
 u8 block_request(struct device *device, u32 kind, u64 sector, u64 address, u32 len);
 
 /* FUSE (Linux include/uapi/linux/fuse.h). */

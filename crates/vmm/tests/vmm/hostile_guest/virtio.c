@@ -125,7 +125,8 @@ bool start_with(struct device *device, u64 features)
         queue->size = (u16)(max < MAX_SIZE ? max : MAX_SIZE);
         queue->next = 0;
         queue->seen = 0;
-        memset(queue->descriptors, 0, RING_PAGES);
+        queue->available[0] = queue->available[1] = 0;
+        queue->used[0] = queue->used[1] = 0;
         set_queue(device, (u32)i, queue->size, (u64)queue->descriptors, (u64)queue->available, (u64)queue->used, 1);
     }
     set(device, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
