@@ -161,6 +161,33 @@ void share_limits(void)
     revive(device, "its root was forgotten");
 }
 
+/* A file that is opened until the server has enough of it. */
+void hoard(void)
+{
+    struct device *device = device_of(FS);
+    u32 create[4] = {01102, 0100600, 0, 0}, open[2] = {0, 0};
+    revive_all("boot");
+    if (!device || fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, "hoarded", 0) != 0) {
+        check(false, "share makes a file", 0, 0);
+        return;
+    }
+    u64 node = fuse_word(0);
+    check(true, "the hoarding begins", 0, 0);
+    u64 handles = 1;
+    int error;
+    while ((error = fuse(device, FUSE_OPEN, node, open, sizeof open)) == 0)
+        handles++;
+    check(error > 0, "share refuses more handles", 0, 0);
+    put("handles ");
+    put_number(handles);
+    put_char('\n');
+    check(fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, "hoarded", 0) == 0, "share still looks up what it has open", 0, 0);
+    for (int i = 0; i < device_count; i++)
+        if (&devices[i] != device)
+            revive(&devices[i], "handles were hoarded");
+    revive(device, "handles were hoarded");
+}
+
 static void rng_limits(struct device *device)
 {
     struct part beyond[] = {{scratch, 0xffffffff, true}};

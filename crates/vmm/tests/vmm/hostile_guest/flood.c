@@ -17,6 +17,7 @@
 #define HEADERS (scratch + (1ull << 20))
 #define BUFFERS (scratch + (4ull << 20))
 
+/* Where a chain may point: into the scratch memory or out of any. */
 static u64 odd_address(void)
 {
     switch (below(12)) {
@@ -281,4 +282,57 @@ void flood(void)
     put_number(restarts);
     put_char('\n');
     revive_all("the flood");
+}
+
+/* Another address, length or direction, or the first words of the request: whatever it is, the device has read it before or
+ * will after. */
+static void change(struct queue *queue)
+{
+    struct descriptor *descriptor = &queue->descriptors[below(3)];
+    switch (below(5)) {
+    case 0:
+        descriptor->address = odd_address();
+        break;
+    case 1:
+        descriptor->len = odd_len();
+        break;
+    case 2:
+        descriptor->flags ^= (u16)(1 << below(3));
+        break;
+    case 3:
+        descriptor->next = (u16)below(4);
+        break;
+    default:
+        write64(HEADERS + 8 * below(8), odd_word());
+        break;
+    }
+    compiler_barrier();
+}
+
+/* Chains that change while the device has them, one at a time. */
+void changing_chains(void)
+{
+    revive_all("boot");
+    for (int i = 0; i < device_count; i++) {
+        struct device *device = &devices[i];
+        for (int q = 0; q < device->queue_count; q++) {
+            struct queue *queue = &device->queues[q];
+            for (u32 turn = 0; turn < 60; turn++) {
+                /* A queue whose chains wait for something is full some day. */
+                if (turn == 0 || needs_reset(device) || (u16)(queue->next - queue->used[1]) >= queue->size) {
+                    start_device(device);
+                    if (device->kind == FS)
+                        fuse_init(device);
+                }
+                make_chain(device, queue, 0);
+                u16 used = queue->used[1];
+                offer(queue, 0);
+                kick(device, queue);
+                for (u32 step = 0; step < 50 && queue->used[1] == used; step++)
+                    change(queue);
+            }
+        }
+        witness(device, device->name);
+        revive(device, "chains that change");
+    }
 }

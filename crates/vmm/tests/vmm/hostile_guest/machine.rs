@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{Command, ExitReason, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tempfile::TempDir;
 
 use crate::common::{file, kvm};
@@ -34,6 +36,15 @@ const MOST_LOG_LINES: usize = 250;
 
 const DISK_LEN: u64 = 8 << 20;
 
+/// In what circumstances a guest runs.
+#[derive(Default)]
+pub struct Options {
+    /// Nobody reads the serial port and the console.
+    pub unread: bool,
+    /// The VMM's limit of open files (RLIMIT_NOFILE).
+    pub open_files: Option<u64>,
+}
+
 /// A VMM with a hostile guest in it.
 pub struct HostileGuest {
     vmm: Vmm,
@@ -44,6 +55,8 @@ pub struct HostileGuest {
     disk: File,
     /// A directory with the share, and beside it what the guest must not reach.
     outside: TempDir,
+    /// Counts what comes out of the console.
+    printed: Option<JoinHandle<u64>>,
     /// Pipes whose readers are there and do not read.
     _unread: Vec<PipeReader>,
 }
@@ -54,17 +67,13 @@ pub fn run(scenario: &str) {
 }
 
 impl HostileGuest {
-    /// Boots a guest whose output is read.
+    /// Boots a guest for one scenario.
     pub fn boot(scenario: &str) -> Self {
-        Self::boot_with(scenario, false)
+        Self::boot_with(scenario, &Options::default())
     }
 
-    /// Boots one whose output is not, neither the serial port's nor the console's.
-    pub fn boot_unread(scenario: &str) -> Self {
-        Self::boot_with(scenario, true)
-    }
-
-    fn boot_with(scenario: &str, unread: bool) -> Self {
+    /// The same, in circumstances.
+    pub fn boot_with(scenario: &str, options: &Options) -> Self {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("secret"), "secret").unwrap();
         let share = outside.path().join("share");
@@ -77,6 +86,10 @@ impl HostileGuest {
         let log = tempfile::tempfile().unwrap();
         let vmm = Vmm::start_with(Stdio::from(log.try_clone().unwrap()));
         vmm.limit_waiting(PATIENCE);
+        if let Some(limit) = options.open_files {
+            let pid = Pid::from_raw(vmm.pid().try_into().unwrap());
+            prlimit(pid, Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(limit) }).unwrap();
+        }
 
         let fds: Vec<OwnedFd> = vec![
             kvm(),
@@ -90,13 +103,17 @@ impl HostileGuest {
         ];
         vmm.send(1, Command::Boot(spec(scenario)), &fds);
         drop(fds);
-        let (lines, unread) = if unread {
-            (channel().1, vec![serial_reader, console_reader])
+        let (mut unread, mut printed) = (vec![], None);
+        let lines = if options.unread {
+            unread.extend([serial_reader, console_reader]);
+            channel().1
         } else {
-            std::thread::spawn(move || std::io::copy(&mut { console_reader }, &mut std::io::sink()));
-            (read_lines(serial_reader), vec![])
+            printed =
+                Some(thread::spawn(move || std::io::copy(&mut { console_reader }, &mut std::io::sink()).unwrap()));
+            read_lines(serial_reader)
         };
-        let mut guest = Self { vmm, lines, report: vec![], replies: vec![], log, disk, outside, _unread: unread };
+        let mut guest =
+            Self { vmm, lines, report: vec![], replies: vec![], log, disk, outside, printed, _unread: unread };
         guest.wait_for_reply(&Reply::Done { id: 1 });
         guest
     }
@@ -168,6 +185,15 @@ impl HostileGuest {
         std::mem::take(&mut self.report)
     }
 
+    /// The guest has ended and left traces where it may: so its requests were no mere noise.
+    pub fn has_used_its_devices(&mut self) {
+        let files = fs::read_dir(self.outside.path().join("share")).unwrap().count();
+        assert!(files > 1, "the guest has made no file");
+        let printed = self.printed.take().unwrap().join().unwrap();
+        assert!(printed > 1000, "the guest has printed {printed} bytes");
+        assert!(self.disk.metadata().unwrap().len() == DISK_LEN, "the disk has another size");
+    }
+
     /// The VMM has reported the guest's end: so it ends too, has logged little, and has touched nothing that is not the
     /// guest's.
     pub fn process_ends_well(&mut self) {
@@ -216,7 +242,7 @@ fn spec(scenario: &str) -> VmSpec {
 /// The lines that come out of a pipe, as they come.
 fn read_lines(pipe: PipeReader) -> Receiver<String> {
     let (sender, lines) = channel();
-    std::thread::spawn(move || {
+    thread::spawn(move || {
         for line in BufReader::new(pipe).split(b'\n') {
             let line = String::from_utf8_lossy(&line.unwrap()).into_owned();
             if sender.send(line).is_err() {

@@ -14,9 +14,11 @@ void broken_rings(void);
 void bad_chains(void);
 /* flood.c */
 void flood(void);
+void changing_chains(void);
 /* devices.c */
 void block_limits(void);
 void share_limits(void);
+void hoard(void);
 void memory_limits(void);
 void vsock_peer(void);
 void chatter(void);
