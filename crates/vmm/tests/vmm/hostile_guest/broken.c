@@ -9,8 +9,8 @@ struct place {
 };
 
 static const struct place places[] = {
-    {NET, 0, false}, {NET, 1, false},     {BLOCK, 0, false}, {CONSOLE, 1, false}, {RNG, 0, false}, {BALLOON, 2, false},
-    {VSOCK, 0, true}, {VSOCK, 1, false},  {MEM, 0, false},   {FS, 0, false},      {FS, 1, false},
+    {NET, 0, false},  {NET, 1, false},   {BLOCK, 0, false}, {CONSOLE, 1, false}, {RNG, 0, false}, {BALLOON, 2, false},
+    {VSOCK, 0, true}, {VSOCK, 1, false}, {MEM, 0, false},   {FS, 0, false},      {FS, 1, false},
 };
 
 /* A packet that the device has to answer, so that it looks at its receive queue. */
@@ -68,8 +68,8 @@ static void break_ring(struct queue *queue, int how)
 }
 
 static const char *const breaks[] = {
-    "an index one too far", "an index half way round", "an index that goes back", "a head one too large",
-    "the largest head",     "a bad head after a good one",
+    "an index one too far", "an index half way round", "an index that goes back",
+    "a head one too large", "the largest head",        "a bad head after a good one",
 };
 
 void broken_rings(void)
@@ -135,7 +135,8 @@ static int build_chains(struct chain *chains)
         {"a buffer of no bytes", {{BUFFER, 0, 0, 0}}, {}},
         {"buffers of no bytes", {{BUFFER, 0, NEXT, 1}, {BUFFER, 0, WRITE, 0}}, {}},
         {"a buffer of 4 GiB", {{BUFFER, 0xffffffff, WRITE, 0}}, {}},
-        {"more than 4 GiB", {{BUFFER, 0xffffffff, NEXT, 1}, {BUFFER, 0xffffffff, NEXT | WRITE, 2}, {BUFFER, 16, WRITE, 0}},
+        {"more than 4 GiB",
+         {{BUFFER, 0xffffffff, NEXT, 1}, {BUFFER, 0xffffffff, NEXT | WRITE, 2}, {BUFFER, 16, WRITE, 0}},
          {}},
         {"the wrong directions", {{BUFFER, 512, NEXT | WRITE, 1}, {BUFFER, 512, NEXT, 2}, {BUFFER, 1, 0, 0}}, {}},
         {"all flags", {{BUFFER, 512, 0xffff, 1}, {BUFFER, 512, 0xffff, 2}, {BUFFER, 512, 0xffff, 0}}, {}},
@@ -170,7 +171,7 @@ void bad_chains(void)
             u32 len = 0;
             enum outcome outcome = wait_outcome(device, queue, &len);
             good = good && outcome != SILENT;
-            /* One that was only returned has done no harm: the queue goes on. vsock's answer to the stray comes first. */
+            /* One that was only returned has done no harm: the queue goes on. (vsock answers the stray first.) */
             if (outcome == RETURNED && !places[p].needs_stray)
                 good = honest(device) && good;
             good = start_device(device) && honest(device) && good;

@@ -20,7 +20,7 @@ typedef uint64_t u64;
 #define SLOTS 16
 #define HOTPLUG_START 0x100000000ull
 
-/* Memory that anything may be written to: the last part of the guest's, so that what runs over its end meets nothing. */
+/* Memory that anything may be written to: the guest's last part, so that what runs over its end meets nothing. */
 extern u64 ram_end;
 #define SCRATCH_LEN (16ull << 20)
 #define scratch (ram_end - SCRATCH_LEN)
@@ -41,6 +41,10 @@ void put(const char *text);
 void put_number(u64 number);
 /* One line of the report: the verdict and what it is about, of up to three words. */
 bool check(bool good, const char *what, const char *which, const char *how);
+static inline bool expect(bool good, const char *what)
+{
+    return check(good, what, 0, 0);
+}
 
 /* A generator of numbers that are the same in each run. */
 u32 random32(void);
@@ -71,32 +75,32 @@ static inline void pause(void)
     asm volatile("pause" ::: "memory");
 }
 
-#define ACCESSORS(bits, suffix, constraint)                                                                           \
-    static inline u##bits read##bits(u64 address)                                                                     \
-    {                                                                                                                 \
-        u##bits value;                                                                                                \
-        asm volatile("mov" suffix " (%1), %0" : "=" constraint(value) : "r"(address) : "memory");                     \
-        return value;                                                                                                 \
-    }                                                                                                                 \
-    static inline void write##bits(u64 address, u##bits value)                                                        \
-    {                                                                                                                 \
-        asm volatile("mov" suffix " %0, (%1)" : : constraint(value), "r"(address) : "memory");                        \
+#define ACCESSORS(bits, suffix, constraint)                                                       \
+    static inline u##bits read##bits(u64 address)                                                 \
+    {                                                                                             \
+        u##bits value;                                                                            \
+        asm volatile("mov" suffix " (%1), %0" : "=" constraint(value) : "r"(address) : "memory"); \
+        return value;                                                                             \
+    }                                                                                             \
+    static inline void write##bits(u64 address, u##bits value)                                    \
+    {                                                                                             \
+        asm volatile("mov" suffix " %0, (%1)" : : constraint(value), "r"(address) : "memory");    \
     }
 ACCESSORS(8, "b", "q")
 ACCESSORS(16, "w", "r")
 ACCESSORS(32, "l", "r")
 ACCESSORS(64, "q", "r")
 
-#define PORTS(bits, suffix)                                                                                           \
-    static inline u##bits in##bits(u16 port)                                                                          \
-    {                                                                                                                 \
-        u##bits value;                                                                                                \
-        asm volatile("in" suffix " %1, %0" : "=a"(value) : "d"(port));                                                \
-        return value;                                                                                                 \
-    }                                                                                                                 \
-    static inline void out##bits(u16 port, u##bits value)                                                             \
-    {                                                                                                                 \
-        asm volatile("out" suffix " %0, %1" : : "a"(value), "d"(port));                                               \
+#define PORTS(bits, suffix)                                             \
+    static inline u##bits in##bits(u16 port)                            \
+    {                                                                   \
+        u##bits value;                                                  \
+        asm volatile("in" suffix " %1, %0" : "=a"(value) : "d"(port));  \
+        return value;                                                   \
+    }                                                                   \
+    static inline void out##bits(u16 port, u##bits value)               \
+    {                                                                   \
+        asm volatile("out" suffix " %0, %1" : : "a"(value), "d"(port)); \
     }
 PORTS(8, "b")
 PORTS(16, "w")

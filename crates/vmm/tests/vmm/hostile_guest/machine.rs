@@ -1,5 +1,5 @@
-//! The hostile guest's machine: one of every device, each over something real, and what is to be true of all of them when
-//! the guest has ended.
+//! The hostile guest's machine: one of every device, each over something real, and what is to be true of all of them
+//! when the guest has ended.
 
 use std::ffi::OsString;
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 /*
  * A hostile guest: a kernel that is booted instead of Linux, does to the devices what the command line asks for
- * (`hostile=NAME`), and tells on the serial port how they took it, in lines that begin with `ok` or `bad`; `done` is the
- * last. It ends by a triple fault.
+ * (`hostile=NAME`), and tells on the serial port how they took it, in lines that begin with `ok` or `bad`; `done` is
+ * the last. It ends by a triple fault.
  */
 #include "scenarios.h"
 
@@ -58,7 +58,7 @@ _Noreturn __attribute__((used)) void start(u64 boot_params)
             known = true;
             scenarios[i].run();
         }
-    check(known, "scenario", 0, 0);
+    expect(known, "scenario");
     put("done\n");
     end_guest();
 }

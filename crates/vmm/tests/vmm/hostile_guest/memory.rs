@@ -2,8 +2,8 @@
 
 use std::fs;
 
-/// Resident KiB of a process, without the mappings that are the guest's memory: private and as large as one of its parts,
-/// or as some parts that lie side by side. The guest decides what is in those.
+/// Resident KiB of a process, without the mappings that are the guest's memory: private and as large as one of its
+/// parts, or as some parts that lie side by side. The guest decides what is in those.
 pub fn own_kib(pid: u32, guest_mib: &[u64]) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let (mut own, mut guest, mut counted_as_guest) = (0, 0, false);

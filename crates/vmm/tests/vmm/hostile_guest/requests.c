@@ -131,7 +131,8 @@ int fuse(struct device *device, u32 opcode, u64 node, const void *body, u32 len)
     return used < FUSE_OUT_HEADER || memcmp(fuse_reply + 8, &unique, 8) ? -1 : -error;
 }
 
-int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u32 len, const char *name, const char *more)
+int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u32 len, const char *name,
+               const char *more)
 {
     static u8 bytes[FUSE_BODY];
     memcpy(bytes, body, len);
@@ -198,8 +199,12 @@ bool vsock_receive(struct device *device, struct vsock_header *header, u8 *paylo
 static bool vsock_works(struct device *device)
 {
     static u32 port = 5000;
-    struct vsock_header header = {
-        .source = GUEST_CID, .target = HOST_CID, .source_port = ++port, .target_port = 9999, .type = 1, .op = VSOCK_REQUEST};
+    struct vsock_header header = {.source = GUEST_CID,
+                                  .target = HOST_CID,
+                                  .source_port = ++port,
+                                  .target_port = 9999,
+                                  .type = 1,
+                                  .op = VSOCK_REQUEST};
     if (!vsock_send(device, &header, 0))
         return false;
     for (int i = 0; i < 256; i++) {

@@ -10,7 +10,14 @@ bool revive(struct device *device, const char *after);
 void revive_all(const char *after);
 
 /* Block (section 5.2.6): one request, its status; 0xff if there was no answer. */
-enum block_kind { BLOCK_IN = 0, BLOCK_OUT = 1, BLOCK_FLUSH = 4, BLOCK_GET_ID = 8, BLOCK_DISCARD = 11, BLOCK_ZEROES = 13 };
+enum block_kind {
+    BLOCK_IN = 0,
+    BLOCK_OUT = 1,
+    BLOCK_FLUSH = 4,
+    BLOCK_GET_ID = 8,
+    BLOCK_DISCARD = 11,
+    BLOCK_ZEROES = 13
+};
 bool is_read_only(struct device *device);
 u8 block_request(struct device *device, u32 kind, u64 sector, u64 address, u32 len);
 
@@ -42,11 +49,12 @@ enum fuse_opcode {
 #define FUSE_ENTRY_LEN 128
 
 extern u8 fuse_reply[FUSE_OUT_HEADER + FUSE_BODY];
-/* One request; errno, 0 if it succeeded, -1 if there was no answer. The reply's body is in fuse_reply, behind a header. */
+/* One request; errno, 0 if it succeeded, -1 if there was no answer. The reply is in fuse_reply. */
 int fuse(struct device *device, u32 opcode, u64 node, const void *body, u32 len);
 int fuse_init(struct device *device);
 /* A request whose body is some bytes and one or two names. */
-int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u32 len, const char *name, const char *more);
+int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u32 len, const char *name,
+               const char *more);
 u64 fuse_word(u32 offset);
 
 /* virtio-vsock (section 5.10.6). */
