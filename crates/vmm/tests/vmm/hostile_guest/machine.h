@@ -43,7 +43,7 @@ void put_number(u64 number);
 bool check(bool good, const char *what, const char *which, const char *how);
 static inline bool expect(bool good, const char *what)
 {
-    return check(good, what, 0, 0);
+	return check(good, what, 0, 0);
 }
 
 /* A generator of numbers that are the same in each run. */
@@ -54,54 +54,54 @@ u64 random64(void);
 /* Time that only has to be long: about 1 to 4 of these are a nanosecond. */
 static inline u64 ticks(void)
 {
-    u32 low, high;
-    asm volatile("rdtsc" : "=a"(low), "=d"(high));
-    return (u64)high << 32 | low;
+	u32 low, high;
+	asm volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (u64)high << 32 | low;
 }
 
 static inline void compiler_barrier(void)
 {
-    asm volatile("" ::: "memory");
+	asm volatile("" ::: "memory");
 }
 
 /* x86 does not reorder stores with stores or loads with loads; this is for a load after a store. */
 static inline void full_barrier(void)
 {
-    asm volatile("lock; addl $0, (%%rsp)" ::: "memory");
+	asm volatile("lock; addl $0, (%%rsp)" ::: "memory");
 }
 
 static inline void pause(void)
 {
-    asm volatile("pause" ::: "memory");
+	asm volatile("pause" ::: "memory");
 }
 
-#define ACCESSORS(bits, suffix, constraint)                                                       \
-    static inline u##bits read##bits(u64 address)                                                 \
-    {                                                                                             \
-        u##bits value;                                                                            \
-        asm volatile("mov" suffix " (%1), %0" : "=" constraint(value) : "r"(address) : "memory"); \
-        return value;                                                                             \
-    }                                                                                             \
-    static inline void write##bits(u64 address, u##bits value)                                    \
-    {                                                                                             \
-        asm volatile("mov" suffix " %0, (%1)" : : constraint(value), "r"(address) : "memory");    \
-    }
+#define ACCESSORS(bits, suffix, constraint)                                                               \
+	static inline u##bits read##bits(u64 address)                                                     \
+	{                                                                                                 \
+		u##bits value;                                                                            \
+		asm volatile("mov" suffix " (%1), %0" : "=" constraint(value) : "r"(address) : "memory"); \
+		return value;                                                                             \
+	}                                                                                                 \
+	static inline void write##bits(u64 address, u##bits value)                                        \
+	{                                                                                                 \
+		asm volatile("mov" suffix " %0, (%1)" : : constraint(value), "r"(address) : "memory");    \
+	}
 ACCESSORS(8, "b", "q")
 ACCESSORS(16, "w", "r")
 ACCESSORS(32, "l", "r")
 ACCESSORS(64, "q", "r")
 
-#define PORTS(bits, suffix)                                             \
-    static inline u##bits in##bits(u16 port)                            \
-    {                                                                   \
-        u##bits value;                                                  \
-        asm volatile("in" suffix " %1, %0" : "=a"(value) : "d"(port));  \
-        return value;                                                   \
-    }                                                                   \
-    static inline void out##bits(u16 port, u##bits value)               \
-    {                                                                   \
-        asm volatile("out" suffix " %0, %1" : : "a"(value), "d"(port)); \
-    }
+#define PORTS(bits, suffix)                                                     \
+	static inline u##bits in##bits(u16 port)                                \
+	{                                                                       \
+		u##bits value;                                                  \
+		asm volatile("in" suffix " %1, %0" : "=a"(value) : "d"(port));  \
+		return value;                                                   \
+	}                                                                       \
+	static inline void out##bits(u16 port, u##bits value)                   \
+	{                                                                       \
+		asm volatile("out" suffix " %0, %1" : : "a"(value), "d"(port)); \
+	}
 PORTS(8, "b")
 PORTS(16, "w")
 PORTS(32, "l")

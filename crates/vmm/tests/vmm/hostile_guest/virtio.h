@@ -7,24 +7,24 @@
 #include "machine.h"
 
 enum register_offset {
-    MAGIC = 0x000,
-    VERSION = 0x004,
-    DEVICE_ID = 0x008,
-    DEVICE_FEATURES = 0x010,
-    DEVICE_FEATURES_SEL = 0x014,
-    DRIVER_FEATURES = 0x020,
-    DRIVER_FEATURES_SEL = 0x024,
-    QUEUE_SEL = 0x030,
-    QUEUE_NUM_MAX = 0x034,
-    QUEUE_NUM = 0x038,
-    QUEUE_READY = 0x044,
-    QUEUE_NOTIFY = 0x050,
-    INTERRUPT_ACK = 0x064,
-    STATUS = 0x070,
-    QUEUE_DESC = 0x080,
-    QUEUE_DRIVER = 0x090,
-    QUEUE_DEVICE = 0x0a0,
-    CONFIG = 0x100,
+	MAGIC = 0x000,
+	VERSION = 0x004,
+	DEVICE_ID = 0x008,
+	DEVICE_FEATURES = 0x010,
+	DEVICE_FEATURES_SEL = 0x014,
+	DRIVER_FEATURES = 0x020,
+	DRIVER_FEATURES_SEL = 0x024,
+	QUEUE_SEL = 0x030,
+	QUEUE_NUM_MAX = 0x034,
+	QUEUE_NUM = 0x038,
+	QUEUE_READY = 0x044,
+	QUEUE_NOTIFY = 0x050,
+	INTERRUPT_ACK = 0x064,
+	STATUS = 0x070,
+	QUEUE_DESC = 0x080,
+	QUEUE_DRIVER = 0x090,
+	QUEUE_DEVICE = 0x0a0,
+	CONFIG = 0x100,
 };
 
 enum status { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64, FAILED = 128 };
@@ -38,10 +38,10 @@ enum device_kind { NET = 1, BLOCK = 2, CONSOLE = 3, RNG = 4, BALLOON = 5, VSOCK 
 enum descriptor_flag { NEXT = 1, WRITE = 2, INDIRECT = 4 };
 
 struct descriptor {
-    u64 address;
-    u32 len;
-    u16 flags;
-    u16 next;
+	u64 address;
+	u32 len;
+	u16 flags;
+	u16 next;
 };
 
 /* Queues are made no larger than this, so that each fits its two pages. */
@@ -49,28 +49,28 @@ struct descriptor {
 #define MAX_QUEUES 3
 
 struct queue {
-    struct descriptor *descriptors;
-    volatile u16 *available; /* flags, index, ring, used_event */
-    volatile u16 *used;      /* flags, index, elements of four words */
-    u16 index;
-    u16 size;
-    u16 next; /* what the driver has made available */
-    u16 seen; /* what the device has used, as far as the driver has looked */
+	struct descriptor *descriptors;
+	volatile u16 *available; /* flags, index, ring, used_event */
+	volatile u16 *used;      /* flags, index, elements of four words */
+	u16 index;
+	u16 size;
+	u16 next; /* what the driver has made available */
+	u16 seen; /* what the device has used, as far as the driver has looked */
 };
 
 struct device {
-    u64 base;
-    enum device_kind kind;
-    const char *name;
-    int queue_count;
-    struct queue queues[MAX_QUEUES];
+	u64 base;
+	enum device_kind kind;
+	const char *name;
+	int queue_count;
+	struct queue queues[MAX_QUEUES];
 };
 
 /* A buffer of a chain. */
 struct part {
-    u64 address;
-    u32 len;
-    bool writable;
+	u64 address;
+	u32 len;
+	bool writable;
 };
 
 extern struct device devices[SLOTS];
@@ -82,12 +82,12 @@ struct device *device_of(enum device_kind kind);
 
 static inline u32 get(const struct device *device, u32 offset)
 {
-    return read32(device->base + offset);
+	return read32(device->base + offset);
 }
 
 static inline void set(const struct device *device, u32 offset, u32 value)
 {
-    write32(device->base + offset, value);
+	write32(device->base + offset, value);
 }
 
 void reset(struct device *device);
