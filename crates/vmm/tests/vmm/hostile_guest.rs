@@ -60,6 +60,18 @@ fn hostile_08_disk_requests_out_of_bounds_are_refused() {
 }
 
 #[test]
+fn hostile_09_network_recovers_from_a_flood_and_drops_odd_frames() {
+    let mut guest = HostileGuest::boot("frames");
+    guest.wait_for("ok the host may send");
+    for _ in 0..5000 {
+        // A full queue of the interface is what this is for.
+        let _ = guest.wire().send_to(&[0x55; 600], "255.255.255.255:9");
+    }
+    guest.vmm().send(9, Command::ResizeMemory { mib: REQUESTED_MIB + 2 }, &[]);
+    guest.ends_well();
+}
+
+#[test]
 fn hostile_11_share_is_not_left_by_names_links_or_made_up_numbers() {
     run("share-limits");
 }
@@ -136,7 +148,8 @@ fn hostile_07_flood_of_every_queue_leaves_memory_flat() {
     guest.vmm().send(9, Command::ResizeMemory { mib: REQUESTED_MIB + 2 }, &[]);
     let report = guest.ends_well();
     let counts = report.iter().find(|line| line.starts_with("chains ")).unwrap();
-    println!("{seconds} s, {counts}: {before} KiB before, {after} KiB after, at most {most} KiB");
+    let logged = guest.log_lines();
+    println!("{seconds} s, {counts}: {before} KiB before, {after} after, at most {most}; {logged} lines logged");
     assert!(most.saturating_sub(before) < MOST_KIB, "{before} KiB before, at most {most} KiB");
     let ready = guest.replies().iter().filter(|reply| **reply == Reply::GuestReady).count();
     assert!(ready <= 1, "the host was told {ready} times that the guest is ready");

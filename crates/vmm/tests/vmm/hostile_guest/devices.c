@@ -290,6 +290,62 @@ void memory_limits(void)
 		mem_limits(mem);
 }
 
+/* Waits for the host, which asks for another size of the virtio-mem device. */
+void wait_for_host(void)
+{
+	struct device *mem = device_of(MEM);
+	u32 requested = get(mem, MEM_REQUESTED);
+	while (get(mem, MEM_REQUESTED) == requested)
+		pause();
+}
+
+/* Frames that no network takes; each is dropped and its buffers come back. */
+static bool send_odd_frames(struct device *device)
+{
+	static u8 header[12];
+	const struct part odd[][2] = {
+		{{scratch, 5, false}, {scratch, 0, false}},
+		{{(u64)header, 12, false}, {scratch, 13, false}},
+		{{(u64)header, 12, false}, {scratch, 66000, false}},
+		{{(u64)header, 12, false}, {scratch, 1 << 22, false}},
+		{{(u64)header, 12, false}, {scratch, 60, true}},
+		{{(u64)header, 12, false}, {SLOTS_START, 60, false}},
+	};
+	u32 len;
+	bool returned = true;
+	for (u64 i = 0; i < ARRAY_SIZE(odd); i++)
+		returned = exchange(device, 1, odd[i], 2, &len) && returned;
+	/* Offloads that were not agreed on, or make no sense for the frame. */
+	for (u32 i = 0; i < 200; i++) {
+		for (u32 byte = 0; byte < sizeof header; byte++)
+			header[byte] = (u8)(below(2) ? random32() : 0);
+		struct part parts[] = {{(u64)header, sizeof header, false}, {scratch, below(3000), false}};
+		returned = exchange(device, 1, parts, 2, &len) && returned;
+	}
+	return returned;
+}
+
+/* The host sends more than its queue holds, to a guest that offers no buffer; when it does, frames come. */
+void frames(void)
+{
+	enum { ENOUGH = 100 };
+	struct device *device = device_of(NET);
+	if (!device || !device_of(MEM) || !revive(device, "boot"))
+		return;
+	expect(true, "the host may send");
+	wait_for_host();
+	int received = 0;
+	for (; received < ENOUGH; received++) {
+		struct part part = {scratch, 2048, true};
+		u32 len;
+		if (!exchange(device, 0, &part, 1, &len) || len < 12 + 14 || len > 2048)
+			break;
+	}
+	expect(received == ENOUGH, "net receives after a flood that it had no room for");
+	expect(send_odd_frames(device), "net drops odd frames");
+	revive(device, "odd frames");
+}
+
 static struct vsock_header reply_to(const struct vsock_header *request, u16 op)
 {
 	return (struct vsock_header){.source = GUEST_CID,

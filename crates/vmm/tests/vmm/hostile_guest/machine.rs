@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, Read, Seek, SeekFrom};
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -53,6 +54,7 @@ pub struct HostileGuest {
     replies: Vec<Reply>,
     log: File,
     disk: File,
+    wire: UdpSocket,
     /// A directory with the share, and beside it what the guest must not reach.
     outside: TempDir,
     /// Counts what comes out of the console.
@@ -79,6 +81,7 @@ impl HostileGuest {
         let share = outside.path().join("share");
         fs::create_dir(&share).unwrap();
         fs::write(share.join("hello"), "hello from the host").unwrap();
+        let (tap, wire) = tap_in_own_namespace();
         let disk = file(&[]);
         disk.set_len(DISK_LEN).unwrap();
         let (serial_reader, serial) = std::io::pipe().unwrap();
@@ -99,7 +102,7 @@ impl HostileGuest {
             disk.try_clone().unwrap().into(),
             file(&[7; 4096]).into(),
             File::open(&share).unwrap().into(),
-            tap_in_own_namespace().into(),
+            tap.into(),
         ];
         vmm.send(1, Command::Boot(spec(scenario)), &fds);
         drop(fds);
@@ -113,7 +116,7 @@ impl HostileGuest {
             read_lines(serial_reader)
         };
         let mut guest =
-            Self { vmm, lines, report: vec![], replies: vec![], log, disk, outside, printed, _unread: unread };
+            Self { vmm, lines, report: vec![], replies: vec![], log, disk, wire, outside, printed, _unread: unread };
         guest.wait_for_reply(&Reply::Done { id: 1 });
         guest
     }
@@ -126,6 +129,11 @@ impl HostileGuest {
     /// What the VMM has said so far.
     pub fn replies(&self) -> &[Reply] {
         &self.replies
+    }
+
+    /// A socket whose broadcasts go to the guest.
+    pub fn wire(&self) -> &UdpSocket {
+        &self.wire
     }
 
     /// The first bytes of the disk.
@@ -163,6 +171,11 @@ impl HostileGuest {
 
     fn give_up(&self, why: &str) -> ! {
         panic!("{why}; the guest said {:#?}, the VMM {:?} and\n{}", self.report, self.replies, self.read_log());
+    }
+
+    /// Lines that the VMM has logged.
+    pub fn log_lines(&self) -> usize {
+        self.read_log().lines().count()
     }
 
     fn read_log(&self) -> String {

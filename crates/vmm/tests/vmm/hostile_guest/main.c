@@ -26,6 +26,7 @@ static const struct {
 	{"share-limits", share_limits},
 	{"hoard", hoard},
 	{"memory-limits", memory_limits},
+	{"frames", frames},
 	{"vsock-peer", vsock_peer},
 	{"chatter", chatter},
 };

@@ -20,6 +20,7 @@ void block_limits(void);
 void share_limits(void);
 void hoard(void);
 void memory_limits(void);
+void frames(void);
 void vsock_peer(void);
 void chatter(void);
 
