@@ -3,7 +3,7 @@
 //! It is a library so that what the guest says can be put to it without a guest, by the fuzz targets above all. Public is
 //! what they need.
 
-mod annotations;
+pub mod annotations;
 mod bundle;
 mod cli;
 pub mod config;
@@ -16,7 +16,7 @@ pub mod pod;
 pub mod sandbox;
 mod service;
 mod share;
-mod sizing;
+pub mod sizing;
 pub mod spec;
 pub mod stats;
 

@@ -17,8 +17,8 @@ pub mod transport;
 pub mod vsock;
 pub mod worker;
 
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::sync::Arc;
 
