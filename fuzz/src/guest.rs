@@ -1,12 +1,15 @@
 //! A hostile driver: an input is a list of what it does to a device's queues, memory and registers.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
-use bulkhead_vmm::event_loop::EventLoop;
+use bulkhead_vmm::event_loop::{EventLoop, WorkerGuard};
+use bulkhead_vmm::virtio::ring::event_fd;
 use bulkhead_vmm::virtio::testing::{DriverQueue, NEXT, TestInterrupt, WRITE, activation, memory};
 use bulkhead_vmm::virtio::{Activation, Memory, VirtioDevice};
-use event_manager::{EventOps, Events, MutEventSubscriber};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::input::Input;
 
@@ -325,26 +328,61 @@ fn works_after_reset(subject: &mut dyn Subject, guest: &mut Guest) {
 
 thread_local! {
     /// One loop for all inputs: its thread ends with the process only.
-    static LOOP: EventLoop = EventLoop::spawn().unwrap();
+    static LOOP: (EventLoop, Echo) = {
+        let event_loop = EventLoop::spawn().unwrap();
+        let echo = Echo::new(&event_loop);
+        (event_loop, echo)
+    };
 }
 
 /// The device loop.
 pub fn event_loop() -> EventLoop {
-    LOOP.with(EventLoop::clone)
+    LOOP.with(|(event_loop, _)| event_loop.clone())
 }
 
-/// Returns when the loop has dealt with every event so far: it takes a worker in only after that.
+/// Returns when the loop has dealt with every event so far, and with those that these have led to.
 pub fn settle() {
-    drop(event_loop().add(Box::new(Silent)).unwrap());
+    LOOP.with(|(_, echo)| {
+        // What is ready together is dealt with in any order, but once: a second echo is of another turn than the first.
+        (0..3).for_each(|_| echo.call());
+    });
 }
 
-/// A worker that waits for nothing.
-struct Silent;
+/// A way to hear from the loop.
+struct Echo {
+    event: EventFd,
+    heard: Receiver<()>,
+    _worker: WorkerGuard,
+}
 
-impl MutEventSubscriber for Silent {
-    fn init(&mut self, _ops: &mut EventOps<'_>) {}
+impl Echo {
+    fn new(event_loop: &EventLoop) -> Self {
+        let event = event_fd().unwrap();
+        let (answer, heard) = channel();
+        let worker = EchoWorker { event: event.try_clone().unwrap(), answer };
+        Self { event, heard, _worker: event_loop.add(Box::new(worker)).unwrap() }
+    }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {}
+    fn call(&self) {
+        self.event.write(1).unwrap();
+        self.heard.recv().unwrap();
+    }
+}
+
+struct EchoWorker {
+    event: EventFd,
+    answer: Sender<()>,
+}
+
+impl MutEventSubscriber for EchoWorker {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        ops.add(Events::new(&self.event, EventSet::IN)).unwrap();
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.event.read().unwrap();
+        let _ = self.answer.send(());
+    }
 }
 
 /// See [`Subject::own`].

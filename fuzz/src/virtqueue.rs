@@ -12,9 +12,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::input::Input;
 
 /// Steps of one input.
-const MAX_STEPS: usize = 64;
-/// Chains of one turn.
-const BUDGET: usize = 32;
+const MAX_STEPS: usize = 48;
+/// Chains of one turn, each of which may take 65535 steps to follow.
+const BUDGET: usize = 8;
 const REGIONS: [(GuestAddress, usize); 2] = [(GuestAddress(0), 0x2_0000), (GuestAddress(0x4_0000), 0x1_0000)];
 /// Rings of the driver that means well.
 const RINGS: [u32; 3] = [0x1000, 0x2000, 0x3000];
