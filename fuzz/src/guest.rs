@@ -1,7 +1,7 @@
 //! A hostile driver: an input is a list of what it does to a device's queues, memory and registers.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Once};
 
 use bulkhead_vmm::event_loop::{EventLoop, WorkerGuard};
 use bulkhead_vmm::virtio::ring::event_fd;
@@ -236,8 +236,18 @@ impl Guest {
     }
 }
 
+/// A write into a broken pipe is an error and not the end, as in every program whose `main` is Rust's; libFuzzer's is not.
+fn ignore_broken_pipes() {
+    static DONE: Once = Once::new();
+    // SAFETY: No handler is installed, and no other thread changes what becomes of the signal.
+    DONE.call_once(|| {
+        let _ = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    });
+}
+
 /// Lets the driver of an input loose on a device; afterwards the device must work again once it has been reset.
 pub fn drive(subject: &mut dyn Subject, data: &[u8]) {
+    ignore_broken_pipes();
     let mut input = Input::new(data);
     let mut guest = Guest::new(subject.queue_sizes());
     let features = choose(subject, &mut input);
