@@ -2,12 +2,15 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node test-compat node soak-boot \
-	soak-pods bench-boot install clean
+.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node test-compat test-hostile fuzz \
+	node soak-boot soak-pods bench-boot install clean
 
-# Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); where `make install` puts things.
+# Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); how long `make fuzz` runs each target,
+# and which one; where `make install` puts things.
 N ?= 100
 FILTER ?=
+FUZZ_SECONDS ?=
+TARGET ?=
 PREFIX ?= /usr/local
 DESTDIR ?=
 
@@ -58,6 +61,12 @@ test-node: build ## the end-to-end suites in a node (FILTER=part of a test's nam
 test-compat: build ## pods on runc and on Bulkhead compared, case by case (FILTER=part of a name)
 	@FILTER='$(FILTER)' tools/test compat
 
+test-hostile: build ## what plays a hostile guest or a failing part, counted by boundary (FUZZ_SECONDS=n: fuzz targets too)
+	@FUZZ_SECONDS='$(FUZZ_SECONDS)' tools/hostile
+
+fuzz: setup ## every fuzz target for FUZZ_SECONDS=60 (TARGET=name: one of them)
+	@FUZZ_SECONDS='$(FUZZ_SECONDS)' tools/fuzz run $(TARGET)
+
 node: build ## a shell in the test node
 	@$(NODE) shell
 
@@ -79,6 +88,6 @@ install: build ## binaries, guest kernel and image below PREFIX (/usr/local), co
 	[ -e '$(DESTDIR)/etc/bulkhead/config.toml' ] || \
 		sed 's|/usr/local|$(PREFIX)|' deploy/config.toml >'$(DESTDIR)/etc/bulkhead/config.toml'
 
-clean: ## remove build/ and target/; packages stay
+clean: ## remove build/ and what cargo has built; packages stay
 	@$(NODE) down
-	rm -rf build target
+	rm -rf build target fuzz/target

@@ -1,6 +1,6 @@
 //! Puts a kernel into the guest's memory, with all that it looks for when it starts.
 
-mod cmdline;
+pub mod cmdline;
 mod initramfs;
 mod kernel;
 mod mptable;

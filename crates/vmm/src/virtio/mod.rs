@@ -19,8 +19,8 @@ pub mod worker;
 
 #[cfg(test)]
 mod hostile;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::sync::Arc;
 

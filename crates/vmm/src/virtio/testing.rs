@@ -1,4 +1,5 @@
-//! The driver's side of a virtqueue, and an interrupt to wait for, for the devices' tests.
+//! The driver's side of a virtqueue, and an interrupt to wait for, for the devices' tests and the fuzz targets.
+#![allow(clippy::unwrap_used)] // reason: what fails here has failed the test
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -14,9 +15,11 @@ use super::{Activation, ActiveQueue, Interrupt, Memory};
 /// Far more than any step of a test takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Descriptor flags.
+/// Descriptor flag: the chain goes on.
 pub const NEXT: u16 = 1;
+/// Descriptor flag: for the device to write.
 pub const WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
 /// 16 MiB of guest memory.
@@ -71,6 +74,7 @@ impl TestInterrupt {
         }
     }
 
+    /// Interrupts of a queue so far.
     pub fn count(&self, index: u16) -> usize {
         self.state.lock().unwrap().0.iter().filter(|i| **i == index).count()
     }
@@ -103,17 +107,21 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
+    /// A queue of `size` without descriptors.
     pub fn new(memory: &Memory, base: u64, size: u16) -> Self {
         memory.write_slice(&vec![0; 0x4000], GuestAddress(base)).unwrap();
         let kick = event_fd().unwrap();
         Self { memory: memory.clone(), base, size, kick, next_descriptor: 0, avail: 0, used: 0, event_idx: false }
     }
 
+    /// With VIRTIO_RING_F_EVENT_IDX.
+    #[must_use]
     pub fn with_event_idx(mut self) -> Self {
         self.event_idx = true;
         self
     }
 
+    /// The guest memory that it is in.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
@@ -131,6 +139,7 @@ impl DriverQueue {
         self.base + 0x3000
     }
 
+    /// The descriptor that [`Self::add`] takes next.
     pub fn next_descriptor(&self) -> u16 {
         self.next_descriptor
     }
@@ -186,6 +195,7 @@ impl DriverQueue {
         self.memory.store(index.to_le(), at, Ordering::Release).unwrap();
     }
 
+    /// Notifies the device.
     pub fn kick(&self) {
         self.kick.write(1).unwrap();
     }

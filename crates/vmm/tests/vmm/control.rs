@@ -27,7 +27,7 @@ pub struct Vmm {
 impl Vmm {
     /// Starts the process.
     pub fn start() -> Self {
-        Self::start_with(Stdio::null())
+        Self::start_with(Stdio::inherit())
     }
 
     /// Starts the process with its standard error somewhere.
@@ -46,11 +46,6 @@ impl Vmm {
         drop(theirs);
         drop(guard);
         Self { socket: ours, process }
-    }
-
-    /// The process.
-    pub fn pid(&self) -> u32 {
-        self.process.id()
     }
 
     /// Sends a command.

@@ -191,6 +191,27 @@ impl Drop for Fs {
     }
 }
 
+/// The server without its thread: it serves when it is told to, in the thread that has made it, whose working directory
+/// becomes the share.
+#[cfg(feature = "testing")]
+pub struct Inline(Worker);
+
+#[cfg(feature = "testing")]
+impl Inline {
+    /// A server of `root` that lets the guest hold so many descriptors.
+    pub fn new(root: &OwnedFd, guest_fds: u64, activation: Activation) -> Result<Self, ActivateError> {
+        let event = event_fd().map_err(|source| ActivateError::Host { action: "make an event", source })?;
+        let entered = fchdir(root).map_err(|error| error.into());
+        entered.map_err(|source| ActivateError::Host { action: "enter the share", source })?;
+        Worker::new(activation, server_config(guest_fds), Arc::new(Stop::new(event))).map(Self)
+    }
+
+    /// Serves what is in the queues now.
+    pub fn serve(&mut self) -> Result<(), super::ring::RingError> {
+        self.0.serve_once()
+    }
+}
+
 fn server_config(guest_fd_limit: u64) -> Config {
     Config {
         root_dir: ".".into(),

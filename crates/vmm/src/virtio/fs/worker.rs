@@ -111,6 +111,15 @@ impl Worker {
     }
 }
 
+#[cfg(feature = "testing")]
+impl Worker {
+    /// Serves both queues, whether they were kicked or not, up to the budget of each.
+    pub fn serve_once(&mut self) -> Result<(), RingError> {
+        drain(&mut self.hiprio, &self.server, &self.stop)?;
+        drain(&mut self.requests, &self.server, &self.stop)
+    }
+}
+
 fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
     ring.drain(BUDGET, |ring| {
         if stop.is_requested() {

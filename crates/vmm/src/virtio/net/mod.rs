@@ -105,6 +105,16 @@ impl VirtioDevice for Net {
     }
 }
 
+/// The device's worker over anything that keeps the borders of frames: a tap takes a network namespace to make.
+#[cfg(feature = "testing")]
+pub fn worker_over(
+    wire: OwnedFd,
+    mtu: u16,
+    activation: Activation,
+) -> Result<crate::event_loop::Worker, ActivateError> {
+    Ok(Box::new(Worker::new(Arc::new(Tap::for_test(wire)), mtu, activation)?))
+}
+
 /// A device that cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {

@@ -37,7 +37,7 @@ impl Tap {
     }
 
     /// Anything that keeps the borders of frames.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn for_test(fd: OwnedFd) -> Self {
         Self(fd)
     }
