@@ -6,7 +6,7 @@
 #include "scenarios.h"
 
 /* Rounds before the host is told that the flood is on. */
-#define WARM_UP 20
+#define WARM_UP 40
 #define ROUNDS_WITHOUT_END 400
 #define CHAINS_AT_ONCE 4
 #define CHAIN_LEN 4
@@ -236,11 +236,13 @@ static void make_chain(struct device *device, struct queue *queue, u16 first)
 			       INDIRECT, 0);
 }
 
-static u64 chains, restarts;
+static u64 chains, returned, restarts;
 
 static void flood_queue(struct device *device, struct queue *queue)
 {
-	u16 heads = (u16)(queue->size / CHAIN_LEN);
+	u16 heads = (u16)(queue->size / CHAIN_LEN), used = queue->used[1];
+	returned += (u16)(used - queue->seen);
+	queue->seen = used;
 	for (u32 i = 1 + below(CHAINS_AT_ONCE); i; i--) {
 		/* As many as the ring holds, so that only the wrong ones break it. */
 		if ((u16)(queue->next - queue->used[1]) >= queue->size)
@@ -282,7 +284,9 @@ void flood(void)
 	}
 	put("chains ");
 	put_number(chains);
-	put(", restarts ");
+	put(" returned ");
+	put_number(returned);
+	put(" restarts ");
 	put_number(restarts);
 	put_char('\n');
 	revive_all("the flood");

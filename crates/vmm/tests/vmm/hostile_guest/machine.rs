@@ -198,13 +198,11 @@ impl HostileGuest {
         std::mem::take(&mut self.report)
     }
 
-    /// The guest has ended and left traces where it may: so its requests were no mere noise.
+    /// The guest has ended and has left traces: its requests were no mere noise.
     pub fn has_used_its_devices(&mut self) {
-        let files = fs::read_dir(self.outside.path().join("share")).unwrap().count();
-        assert!(files > 1, "the guest has made no file");
         let printed = self.printed.take().unwrap().join().unwrap();
         assert!(printed > 1000, "the guest has printed {printed} bytes");
-        assert!(self.disk.metadata().unwrap().len() == DISK_LEN, "the disk has another size");
+        assert_eq!(self.disk.metadata().unwrap().len(), DISK_LEN);
     }
 
     /// The VMM has reported the guest's end: so it ends too, has logged little, and has touched nothing that is not the
