@@ -294,11 +294,11 @@ impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.device.read_config(offset, data);
-        } else if let Ok(register) = <&mut [u8; 4]>::try_from(data) {
+        } else if let (true, Ok(register)) = (offset.is_multiple_of(4), <&mut [u8; 4]>::try_from(data)) {
             *register = self.read_register(offset).to_le_bytes();
         } else {
             // Section 4.2.2.2: registers are read and written as aligned words of 32 bits.
-            guest_log!("register {offset:#x} not read as 32 bits");
+            guest_log!("register {offset:#x} not read as an aligned word of 32 bits");
         }
     }
 
@@ -307,10 +307,10 @@ impl BusDevice for MmioTransport {
             if self.status & DRIVER != 0 {
                 self.device.write_config(offset, data);
             }
-        } else if let Ok(value) = <[u8; 4]>::try_from(data) {
+        } else if let (true, Ok(value)) = (offset.is_multiple_of(4), <[u8; 4]>::try_from(data)) {
             self.write_register(offset, u32::from_le_bytes(value));
         } else {
-            guest_log!("register {offset:#x} not written as 32 bits");
+            guest_log!("register {offset:#x} not written as an aligned word of 32 bits");
         }
     }
 }
