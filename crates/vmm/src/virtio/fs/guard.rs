@@ -76,6 +76,14 @@ fn label(name: &CStr) -> io::Result<()> {
     Ok(())
 }
 
+/// Offsets are signed in the host's kernel. virtiofsd converts them with a panic, which would be the VMM's end.
+fn range(offset: u64, size: u32) -> io::Result<()> {
+    match offset.checked_add(size.into()).map(i64::try_from) {
+        Some(Ok(_)) => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
 /// Methods that pass their arguments on, after the checks named behind the signature.
 macro_rules! pass {
     ($(fn $method:ident $(<$generic:ident: $bound:ident>)? (&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)?
@@ -148,9 +156,10 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn create(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
             extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n);
         fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, w: W, size: u32,
-            offset: u64, owner: Option<u64>, flags: u32) -> io::Result<usize>;
+            offset: u64, owner: Option<u64>, flags: u32) -> io::Result<usize> where range(offset, size);
         fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, r: R, size: u32,
-            offset: u64, owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>;
+            offset: u64, owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>
+            where range(offset, size);
         fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()>;
         fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
         fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64)
@@ -190,7 +199,16 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_labels_are_not() {
+    fn hostile_11_offsets_that_the_host_has_not_are_refused() {
+        let most = i64::MAX.unsigned_abs();
+        assert!(range(0, u32::MAX).is_ok() && range(most, 0).is_ok() && range(most - 1, 1).is_ok());
+        for (offset, size) in [(most, 1), (most + 1, 0), (u64::MAX, 0), (u64::MAX, u32::MAX)] {
+            assert_eq!(range(offset, size).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+
+    #[test]
+    fn hostile_11_devices_and_labels_of_the_host_are_not() {
         assert!(node(libc::S_IFCHR | 0o600, 0x103).is_err());
         assert!(node(libc::S_IFBLK | 0o600, 0).is_err());
         assert!(label(c"security.selinux").is_err());
