@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_field_is_refused() {
+    fn hostile_15_unknown_field_is_refused() {
         let (a, b) = pair();
         send(&a, &serde_json::json!({"id": 1, "command": {"connect_vsock": {"port": 1}}, "more": 1}), &[]).unwrap();
         assert!(matches!(receive::<Request>(&b), Err(ControlError::Json(_))));

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptor_is_given_out_once() {
+    fn hostile_15_descriptor_is_given_out_once_and_a_wrong_index_is_refused() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let mut fds = Descriptors::new(vec![reader.into()]);
         fds.take(FdIndex(0), "kernel").unwrap();

@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flood_is_cut_off_and_counted() {
+    fn hostile_14_flood_of_log_lines_is_cut_off_and_counted() {
         let limit = RateLimit::new();
         let start = Instant::now();
         let admitted = (0..100).filter(|_| limit.admit(start).is_some()).count();

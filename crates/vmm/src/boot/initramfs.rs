@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn initramfs_larger_than_the_room_is_refused() {
+    fn hostile_15_initramfs_larger_than_the_room_is_refused() {
         let memory = create_memory(16, 0).unwrap();
         assert!(matches!(load(&memory, file(0x1001), (16 << 20) - 0x1000), Err(InitramfsError::TooLarge { .. })));
         assert!(matches!(load(&memory, file(17 << 20), 0), Err(InitramfsError::TooLarge { .. })));

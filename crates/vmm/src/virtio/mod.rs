@@ -18,6 +18,8 @@ pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod testing;
 
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use super::*;
 use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
 
 #[test]
-fn reported_pages_go_back_and_nonsense_is_ignored() {
+fn hostile_13_reported_pages_go_back_and_pages_outside_of_memory_are_ignored() {
     let memory = memory();
     let interrupt = Arc::new(TestInterrupt::default());
     let (inflate, deflate) = (DriverQueue::new(&memory, 0x10_0000, 16), DriverQueue::new(&memory, 0x11_0000, 16));
@@ -34,7 +34,7 @@ fn reported_pages_go_back_and_nonsense_is_ignored() {
 }
 
 #[test]
-fn nothing_can_be_inflated() {
+fn hostile_13_nothing_can_be_inflated_and_there_are_no_statistics() {
     let balloon = Balloon::new(EventLoop::spawn().unwrap());
     let mut config = [0; 8];
     balloon.read_config(0, &mut config);

@@ -86,7 +86,7 @@ fn memory_blocks_come_with_their_first_part_and_go_with_their_last() {
 }
 
 #[test]
-fn hostile_requests_change_nothing() {
+fn hostile_13_requests_for_blocks_that_are_not_there_change_nothing() {
     let (mut blocks, heard) = blocks(2 * BLOCK);
     assert_eq!(blocks.plug(START, 1), Verdict::Ack);
     let wrong = [
@@ -112,7 +112,7 @@ fn hostile_requests_change_nothing() {
 }
 
 #[test]
-fn plug_that_the_host_refuses_half_way_is_undone() {
+fn hostile_13_plug_that_the_host_refuses_half_way_is_undone() {
     let (backing, heard) = record(Some(2));
     let mut blocks = Blocks::new(backing);
     assert!(blocks.request(SIZE));
