@@ -1,3 +1,5 @@
+mod hostile;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -130,6 +132,7 @@ struct Guest {
     tx: DriverQueue,
     event: DriverQueue,
     device: Vsock,
+    event_loop: EventLoop,
     handle: VsockHandle,
     ready: Receiver<()>,
     tx_slot: u64,
@@ -149,7 +152,7 @@ impl Guest {
         let (send_ready, ready) = channel();
         let event_loop = EventLoop::spawn().unwrap();
         let on_ready = Box::new(move || send_ready.send(()).unwrap());
-        let (device, handle) = Vsock::with_timeout(CID, event_loop, on_ready, timeout).unwrap();
+        let (device, handle) = Vsock::with_timeout(CID, event_loop.clone(), on_ready, timeout).unwrap();
         Self {
             rx: DriverQueue::new(&memory, 0x1_0000, 64),
             tx: DriverQueue::new(&memory, 0x2_0000, 64),
@@ -157,6 +160,7 @@ impl Guest {
             interrupt: Arc::default(),
             memory,
             device,
+            event_loop,
             handle,
             ready,
             tx_slot: 0,
