@@ -13,9 +13,12 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use super::Memory;
+use super::ring::MAX_DESCRIPTORS;
 
-/// Most buffers in a chain: IOV_MAX, what one readv(2) takes. An indirect table could hold 65535.
+/// Most buffers in a chain: IOV_MAX, what one readv(2) takes, and no more than are looked at, empty ones included.
 const MAX_SEGMENTS: usize = 1024;
+
+const _: () = assert!(MAX_SEGMENTS == MAX_DESCRIPTORS);
 
 /// The buffers of one chain, all of them readable for the device or all writable.
 pub struct Buffers {
@@ -53,7 +56,10 @@ impl Buffers {
         let mut segments = Vec::new();
         let mut len = 0_usize;
         let mut complete = false;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            if count == MAX_SEGMENTS {
+                return Err(BufferError::TooLarge);
+            }
             complete = !descriptor.has_next();
             if descriptor.is_write_only() != writable {
                 return Err(BufferError::Direction);
@@ -61,9 +67,6 @@ impl Buffers {
             let size = usize::try_from(descriptor.len()).map_err(|_| BufferError::TooLarge)?;
             if size == 0 {
                 continue;
-            }
-            if segments.len() == MAX_SEGMENTS {
-                return Err(BufferError::TooLarge);
             }
             len = len.checked_add(size).ok_or(BufferError::TooLarge)?;
             let slice = memory.get_slice(descriptor.addr(), size).map_err(|_| BufferError::Address)?;
@@ -245,8 +248,10 @@ mod tests {
     #[test]
     fn hostile_05_chain_of_more_buffers_or_bytes_than_may_be_is_an_error() {
         const TABLE: u64 = 0x20_0000;
-        // The same buffer again and again: too many of them, and more than 4 GiB.
-        for (count, len, error) in [(1025, 16, BufferError::TooLarge), (600, 8 << 20, BufferError::Chain)] {
+        // The same buffer again and again: too many of them, too many empty ones, and more than 4 GiB.
+        for (count, len, error) in
+            [(1025, 16, BufferError::TooLarge), (1025, 0, BufferError::TooLarge), (600, 8 << 20, BufferError::Chain)]
+        {
             let memory = memory();
             let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
             let table = DriverQueue::new(&memory, TABLE, 8);

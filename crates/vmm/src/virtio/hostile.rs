@@ -344,6 +344,34 @@ fn hostile_04_driver_that_never_stops_submitting_starves_nobody() {
     });
 }
 
+/// The most descriptors that a chain can have are in an indirect table, and the ring is full of it.
+#[test]
+fn hostile_04_longest_chains_that_there_can_be_do_not_hold_up_the_others() {
+    for_every_device(|rig, bystander| {
+        for len in [0, 1, 0x1000] {
+            for flags in [0, WRITE] {
+                let mut session = rig.start();
+                let entries: Vec<_> = (1..=u16::MAX)
+                    .map(|next| (WILD, len, flags | if next < u16::MAX { NEXT } else { 0 }, next))
+                    .collect();
+                let queue = rig.queue(&mut session);
+                table(queue, queue.memory(), u32::from(u16::MAX) * 16, 0, &entries);
+                (0..SIZE).for_each(|_| queue.offer(4));
+                queue.kick();
+                bystander();
+                assert_eq!(
+                    session.queues[usize::from(rig.queue)].wait_used_or_reset(&session.interrupt).map(|used| used.0),
+                    Some(4),
+                    "{}",
+                    rig.name
+                );
+                rig.device.reset();
+            }
+        }
+        rig.works_after_a_reset();
+    });
+}
+
 /// A chain with something wrong, of descriptors from 4 on, readable or writable by `flags`; and its name.
 type BrokenChain = (&'static str, fn(&DriverQueue, flags: u16));
 

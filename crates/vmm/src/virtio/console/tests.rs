@@ -4,7 +4,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, activation, memory};
 
 const RINGS: u64 = 0x1_0000;
 
@@ -80,4 +80,17 @@ fn hostile_04_available_index_that_jumps_is_an_error() {
     let mut fixture = fixture();
     fixture.driver.set_avail(65);
     assert!(fixture.run().1.is_none());
+}
+
+/// Each descriptor could cost a write(2) on the thread that other devices need.
+#[test]
+fn hostile_14_chain_of_more_buffers_than_any_queue_has_is_cut_off() {
+    const TABLE: u64 = 0x20_0000;
+    let mut fixture = fixture();
+    let table = DriverQueue::new(&fixture.memory, TABLE, 64);
+    (0..u16::MAX).for_each(|i| table.descriptor(i, 0x4000, 1, NEXT, i + 1));
+    fixture.driver.descriptor(0, TABLE, u32::from(u16::MAX) * 16, INDIRECT, 0);
+    fixture.driver.offer(0);
+    let (mut driver, text) = fixture.run();
+    assert_eq!((driver.take_used(), text.unwrap().len()), (Some((0, 0)), crate::virtio::ring::MAX_DESCRIPTORS));
 }

@@ -383,3 +383,26 @@ fn hostile_04_receive_buffer_that_is_given_twice_is_filled_twice() {
     assert_eq!(guest.rx.wait_used(&guest.interrupt).0, head);
     assert_eq!((guest.receive().1, guest.receive().1), (frame(1000, 2), frame(1000, 3)));
 }
+
+/// Buffers for reception that hold no frame come back as fast as the driver gives them.
+#[test]
+fn hostile_04_flood_of_buffers_too_small_for_a_frame_does_not_stop_the_device() {
+    let mut guest = Guest::new(0);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    guest.give_buffers(64, 10);
+    let mut twin = guest.rx.twin();
+    std::thread::scope(|scope| {
+        scope.spawn(|| twin.flood(&stop));
+        for seed in 0..50 {
+            guest.send([0; HEADER], &frame(60, seed));
+            assert_eq!(guest.host_receives()[HEADER..], frame(60, seed));
+            guest.tx.wait_used(&guest.interrupt);
+        }
+        guest.device.reset();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    guest.restart(0);
+    guest.give_buffers(2, 1530);
+    guest.host_sends(&frame(60, 1));
+    assert_eq!(guest.receive().1, frame(60, 1));
+}

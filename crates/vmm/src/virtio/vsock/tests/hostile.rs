@@ -180,6 +180,34 @@ fn hostile_10_streams_that_are_closed_or_stuck_do_not_make_the_loop_spin() {
     guest.established();
 }
 
+/// There is a packet to send, and the guest gives buffers without end that hold none.
+#[test]
+fn hostile_04_flood_of_buffers_too_small_for_a_packet_does_not_stop_the_device() {
+    let mut guest = Guest::started();
+    let (_host, result) = guest.connect();
+    let stop = AtomicBool::new(false);
+    for _ in 0..64 {
+        guest.rx.add(&[(RX_BUFFERS, 10, true)]);
+    }
+    let mut twin = guest.rx.twin();
+    std::thread::scope(|scope| {
+        scope.spawn(|| twin.flood(&stop));
+        // The other queue is served meanwhile.
+        for _ in 0..20 {
+            guest.send(packet(op::RST), &[]);
+        }
+        guest.device.reset();
+        stop.store(true, Ordering::Relaxed);
+    });
+    guest.rx = DriverQueue::new(&guest.memory, 0x1_0000, 64);
+    guest.tx = DriverQueue::new(&guest.memory, 0x2_0000, 64);
+    guest.start();
+    // The packet that waited leaves now.
+    let (request, _) = guest.receive_op(op::REQUEST);
+    guest.send(Header { dst_port: request.src_port, ..packet(op::RESPONSE) }, &[]);
+    assert_eq!(result.recv().unwrap(), Ok(()));
+}
+
 /// Another vCPU changes the length after the packet was sent: it is one length or the other.
 #[test]
 fn hostile_06_header_that_changes_all_the_time_is_one_packet_or_the_other() {
