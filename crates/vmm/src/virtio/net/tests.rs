@@ -355,7 +355,7 @@ fn hostile_06_header_that_changes_after_its_check_does_not_reach_the_host() {
                 memory.write_slice(&[0; HEADER], GuestAddress(TX_BUFFERS)).unwrap();
             }
         });
-        for _ in 0..2000 {
+        for _ in 0..20_000 {
             guest.tx.add(&[(TX_BUFFERS, 12, false), (TX_BUFFERS + 0x100, 60, false)]);
             guest.tx.kick();
             guest.tx.wait_used(&guest.interrupt);

@@ -270,6 +270,31 @@ fn hostile_06_name_that_changes_all_the_time_never_leads_out_of_the_share() {
     assert_eq!(fs::read(dir.path().join("secret")).unwrap(), b"host");
 }
 
+#[test]
+fn hostile_11_initializing_again_and_again_keeps_nothing_of_before() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let held = || {
+        let fds = fs::read_dir("/proc/self/fd").unwrap();
+        fds.filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path.starts_with(&share))).count()
+    };
+    let before = held();
+    for round in 0..100 {
+        let node = guest.lookup(ROOT, "file").unwrap();
+        guest.open(node, libc::O_RDONLY).unwrap();
+        if round % 2 == 0 {
+            const DESTROY: u32 = 38;
+            // It has no answer.
+            let len = guest.write_request(DESTROY, 0, &[]);
+            guest.requests.add(&[(REQUEST, len, false), (REPLY, 0x100, true)]);
+            guest.requests.kick();
+            guest.requests.wait_used(&guest.interrupt);
+        }
+        guest.init(SUBMOUNTS).unwrap();
+    }
+    assert!(held() <= before + 4, "{before} and then {}", held());
+}
+
 /// A panic of the server would be the end of the VMM: bodies that are random, with room for replies that is, too.
 #[test]
 fn hostile_11_every_opcode_with_any_body_and_room_leaves_the_server_running() {
