@@ -20,7 +20,7 @@ use super::fs::Fs;
 use super::mem::{Backing, Mem};
 use super::net::tests::Wired;
 use super::rng::Rng;
-use super::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
+use super::testing::{DriverQueue, Ends, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 use super::vsock::Vsock;
 use super::{Interrupt, Memory, VirtioDevice};
 use crate::descriptors::Descriptors;
@@ -333,12 +333,12 @@ fn hostile_04_driver_that_never_stops_submitting_starves_nobody() {
         (1..SIZE).for_each(|_| queue.offer(head));
         let (mut twin, stop) = (queue.twin(), AtomicBool::new(false));
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| twin.flood(&stop));
             (0..20).for_each(|_| bystander());
             // While the flood goes on.
             rig.device.reset();
             bystander();
-            stop.store(true, Ordering::Relaxed);
         });
         rig.works_after_a_reset();
     });
@@ -467,6 +467,7 @@ fn hostile_06_descriptors_that_change_all_the_time_harm_nobody() {
         let (address, len, write) = buffers[0];
         let flags = if write { WRITE } else { 0 } | if buffers.len() > 1 { NEXT } else { 0 };
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     twin.descriptor(head, address, len, flags, 1);
@@ -485,7 +486,6 @@ fn hostile_06_descriptors_that_change_all_the_time_harm_nobody() {
                     break;
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         bystander();
         rig.works_after_a_reset();
@@ -500,6 +500,7 @@ fn hostile_06_requests_that_change_all_the_time_are_answered_each_once() {
         let (memory, request, stop) = (session.memory.clone(), rig.request.clone(), AtomicBool::new(false));
         let other: Vec<u8> = request.iter().map(|byte| !byte).collect();
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     memory.write_slice(&other, GuestAddress(REQUEST)).unwrap();
@@ -509,7 +510,6 @@ fn hostile_06_requests_that_change_all_the_time_are_answered_each_once() {
             for _ in 0..300 {
                 assert!(rig.ask(&mut session).is_some(), "{}", rig.name);
             }
-            stop.store(true, Ordering::Relaxed);
         });
         bystander();
         rig.works_after_a_reset();
