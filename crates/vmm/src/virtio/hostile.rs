@@ -627,3 +627,37 @@ fn hostile_12_there_is_no_pmem_device_and_no_other_kind_than_these() {
         assert!(spec.is_err(), "{name}");
     }
 }
+
+/// What a device is built of comes from the shim; an index that is wrong, or a descriptor of the wrong kind, is one error.
+#[test]
+fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused_with_a_reason() {
+    let refusal = |spec: &DeviceSpec, fds: Vec<OwnedFd>| {
+        let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
+        builder.build(spec, &mut Descriptors::new(fds)).err().map(|error| error.to_string())
+    };
+    let wrong = FdIndex(usize::MAX);
+    let needy = [
+        (DeviceSpec::Block { file: wrong, read_only: true, serial: String::new() }, "disk"),
+        (DeviceSpec::Console { output: wrong }, "console"),
+        (DeviceSpec::Fs { tag: "share".into(), root: wrong }, "share"),
+        (DeviceSpec::Net { tap: wrong, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
+    ];
+    for (spec, name) in needy {
+        let error = refusal(&spec, vec![File::open("/dev/null").unwrap().into()]).unwrap();
+        assert_eq!(error, format!("descriptor {} for the {name} did not come with the spec", usize::MAX));
+    }
+    let pipe = || vec![std::io::pipe().unwrap().0.into()];
+    let index = FdIndex(0);
+    for (spec, words) in [
+        (DeviceSpec::Block { file: index, read_only: true, serial: String::new() }, "is it an image file"),
+        (DeviceSpec::Block { file: index, read_only: true, serial: "x".repeat(21) }, "disk"),
+        (DeviceSpec::Fs { tag: "share".into(), root: index }, "no directory"),
+        (DeviceSpec::Fs { tag: String::new(), root: index }, "tag"),
+        (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
+        (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 67 }, "MTU"),
+        (DeviceSpec::Memory { requested_mib: u64::MAX }, "hotplug_mib"),
+    ] {
+        let error = refusal(&spec, pipe()).unwrap();
+        assert!(error.contains(words), "{error}");
+    }
+}
