@@ -20,7 +20,7 @@ use super::fs::Fs;
 use super::mem::{Backing, Mem};
 use super::net::tests::Wired;
 use super::rng::Rng;
-use super::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
+use super::testing::{DriverQueue, Ends, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 use super::vsock::Vsock;
 use super::{Interrupt, Memory, VirtioDevice};
 use crate::descriptors::Descriptors;
@@ -333,12 +333,12 @@ fn hostile_04_driver_that_never_stops_submitting_starves_nobody() {
         (1..SIZE).for_each(|_| queue.offer(head));
         let (mut twin, stop) = (queue.twin(), AtomicBool::new(false));
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| twin.flood(&stop));
             (0..20).for_each(|_| bystander());
             // While the flood goes on.
             rig.device.reset();
             bystander();
-            stop.store(true, Ordering::Relaxed);
         });
         rig.works_after_a_reset();
     });
@@ -467,6 +467,7 @@ fn hostile_06_descriptors_that_change_all_the_time_harm_nobody() {
         let (address, len, write) = buffers[0];
         let flags = if write { WRITE } else { 0 } | if buffers.len() > 1 { NEXT } else { 0 };
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     twin.descriptor(head, address, len, flags, 1);
@@ -485,7 +486,6 @@ fn hostile_06_descriptors_that_change_all_the_time_harm_nobody() {
                     break;
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         bystander();
         rig.works_after_a_reset();
@@ -500,6 +500,7 @@ fn hostile_06_requests_that_change_all_the_time_are_answered_each_once() {
         let (memory, request, stop) = (session.memory.clone(), rig.request.clone(), AtomicBool::new(false));
         let other: Vec<u8> = request.iter().map(|byte| !byte).collect();
         std::thread::scope(|scope| {
+            let _ends = Ends(&stop);
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     memory.write_slice(&other, GuestAddress(REQUEST)).unwrap();
@@ -509,7 +510,6 @@ fn hostile_06_requests_that_change_all_the_time_are_answered_each_once() {
             for _ in 0..300 {
                 assert!(rig.ask(&mut session).is_some(), "{}", rig.name);
             }
-            stop.store(true, Ordering::Relaxed);
         });
         bystander();
         rig.works_after_a_reset();
@@ -625,5 +625,39 @@ fn hostile_12_there_is_no_pmem_device_and_no_other_kind_than_these() {
     for name in ["pmem", "gpu", "scsi", "iommu", "vhost"] {
         let spec = serde_json::from_value::<DeviceSpec>(serde_json::json!({ "type": name, "file": 0 }));
         assert!(spec.is_err(), "{name}");
+    }
+}
+
+/// What a device is built of comes from the shim; an index that is wrong, or a descriptor of the wrong kind, is one error.
+#[test]
+fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused_with_a_reason() {
+    let refusal = |spec: &DeviceSpec, fds: Vec<OwnedFd>| {
+        let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
+        builder.build(spec, &mut Descriptors::new(fds)).err().map(|error| error.to_string())
+    };
+    let wrong = FdIndex(usize::MAX);
+    let needy = [
+        (DeviceSpec::Block { file: wrong, read_only: true, serial: String::new() }, "disk"),
+        (DeviceSpec::Console { output: wrong }, "console"),
+        (DeviceSpec::Fs { tag: "share".into(), root: wrong }, "share"),
+        (DeviceSpec::Net { tap: wrong, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
+    ];
+    for (spec, name) in needy {
+        let error = refusal(&spec, vec![File::open("/dev/null").unwrap().into()]).unwrap();
+        assert_eq!(error, format!("descriptor {} for the {name} did not come with the spec", usize::MAX));
+    }
+    let pipe = || vec![std::io::pipe().unwrap().0.into()];
+    let index = FdIndex(0);
+    for (spec, words) in [
+        (DeviceSpec::Block { file: index, read_only: true, serial: String::new() }, "is it an image file"),
+        (DeviceSpec::Block { file: index, read_only: true, serial: "x".repeat(21) }, "disk"),
+        (DeviceSpec::Fs { tag: "share".into(), root: index }, "no directory"),
+        (DeviceSpec::Fs { tag: String::new(), root: index }, "tag"),
+        (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
+        (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 67 }, "MTU"),
+        (DeviceSpec::Memory { requested_mib: u64::MAX }, "hotplug_mib"),
+    ] {
+        let error = refusal(&spec, pipe()).unwrap();
+        assert!(error.contains(words), "{error}");
     }
 }

@@ -27,6 +27,15 @@ pub fn memory() -> Memory {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap())
 }
 
+/// Sets a flag that a second thread looks at when the test is through, or has failed.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Counts interrupts.
 #[derive(Default)]
 pub struct TestInterrupt {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::testing::{DriverQueue, Ends, TestInterrupt, activation, memory};
 
 #[test]
 fn hostile_13_reported_pages_go_back_and_pages_outside_of_memory_are_ignored() {
@@ -79,6 +79,7 @@ fn hostile_13_free_page_that_is_written_while_it_is_reported_is_one_or_the_other
     balloon.activate(activation(&memory, F_REPORTING, &[&inflate, &deflate, &reporting], &interrupt)).unwrap();
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 memory.write_obj(7u64, GuestAddress(0x40_0000)).unwrap();
@@ -92,7 +93,6 @@ fn hostile_13_free_page_that_is_written_while_it_is_reported_is_one_or_the_other
             reporting.kick();
             reporting.wait_used(&interrupt);
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
 }
 

@@ -4,7 +4,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
+use crate::virtio::testing::{DriverQueue, Ends, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x5000;
@@ -317,6 +317,7 @@ fn hostile_06_header_that_changes_all_the_time_is_one_request_or_the_other() {
     let (memory, stop) = (fixture.memory.clone(), std::sync::atomic::AtomicBool::new(false));
     fixture.header(IN, 1);
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 memory.write_obj(u64::MAX / 512, GuestAddress(HEADER + 8)).unwrap();
@@ -329,6 +330,5 @@ fn hostile_06_header_that_changes_all_the_time_is_one_request_or_the_other() {
             let data: u8 = memory.read_obj(GuestAddress(DATA + 511)).unwrap();
             assert!([((513, 0), 2), ((1, 1), 0)].contains(&(answer, data)), "{answer:?} {data}");
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
 }

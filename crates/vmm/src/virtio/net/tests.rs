@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::testing::{DriverQueue, Ends, TestInterrupt, activation, memory};
 
 const HEADER: usize = header::HEADER_LEN;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -347,6 +347,7 @@ fn hostile_06_header_that_changes_after_its_check_does_not_reach_the_host() {
     memory.write_slice(&frame(60, 1), GuestAddress(TX_BUFFERS + 0x100)).unwrap();
     let mut crossed = 0;
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 memory
@@ -365,7 +366,6 @@ fn hostile_06_header_that_changes_after_its_check_does_not_reach_the_host() {
                 crossed += 1;
             }
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     assert!(crossed > 0);
 }
@@ -392,6 +392,7 @@ fn hostile_04_flood_of_buffers_too_small_for_a_frame_does_not_stop_the_device() 
     guest.give_buffers(64, 10);
     let mut twin = guest.rx.twin();
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| twin.flood(&stop));
         for seed in 0..50 {
             guest.send([0; HEADER], &frame(60, seed));
@@ -399,7 +400,6 @@ fn hostile_04_flood_of_buffers_too_small_for_a_frame_does_not_stop_the_device() 
             guest.tx.wait_used(&guest.interrupt);
         }
         guest.device.reset();
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     guest.restart(0);
     guest.give_buffers(2, 1530);

@@ -8,6 +8,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change,
 use rustix::thread::UnshareFlags;
 
 use super::*;
+use crate::virtio::testing::Ends;
 
 /// struct fuse_write_in and data.
 fn write_request(handle: u64, offset: u64, data: &[u8]) -> Vec<u8> {
@@ -224,6 +225,7 @@ fn hostile_11_file_that_is_truncated_while_it_is_read_gives_less() {
     let handle = guest.open(node, libc::O_RDONLY).unwrap();
     let (file, stop) = (fs::File::options().write(true).open(share.join("file")).unwrap(), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 file.set_len(0).unwrap();
@@ -233,7 +235,6 @@ fn hostile_11_file_that_is_truncated_while_it_is_read_gives_less() {
         for _ in 0..500 {
             assert!(guest.read(node, handle).unwrap().len() <= 4096);
         }
-        stop.store(true, Ordering::Relaxed);
     });
     file.set_len(0).unwrap();
     assert_eq!(guest.read(node, handle).unwrap(), b"");
@@ -249,6 +250,7 @@ fn hostile_06_name_that_changes_all_the_time_never_leads_out_of_the_share() {
     let inside = guest.lookup(ROOT, "aaaaaaaaa").unwrap();
     let (memory, stop) = (guest.memory.clone(), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 memory.write_slice(b"../secret", NAME).unwrap();
@@ -265,7 +267,6 @@ fn hostile_06_name_that_changes_all_the_time_never_leads_out_of_the_share() {
         for _ in 0..500 {
             let _ = guest.call(opcode::UNLINK, ROOT, &cstr("bbbbbbbbb"));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert_eq!(fs::read(dir.path().join("secret")).unwrap(), b"host");
 }

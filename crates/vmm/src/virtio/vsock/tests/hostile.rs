@@ -8,6 +8,7 @@ use std::time::Instant;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::*;
+use crate::virtio::testing::Ends;
 
 #[test]
 fn hostile_10_length_beyond_the_buffer_or_the_largest_packet_ends_the_connection() {
@@ -192,13 +193,13 @@ fn hostile_04_flood_of_buffers_too_small_for_a_packet_does_not_stop_the_device()
     }
     let mut twin = guest.rx.twin();
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| twin.flood(&stop));
         // The other queue is served meanwhile.
         for _ in 0..20 {
             guest.send(packet(op::RST), &[]);
         }
         guest.device.reset();
-        stop.store(true, Ordering::Relaxed);
     });
     guest.rx = DriverQueue::new(&guest.memory, 0x1_0000, 64);
     guest.tx = DriverQueue::new(&guest.memory, 0x2_0000, 64);
@@ -216,6 +217,7 @@ fn hostile_06_header_that_changes_all_the_time_is_one_packet_or_the_other() {
     let (memory, stop) = (guest.memory.clone(), AtomicBool::new(false));
     let length = |slot: u64| GuestAddress(TX_BUFFERS + slot * SLOT + 24);
     std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 for slot in 0..64 {
@@ -235,7 +237,6 @@ fn hostile_06_header_that_changes_all_the_time_is_one_packet_or_the_other() {
             host.read_to_end(&mut bytes).unwrap();
             assert!(bytes.is_empty() || bytes == b"hello", "{bytes:?}");
         }
-        stop.store(true, Ordering::Relaxed);
     });
     guest.established();
 }
