@@ -72,7 +72,12 @@ impl AsyncRead for Answers {
         this.stream.set_limit(u64::try_from(missing).unwrap_or(u64::MAX));
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(context, buffer))?;
-        Poll::Ready(this.note(buffer.filled().get(before..).unwrap_or_default()))
+        let noted = this.note(buffer.filled().get(before..).unwrap_or_default());
+        if noted.is_err() {
+            // Who fails has read nothing.
+            buffer.set_filled(before);
+        }
+        Poll::Ready(noted)
     }
 }
 
