@@ -465,7 +465,9 @@ fn hostile_21_refusal_is_told_in_one_bounded_line() {
                 let story = stage.life(&format!("{at}:{lie}")).await?;
                 // What says too much is not listened to any more, which may be before there is a container.
                 if story.value("create").is_ok() || lie != "says-much" {
-                    ensure!(story.value("wait")? == 137 && story.value("delete")? == 137, "{story:#?}");
+                    let told = lie == "says-nothing-known" && at == "WaitProcess";
+                    ensure!(story.value("wait")? == if told { 0 } else { 137 }, "{story:#?}");
+                    ensure!(story.value("delete").is_ok(), "{story:#?}");
                 }
             }
         }
