@@ -5,6 +5,7 @@
 //! case is one pod's whole life as containerd leads it. [`Story::check`] holds for all of them; a test adds what its lie
 //! has to lead to.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ pub struct Stage {
     liar: PathBuf,
     bystander: Option<Pod>,
     idle_kib: u64,
+    /// Pods that have lived: each has a name of its own, for a shim may be on its way out yet when the next one comes.
+    lives: Cell<u32>,
 }
 
 /// A pod of the stage, with one container if it came so far.
@@ -129,7 +132,13 @@ impl Stage {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let liar = std::env::split_paths(&path).map(|dir| dir.join("bulkhead-liar")).find(|file| file.exists());
         let host = Host::new(Caller::Containerd1_6, crate::contract::SHIM).await?;
-        Ok(Self { host, liar: liar.context("bulkhead-liar is not in PATH")?, bystander: None, idle_kib: 0 })
+        Ok(Self {
+            host,
+            liar: liar.context("bulkhead-liar is not in PATH")?,
+            bystander: None,
+            idle_kib: 0,
+            lives: Cell::new(0),
+        })
     }
 
     async fn new() -> Result<Self> {
@@ -295,7 +304,8 @@ impl Stage {
     }
 
     async fn try_life(&self, script: &str, end: End) -> Result<Story> {
-        let (mut story, pod) = self.begin("victim", script).await?;
+        self.lives.set(self.lives.get() + 1);
+        let (mut story, pod) = self.begin(&format!("victim-{}", self.lives.get()), script).await?;
         let booted = story.value("boot").is_ok();
         if booted {
             self.container(&mut story, &pod).await?;
