@@ -22,6 +22,9 @@ use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
 use crate::{events, sys};
 
+/// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
+const MAX_TEXT: usize = 4096;
+
 /// Implements the protocol's service.
 pub struct Service {
     sandbox: Arc<Sandbox>,
@@ -211,7 +214,14 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
         ServiceError::Sandbox(_) | ServiceError::Device(_) => Code::INTERNAL,
     };
-    get_rpc_status(code, sys::chain(&error))
+    get_rpc_status(code, bounded(sys::chain(&error)))
+}
+
+/// A text may quote what a container's author has written, a program's name of any length; the shim ends a connection on which
+/// long answers come.
+fn bounded(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_TEXT));
+    text
 }
 
 #[cfg(test)]
@@ -229,5 +239,6 @@ mod tests {
         assert_eq!(code(ContainerError::ContainerExists { id: "c".into() }.into()).0, Code::ALREADY_EXISTS);
         assert_eq!(code(SandboxError::Exists.into()).0, Code::ALREADY_EXISTS);
         assert_eq!(code(ContainerError::BadId { id: "/".into() }.into()).0, Code::INVALID_ARGUMENT);
+        assert_eq!(code(ContainerError::BadId { id: "\u{e9}".repeat(100_000) }.into()).1.len(), MAX_TEXT - 1);
     }
 }

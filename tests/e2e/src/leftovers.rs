@@ -22,7 +22,7 @@ const DIRECTORIES: [&str; 6] = [
 ];
 
 /// Names of the processes that a pod brings.
-const PROCESSES: [&str; 3] = ["bulkhead-vmm", "containerd-shim", "bulkhead-agent"];
+const PROCESSES: [&str; 4] = ["bulkhead-vmm", "bulkhead-liar", "containerd-shim", "bulkhead-agent"];
 
 /// How long leftovers may take to vanish after the CRI has said that the pod is removed: processes exit, and lazily
 /// unmounted file systems go, a moment after the call that ends them; on an emulated node a moment is a second.

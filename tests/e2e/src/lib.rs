@@ -6,6 +6,7 @@
 pub mod cni;
 pub mod compat;
 pub mod leftovers;
+pub mod liar;
 pub mod log_watch;
 mod netns;
 pub mod port_forward;
@@ -58,6 +59,21 @@ pub fn on_node(test: impl AsyncFnOnce(&Node) -> Result<()>) {
         Err(error) => panic!("no runtime for the test: {error}"),
     };
     if let Err(error) = runtime.block_on(with_node(test)) {
+        panic!("{error:#}");
+    }
+}
+
+/// Runs one test that starts shims by itself and needs no containerd, then asserts that nothing is left of it.
+pub fn on_shims(test: impl AsyncFnOnce() -> Result<()>) {
+    let _alone = NODE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let outcome = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from);
+    let outcome = outcome.and_then(|runtime| {
+        let before = Leftovers::find()?;
+        runtime.block_on(test())?;
+        drop(runtime);
+        before.assert_nothing_more()
+    });
+    if let Err(error) = outcome {
         panic!("{error:#}");
     }
 }

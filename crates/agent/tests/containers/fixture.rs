@@ -118,10 +118,14 @@ impl Guest {
     }
 
     pub async fn exec(&self, id: &str, exec_id: &str, args: &[&str], streams: Streams) -> Result<()> {
+        self.exec_with(id, exec_id, &process(args), streams).await
+    }
+
+    pub async fn exec_with(&self, id: &str, exec_id: &str, process: &Value, streams: Streams) -> Result<()> {
         let request = ExecRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
-            process: serde_json::to_vec(&process(args)).unwrap(),
+            process: serde_json::to_vec(process).unwrap(),
             streams: Some(streams).into(),
             ..Default::default()
         };
@@ -204,6 +208,11 @@ impl Guest {
             .unwrap();
         assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The directory of its root file systems, which no container sees.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Whether the agent is gone.
@@ -312,7 +321,7 @@ pub fn spec(guest: &Guest, id: &str, args: &[&str], change: impl FnOnce(&mut Val
     spec
 }
 
-fn process(args: &[&str]) -> Value {
+pub fn process(args: &[&str]) -> Value {
     let capabilities = ["CAP_CHOWN"];
     json!({
         "args": args, "cwd": "/tmp", "env": ["PATH=/bin", "FOO=bar"], "user": {"uid": 33, "gid": 33},
@@ -320,7 +329,7 @@ fn process(args: &[&str]) -> Value {
     })
 }
 
-fn make_rootfs(rootfs: &Path) {
+pub fn make_rootfs(rootfs: &Path) {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
         std::fs::create_dir_all(rootfs.join(dir)).unwrap();
     }
@@ -330,8 +339,8 @@ fn make_rootfs(rootfs: &Path) {
     }
     std::fs::copy("/bin/busybox", &busybox).expect("these tests need busybox-static");
     for applet in [
-        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "sleep", "stty", "tail", "test",
-        "tr", "true", "tty", "wc", "yes",
+        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "readlink", "sleep", "stty",
+        "tail", "test", "tr", "true", "tty", "wc", "yes",
     ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

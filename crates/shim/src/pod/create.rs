@@ -1,6 +1,6 @@
 //! `Create`: the pod's VM for its sandbox, a container in it for all others.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -23,13 +23,17 @@ use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
-use crate::sandbox::agent::{Agent, ProcessKey};
+use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
 use crate::spec::{self, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
+
+/// Time from one event to the next that is listened to: what comes meanwhile waits in the guest, so that a flood of them is
+/// neither passed on nor keeps other events from containerd.
+const EVENT_PACE: Duration = Duration::from_secs(1);
 
 /// How long the guest may take in all to remove a container that could not be created: the failed call's own time comes
 /// before it, and the kubelet gives two minutes for both.
@@ -197,6 +201,9 @@ impl Pod {
         let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
         let volumes = guest.volumes.clone();
         let mounted: Result<(), ShareError> = blocking(move || {
+            if rootfs.is_empty() {
+                refuse_link(&prepared)?;
+            }
             share.add_rootfs(&id, &rootfs, &prepared)?;
             volumes.iter().enumerate().try_for_each(|(index, volume)| share.add_volume(&id, index, volume))
         })
@@ -246,14 +253,30 @@ impl Pod {
                         let container_id = oom.container_id;
                         self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
                     }
+                    if tokio::time::timeout(EVENT_PACE, agent.vm_ended()).await.is_ok() {
+                        return;
+                    }
                 }
                 Err(error) => {
                     tracing::debug!(%error, "no more events of the guest");
+                    if !matches!(error, AgentError::Refused { .. }) {
+                        agent.unheard().await;
+                    }
                     return;
                 }
             }
         }
         tracing::warn!("the guest has sent {MAX_EVENTS} events, no longer listening to them");
+    }
+}
+
+/// A prepared root file system is a directory. A link in its place would show the guest whatever of the host it leads to.
+fn refuse_link(rootfs: &Path) -> Result<(), ShareError> {
+    match std::fs::symlink_metadata(rootfs) {
+        Ok(meta) if meta.is_symlink() => {
+            Err(ShareError::Rootfs { path: rootfs.to_path_buf(), source: rustix::io::Errno::LOOP.into() })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -19,6 +19,10 @@ use crate::share::ShareError;
 /// How long a process that was never started may take to die of SIGKILL before its VM is killed.
 pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
+/// How long a container may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
+/// is not told before the output has been copied, for which there are 30 s. containerd waits two minutes.
+const KILLED_END: Duration = Duration::from_secs(60);
+
 /// Signals that end a sandbox: HUP, INT, QUIT, ABRT, KILL, TERM. The pause program would ignore the others.
 const ENDING: [u32; 6] = [1, 2, 3, 6, SIGKILL, 15];
 
@@ -51,7 +55,11 @@ impl Pod {
             }
             return Ok(());
         }
-        match sandbox.agent.signal(&process.key, signal, all).await {
+        let answer = sandbox.agent.signal(&process.key, signal, all).await;
+        if signal == SIGKILL && exec.is_empty() {
+            tokio::spawn(see_ended(process, sandbox.clone()));
+        }
+        match answer {
             Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
             Err(error @ AgentError::Refused { .. }) => Err(error.into()),
             Err(error) => {
@@ -148,6 +156,14 @@ impl Pod {
             sandbox.vm.kill().await;
             container.init.wait().await;
         }
+    }
+}
+
+/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed.
+async fn see_ended(process: Arc<Process>, sandbox: Arc<Sandbox>) {
+    if tokio::time::timeout(KILLED_END, process.wait()).await.is_err() {
+        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a container");
+        sandbox.vm.kill().await;
     }
 }
 

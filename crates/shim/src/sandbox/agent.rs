@@ -11,6 +11,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
 
+use super::answers::Answers;
 use super::vm::{Vm, VmError};
 use crate::sizing::Target;
 use crate::spec::{DeviceNumber, HugeVolume};
@@ -25,6 +26,9 @@ const SHORT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What the numbers of one container may take: the kubelet's collector waits 10 s for all containers of the node.
 const STATS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long a VM may go on whose agent has ended the connection: it does so at its orderly end too, just before the VM's.
+const UNHEARD: Duration = Duration::from_secs(10);
 
 /// The size of huge pages that every x86 guest has, in KiB.
 const COMMON_PAGE_KIB: u64 = 2048;
@@ -68,7 +72,7 @@ impl Agent {
     /// Connects to the agent, which listens already.
     pub async fn connect(vm: &Vm) -> Result<Self, AgentError> {
         let stream = vm.connect(AGENT_RPC_PORT).await?;
-        Ok(Self { client: AgentClient::new(Client::new(Socket::from(stream))), vm: vm.clone() })
+        Ok(Self { client: AgentClient::new(Client::new(Socket::new(Answers::new(stream)))), vm: vm.clone() })
     }
 
     /// A connection for a standard stream.
@@ -84,6 +88,14 @@ impl Agent {
     /// Returns when the VM is gone.
     pub async fn vm_ended(&self) {
         self.vm.ended().await;
+    }
+
+    /// The connection is gone, and with it all that the guest could be asked for: sees to it that the VM ends.
+    pub async fn unheard(&self) {
+        if tokio::time::timeout(UNHEARD, self.vm.ended()).await.is_err() {
+            tracing::warn!("killing the VM of a guest whose agent is not there any more");
+            self.vm.kill().await;
+        }
     }
 
     /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.

@@ -1,6 +1,7 @@
 //! The sandbox: one VM with what belongs to it on the host, from boot to the last unmount.
 
 pub mod agent;
+mod answers;
 mod cgroup;
 mod console;
 mod disks;

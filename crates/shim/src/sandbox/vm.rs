@@ -37,6 +37,10 @@ const SLOT_DEADLINE: Duration = Duration::from_secs(30);
 /// slower, and the kubelet waits two minutes for a container.
 const PLUG_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
+/// to do is to say why on stderr, and to give the guest's memory back.
+const AFTERWORD: Duration = Duration::from_secs(3);
+
 /// Requests that wait for the task.
 const REQUESTS: usize = 64;
 
@@ -114,6 +118,8 @@ impl Vm {
             built: Instant::now(),
             ready: Some(tell_ready),
             deaf: false,
+            over: None,
+            ends: false,
         };
         tokio::spawn(supervisor.run(orders, tell_end));
         Ok((Self { pid, requests, ended }, ready))
@@ -224,6 +230,10 @@ struct Supervisor {
     ready: Option<oneshot::Sender<Result<Instant, VmError>>>,
     /// The socket has ended, or spoke nonsense: only the process's end is awaited.
     deaf: bool,
+    /// The process has to end by itself, by then; `None` when it is being killed for it.
+    over: Option<tokio::time::Instant>,
+    /// `over` has been set once.
+    ends: bool,
 }
 
 impl Supervisor {
@@ -235,6 +245,11 @@ impl Supervisor {
                     break;
                 }
                 received = receive(&self.socket), if !self.deaf => self.take(received),
+                () = until(self.over) => {
+                    tracing::warn!("killing a VMM that goes on after its end");
+                    self.over = None;
+                    self.kill();
+                }
                 // Beside the orders, not among them: a VMM that reads nothing can still be killed.
                 sent = send_next(&self.socket, self.next_id, self.unsent.front()) => self.sent(sent),
                 order = orders.recv() => match order {
@@ -260,7 +275,10 @@ impl Supervisor {
     fn take(&mut self, received: Result<Option<Reply>, ControlError>) {
         match received {
             Ok(Some(reply)) => self.answer(reply),
-            Ok(None) => self.deaf = true,
+            Ok(None) => {
+                self.deaf = true;
+                self.over();
+            }
             Err(error) => {
                 tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
                 self.deaf = true;
@@ -272,7 +290,11 @@ impl Supervisor {
     fn answer(&mut self, reply: Reply) {
         match reply {
             Reply::GuestReady => self.tell_ready(Ok(self.built)),
-            Reply::GuestExited { reason } => tracing::info!(?reason, "the guest has ended"),
+            Reply::GuestExited { reason } => {
+                if self.over() {
+                    tracing::info!(?reason, "the guest has ended");
+                }
+            }
             Reply::Done { id: 0 } => self.built = Instant::now(),
             Reply::Done { id } | Reply::Added { id, .. } | Reply::Resized { id, .. } => {
                 if let Some(answer) = self.waiting.remove(&id) {
@@ -286,6 +308,16 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// The process has to end now by itself. Answers whether that is news.
+    fn over(&mut self) -> bool {
+        let news = !self.ends;
+        if news {
+            self.ends = true;
+            self.over = Some(tokio::time::Instant::now() + AFTERWORD);
+        }
+        news
     }
 
     fn tell_ready(&mut self, result: Result<Instant, VmError>) {
@@ -315,6 +347,13 @@ impl Supervisor {
             Ok(()) => drop(self.waiting.insert(id, answer)),
             Err(error) => drop(answer.send(Err(VmError::Control(error)))),
         }
+    }
+}
+
+async fn until(time: Option<tokio::time::Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

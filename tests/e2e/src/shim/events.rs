@@ -46,6 +46,12 @@ impl Events {
         &self.path
     }
 
+    /// The topics that have come, and that nobody has asked for yet.
+    pub async fn seen(&self) -> Vec<String> {
+        let mut topics = self.topics.lock().await;
+        std::iter::from_fn(|| topics.try_recv().ok()).collect()
+    }
+
     /// The next `count` topics.
     pub async fn next(&self, count: usize) -> Result<Vec<String>> {
         let mut topics = self.topics.lock().await;

@@ -1,0 +1,418 @@
+//! What has been an escape elsewhere (HOSTILE.md, negative tests 22 and 25: the runc class of faults). A container reaches
+//! nothing of the guest outside of it, whether the host's request, the image or the program in it is what tries.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use bulkhead_protocol::agent::{CreateSandboxRequest, PidNamespace};
+use bulkhead_protocol::stdio::Stream;
+use serde_json::{Value, json};
+use ttrpc::Code;
+
+use crate::fixture::{self, Guest, code_of, message_of, streams};
+
+const OWN: PidNamespace = PidNamespace::PID_NAMESPACE_OWN;
+
+/// What no container may read or change.
+const SECRET: &str = "the-guest's-own";
+
+/// What runc gives a container by default.
+const DEFAULT: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+/// A secret of the guest's; answers its path.
+fn plant(guest: &Guest) -> String {
+    let path = guest.dir().join("secret");
+    std::fs::write(&path, SECRET).unwrap();
+    path.display().to_string()
+}
+
+/// Root, with what a container has by default.
+fn as_root(process: &mut Value) {
+    process["user"] = json!({"uid": 0, "gid": 0});
+    process["cwd"] = "/".into();
+    process["capabilities"] = json!({"bounding": DEFAULT, "effective": DEFAULT, "permitted": DEFAULT});
+}
+
+/// Runs a container to its end, if it can be created; answers what it wrote, or why there is none.
+async fn run(guest: &Guest, id: &str, args: &[&str], change: impl FnOnce(&mut Value)) -> Result<String, String> {
+    let spec = fixture::spec(guest, id, args, |spec| {
+        as_root(&mut spec["process"]);
+        change(spec);
+    });
+    if let Err(error) = guest.create_with(id, spec, streams("oe"), OWN, "").await {
+        return Err(error.to_string());
+    }
+    if let Err(error) = guest.start_container(id).await {
+        let _ = guest.signal(id, "", 9, true).await;
+        return Err(error.to_string());
+    }
+    guest.wait(id, "").await.unwrap();
+    let output = guest.read(id, "", Stream::Stdout).await + &guest.read(id, "", Stream::Stderr).await;
+    guest.delete(id).await.unwrap();
+    Ok(output)
+}
+
+/// The mounts of the agent's namespace, which are the guest's.
+fn mounts(guest: &Guest) -> String {
+    guest.run("cut -d' ' -f5 /proc/1/mountinfo")
+}
+
+#[tokio::test]
+async fn hostile_22_exec_after_the_end_and_ids_in_use_are_refused() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    guest.start_container("c").await.unwrap();
+    guest.exec("c", "e", &["sleep", "100"], streams("")).await.unwrap();
+    assert_eq!(code_of(guest.exec("c", "e", &["true"], streams("")).await), Code::ALREADY_EXISTS);
+    assert_eq!(code_of(guest.create("c", &["true"], streams("")).await), Code::ALREADY_EXISTS);
+    assert_eq!(code_of(guest.start_container("c").await), Code::FAILED_PRECONDITION);
+    assert_eq!(code_of(guest.delete_process("c", "e").await), Code::FAILED_PRECONDITION);
+    guest.signal("c", "", 9, true).await.unwrap();
+    assert_eq!((guest.wait("c", "e").await.unwrap().code, guest.wait("c", "").await.unwrap().code), (137, 137));
+    // Its pids are free for others, so nothing may be done to them.
+    assert_eq!(code_of(guest.exec("c", "late", &["true"], streams("")).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code_of(guest.signal("c", "", 9, false).await), Code::NOT_FOUND);
+    assert_eq!(code_of(guest.signal("c", "e", 9, false).await), Code::NOT_FOUND);
+    assert_eq!(code_of(guest.start_container("c").await), Code::FAILED_PRECONDITION);
+    guest.delete_process("c", "e").await.unwrap();
+    assert_eq!(code_of(guest.delete_process("c", "e").await), Code::NOT_FOUND);
+    guest.delete("c").await.unwrap();
+    for outcome in [guest.delete("c").await, guest.start_container("c").await, guest.pause("c").await] {
+        assert_eq!(code_of(outcome), Code::NOT_FOUND);
+    }
+    assert_eq!(code_of(guest.exec("c", "e", &["true"], streams("")).await), Code::NOT_FOUND);
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn hostile_22_ids_that_are_paths_name_nothing() {
+    let guest = Guest::start().await;
+    guest.create("good", &["sleep", "100"], streams("")).await.unwrap();
+    guest.start_container("good").await.unwrap();
+    let long = "x".repeat(200);
+    for id in ["", ".", "..", "../c", "a/b", "/etc", "a\0b", ".hidden", "a b", "a\nb", "\u{202e}", &long] {
+        let spec = fixture::spec(&guest, "rootfs", &["true"], |_| {});
+        let created = guest.create_with(id, spec, streams(""), OWN, "").await;
+        assert_eq!(code_of(created), Code::INVALID_ARGUMENT, "container {id:?}");
+        if !id.is_empty() {
+            let executed = guest.exec("good", id, &["true"], streams("")).await;
+            assert_eq!(code_of(executed), Code::INVALID_ARGUMENT, "exec {id:?}");
+        }
+        for outcome in [guest.delete(id).await, guest.start_container(id).await, guest.signal(id, "", 9, true).await] {
+            assert_eq!(code_of(outcome), Code::NOT_FOUND, "container {id:?}");
+        }
+        assert_eq!(code_of(guest.wait(id, "").await), Code::NOT_FOUND, "container {id:?}");
+        if long != id {
+            assert!(guest.try_attach(id, "", Stream::Stdout).await.is_none());
+        }
+    }
+    guest.signal("good", "", 9, true).await.unwrap();
+    guest.wait("good", "").await.unwrap();
+    guest.delete("good").await.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn hostile_25_mounts_over_links_of_the_image_stay_in_the_container() {
+    let guest = Guest::start().await;
+    let secret = plant(&guest);
+    let volume = guest.dir().join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::write(volume.join("file"), "the volume's").unwrap();
+    let before = mounts(&guest);
+    // Where the image's link leads, and where the volume is to go.
+    let dir = guest.dir().display().to_string();
+    let links = [
+        ("etc/resolv.conf", secret.clone(), "/etc/resolv.conf"),
+        ("etc/resolv.conf", format!("/proc/1/root{secret}"), "/etc/resolv.conf"),
+        ("etc/resolv.conf", format!("../../../../../..{secret}"), "/etc/resolv.conf"),
+        ("data", "/".to_owned(), "/data/secret"),
+        ("data", "../../../../../../..".to_owned(), "/data/secret"),
+        ("data", dir.clone(), "/data/secret"),
+        ("data", "/proc/self/root".to_owned(), "/data/secret"),
+        ("data", "/proc/1/cwd".to_owned(), "/data/secret"),
+    ];
+    for (number, (link, to, destination)) in links.iter().enumerate() {
+        let id = format!("c{number}");
+        fixture::make_rootfs(&guest.dir().join(&id).join("rootfs"));
+        symlink(to, guest.dir().join(&id).join("rootfs").join(link)).unwrap();
+        for (kind, source) in [("file", volume.join("file")), ("directory", volume.clone())] {
+            let id = format!("{id}-{kind}");
+            let rootfs = guest.dir().join(format!("c{number}")).join("rootfs");
+            let script = format!("cat {secret}; echo changed > {destination}; cat {destination}; true");
+            let outcome = run(&guest, &id, &["sh", "-c", &script], |spec| {
+                spec["root"] = json!({ "path": rootfs });
+                let mount =
+                    json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", "ro"]});
+                spec["mounts"].as_array_mut().unwrap().push(mount);
+            })
+            .await;
+            println!("{link} -> {to}, {kind} at {destination}: {outcome:?}");
+            assert!(!outcome.unwrap_or_default().contains(SECRET), "{link} -> {to}");
+            assert_eq!(std::fs::read_to_string(&secret).unwrap(), SECRET, "{link} -> {to}");
+            assert_eq!(mounts(&guest), before, "{link} -> {to}: a mount of the guest's");
+        }
+    }
+    assert_eq!(std::fs::read_to_string(volume.join("file")).unwrap(), "the volume's");
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn hostile_25_mounts_with_dots_stay_in_the_container() {
+    let guest = Guest::start().await;
+    let secret = plant(&guest);
+    let before = mounts(&guest);
+    for (number, destination) in [
+        "../../../../../../..",
+        "/../../../../../../../..",
+        "/tmp/../../../../..",
+        "/proc/self/root/tmp",
+        "/proc/1/root",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let destination = format!("{destination}{secret}");
+        let outcome = run(&guest, &format!("c{number}"), &["sh", "-c", &format!("cat {secret}; true")], |spec| {
+            let mount = json!({"destination": destination, "type": "tmpfs", "source": "tmpfs"});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+        })
+        .await;
+        println!("{destination}: {outcome:?}");
+        assert!(!outcome.unwrap_or_default().contains(SECRET), "{destination}");
+        assert_eq!(std::fs::read_to_string(&secret).unwrap(), SECRET, "{destination}");
+        assert_eq!(mounts(&guest), before, "{destination}");
+    }
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+/// CVE-2024-21626: a descriptor of the runtime's as the working directory.
+#[tokio::test]
+async fn hostile_25_working_directory_is_in_the_container_or_nowhere() {
+    let guest = Guest::start().await;
+    let secret = plant(&guest);
+    guest.create("running", &["sleep", "1000"], streams("")).await.unwrap();
+    guest.start_container("running").await.unwrap();
+    let script =
+        format!("cat ../../../../../../../../..{secret}; cat ..{secret}; cat .{secret}; readlink /proc/self/cwd; true");
+    let args = ["sh", "-c", &script];
+    let places = (0..24).map(|fd| format!("/proc/self/fd/{fd}"));
+    let others =
+        ["/proc/self/cwd", "/proc/self/root", "/proc/1/cwd", "/proc/1/root", "/proc/self/fd/3/../..", "..", "."];
+    let (mut made, mut refused) = (0, 0);
+    for (number, cwd) in places.chain(others.map(str::to_owned)).enumerate() {
+        let outcome =
+            run(&guest, &format!("c{number}"), &args, |spec| spec["process"]["cwd"] = cwd.clone().into()).await;
+        match &outcome {
+            Ok(output) => {
+                made += 1;
+                // Inside its root, or a directory of proc's: never one that the kernel calls unreachable.
+                assert!(!output.contains(SECRET) && !output.contains("unreachable"), "{cwd}: {output}");
+                assert!(
+                    !output.contains(guest.dir().to_str().unwrap()) || output.contains("can't open"),
+                    "{cwd}: {output}"
+                );
+            }
+            Err(_) => refused += 1,
+        }
+        let mut process = fixture::process(&args);
+        as_root(&mut process);
+        process["cwd"] = cwd.clone().into();
+        let exec = format!("e{number}");
+        if guest.exec_with("running", &exec, &process, streams("oe")).await.is_ok() {
+            guest.wait("running", &exec).await.unwrap();
+            let output = guest.read("running", &exec, Stream::Stdout).await;
+            assert!(!output.contains(SECRET) && !output.contains("unreachable"), "exec in {cwd}: {output}");
+        }
+    }
+    println!("{made} created, {refused} refused");
+    assert!(refused > 0, "every descriptor was a directory");
+}
+
+/// CVE-2019-5736: the runtime's own program, reached through a process of its own.
+#[tokio::test]
+async fn hostile_25_agents_program_is_not_changed_through_proc() {
+    let guest = Guest::start().await;
+    let agent = Path::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
+    let before = std::fs::read(agent).unwrap();
+    let pod = PidNamespace::PID_NAMESPACE_POD;
+    // The holder of the pod's pid namespace is the agent's own program, and is seen by every container that shares it.
+    let script = "for exe in /proc/[0-9]*/exe; do readlink $exe; (echo x >> $exe) && echo appended; (: > $exe) && echo emptied; done; \
+                  echo x > /proc/self/exe && echo appended; sleep 1000";
+    let spec = fixture::spec(&guest, "c", &["sh", "-c", script], |spec| as_root(&mut spec["process"]));
+    guest.create_with("c", spec, streams("oe"), pod, "").await.unwrap();
+    guest.start_container("c").await.unwrap();
+    // Its entry point is whatever makes it: the agent's helper, before it executes the program.
+    for (number, program) in ["/proc/self/exe", "/proc/1/exe", "/proc/thread-self/exe"].into_iter().enumerate() {
+        let outcome = run(&guest, &format!("exe{number}"), &[program, "helper"], |_| {}).await;
+        println!("{program}: {outcome:?}");
+        let mut process = fixture::process(&[program, "helper"]);
+        as_root(&mut process);
+        let exec = format!("e{number}");
+        if guest.exec_with("c", &exec, &process, streams("oe")).await.is_ok() {
+            let _ = guest.signal("c", &exec, 9, false).await;
+            guest.wait("c", &exec).await.unwrap();
+        }
+    }
+    guest.signal("c", "", 9, true).await.unwrap();
+    guest.wait("c", "").await.unwrap();
+    let output = guest.read("c", "", Stream::Stdout).await;
+    // The shell's own is the container's busybox, which is in use.
+    assert!(!output.contains("appended") && !output.contains("emptied"), "{output}");
+    assert_eq!(std::fs::read(agent).unwrap(), before, "the agent's program was changed");
+    guest.delete("c").await.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+/// CVE-2025-31133 and CVE-2025-52565: what is bound over a masked path, and the console, come from the image.
+#[tokio::test]
+async fn hostile_25_devices_of_the_image_are_neither_mask_nor_console() {
+    let guest = Guest::start().await;
+    let secret = plant(&guest);
+    let before = mounts(&guest);
+    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
+    for (number, to) in
+        ["/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/meminfo", &secret, "/etc/passwd", "a file"]
+            .into_iter()
+            .enumerate()
+    {
+        for (kind, device) in [("null", "dev/null"), ("console", "dev/console"), ("ptmx", "dev/ptmx")] {
+            let id = format!("c{number}-{kind}");
+            let rootfs = guest.dir().join(&id).join("rootfs");
+            fixture::make_rootfs(&rootfs);
+            match to {
+                "a file" => std::fs::write(rootfs.join(device), "").unwrap(),
+                _ => symlink(to, rootfs.join(device)).unwrap(),
+            }
+            // The masked path is one that every kernel has.
+            let script = "cat /proc/meminfo | head -c 100 | wc -c; cat /proc/meminfo; echo x > /proc/meminfo; \
+                          echo x > /proc/sys/kernel/core_pattern; echo x > /dev/console; true";
+            let outcome = run(&guest, &id, &["sh", "-c", script], |spec| {
+                spec["linux"]["maskedPaths"] = json!(["/proc/meminfo"]);
+                // The image's /dev, not one that is made for the container.
+                spec["mounts"]
+                    .as_array_mut()
+                    .unwrap()
+                    .retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+            })
+            .await;
+            println!("{device} -> {to}: {outcome:?}");
+            // Masked by something that holds nothing, or no container.
+            let output = outcome.unwrap_or_else(|_| "0\n".to_owned());
+            assert!(output.starts_with("0\n") && !output.contains(SECRET), "{device} -> {to}: {output}");
+            assert_eq!(std::fs::read_to_string(&secret).unwrap(), SECRET);
+            assert_eq!(std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap(), pattern);
+            assert_eq!(mounts(&guest), before, "{device} -> {to}");
+        }
+    }
+}
+
+/// CVE-2025-52881: writes that the runtime means for /proc, sent elsewhere by links of the image.
+#[tokio::test]
+async fn hostile_25_proc_of_the_image_takes_no_writes_of_the_runtimes() {
+    let guest = Guest::start().await;
+    let secret = plant(&guest);
+    let before = mounts(&guest);
+    for (number, to) in ["/tmp", "/dev", "/", "../../../../../../..", "/sys"].into_iter().enumerate() {
+        let id = format!("c{number}");
+        let rootfs = guest.dir().join(&id).join("rootfs");
+        fixture::make_rootfs(&rootfs);
+        std::fs::remove_dir(rootfs.join("proc")).unwrap();
+        symlink(to, rootfs.join("proc")).unwrap();
+        let script = format!("cat /proc/sys/kernel/ostype; echo x > /proc/sys/kernel/hostname; cat {secret}; true");
+        let outcome = run(&guest, &id, &["sh", "-c", &script], |spec| {
+            // What the runtime writes for: OOM score, labels, namespaced parameters, all of which go to /proc elsewhere.
+            spec["process"]["oomScoreAdj"] = 500.into();
+            spec["process"]["apparmorProfile"] = "unconfined".into();
+            spec["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
+            spec["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
+            spec["linux"]["sysctl"] = json!({"kernel.hostname": "redirected", "../../../tmp/x": "1"});
+        })
+        .await;
+        println!("/proc -> {to}: {outcome:?}");
+        assert!(!outcome.unwrap_or_default().contains(SECRET), "/proc -> {to}");
+        assert_eq!(mounts(&guest), before, "/proc -> {to}");
+        assert!(!guest.run("hostname").contains("redirected"), "/proc -> {to}");
+    }
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn hostile_25_labels_of_the_spec_change_nothing() {
+    let guest = Guest::start().await;
+    let own = guest.run("cat /proc/1/attr/current 2>/dev/null || echo none");
+    let script = "cat /proc/self/attr/current 2>/dev/null || echo none";
+    let outcome = run(&guest, "c", &["sh", "-c", script], |spec| {
+        spec["process"]["apparmorProfile"] = "/proc/self/attr/../../1/attr".into();
+        spec["process"]["selinuxLabel"] = "no:such:label".into();
+        spec["linux"]["mountLabel"] = "\u{1b}context=\"x\",rw".into();
+    })
+    .await;
+    assert_eq!(outcome.unwrap().trim(), own.trim());
+}
+
+#[tokio::test]
+async fn hostile_25_sysctl_names_lead_nowhere_but_to_sysctls() {
+    let marker = "bulkhead-sysctl";
+    for name in [
+        "..",
+        ".",
+        "",
+        "/",
+        "kernel..hostname",
+        "../../etc/hostname",
+        "net/../kernel/hostname",
+        "/proc/sys/kernel/hostname",
+        "net.ipv4.conf.all./../../../../kernel/hostname",
+        "kernel/./hostname",
+        "kernel.hostname/",
+        "kernel\0.hostname",
+    ] {
+        let guest = Guest::start().await;
+        let request =
+            CreateSandboxRequest { sysctls: [(name.to_owned(), marker.to_owned())].into(), ..Default::default() };
+        let text = message_of(guest.create_sandbox(&request).await);
+        assert!(text.contains("sysctl"), "{name:?}: {text}");
+        assert!(!guest.run("hostname").contains(marker), "{name:?}");
+        assert!(!std::fs::read_to_string("/etc/hostname").unwrap_or_default().contains(marker), "{name:?}");
+    }
+}
+
+/// A root file system that is a link: only the host could make one, and it gets what it names, which is no more of the guest
+/// than its own.
+#[tokio::test]
+async fn hostile_22_root_that_does_not_name_a_directory_is_refused() {
+    let guest = Guest::start().await;
+    let before = mounts(&guest);
+    std::fs::write(guest.dir().join("file"), "").unwrap();
+    symlink(guest.dir().join("itself"), guest.dir().join("itself")).unwrap();
+    for (number, path) in ["file", "absent", "itself", "file/../absent"].into_iter().enumerate() {
+        let path = guest.dir().join(path);
+        let outcome =
+            run(&guest, &format!("c{number}"), &["true"], |spec| spec["root"] = json!({ "path": path })).await;
+        let error = outcome.expect_err(path.to_str().unwrap());
+        assert!(error.len() < 2000 && !error.contains('\n'), "{error}");
+    }
+    let error =
+        run(&guest, "none", &["true"], |spec| drop(spec.as_object_mut().unwrap().remove("root"))).await.unwrap_err();
+    assert!(error.contains("no root"), "{error}");
+    let error = run(&guest, "long", &[&"x".repeat(60_000)], |_| {}).await.unwrap_err();
+    assert!(error.len() < 5000, "an error of {} bytes", error.len());
+    assert_eq!(mounts(&guest), before);
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}

@@ -1,0 +1,132 @@
+//! A VMM with a guest in one, neither of which is to be trusted (HOSTILE.md, negative test 21).
+//!
+//! It answers the control socket and, as the guest's agent, the RPC and stream connections: honestly, but for the lies that
+//! its script names. The script is the kernel parameter `liar=WHERE:WHAT,...`, which the operator's configuration sets:
+//! `WHERE` is a method of the agent's, `Boot`, `AddDevice`, `connect-PORT`, `stdout` or `stdin`, and `WHAT` one of the lies of [`rpc`], [`control`] and
+//! [`stream`]. Nothing is booted, so a pod is there in milliseconds. Threads and blocking calls throughout: a lie may hang.
+
+mod control;
+mod rpc;
+mod stream;
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use bulkhead_protocol::control::{self as socket, Command, Reply, Request};
+use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT};
+use bulkhead_protocol::vmspec::DeviceSpec;
+
+/// The kernel parameter.
+const PARAMETER: &str = "liar=";
+
+/// Container and exec id.
+type Key = (String, String);
+
+/// The machine and what runs in it.
+struct Guest {
+    control: OwnedFd,
+    /// What is struck where.
+    script: Vec<(String, String)>,
+    cmdline: String,
+    console: Option<OwnedFd>,
+    /// Processes, with the exit codes of those that have ended.
+    processes: Mutex<HashMap<Key, Option<u32>>>,
+    changed: Condvar,
+}
+
+impl Guest {
+    /// The lies for a place.
+    fn lies(&self, place: &str) -> impl Iterator<Item = &str> {
+        self.script.iter().filter(move |(at, _)| at == place).map(|(_, what)| what.as_str())
+    }
+
+    fn processes(&self) -> MutexGuard<'_, HashMap<Key, Option<u32>>> {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end of a process; `None` for one that is not known.
+    fn wait(&self, key: &Key) -> Option<u32> {
+        let mut processes = self.processes();
+        loop {
+            match processes.get(key) {
+                Some(None) => processes = self.changed.wait(processes).unwrap_or_else(PoisonError::into_inner),
+                Some(Some(code)) => return Some(*code),
+                None => return None,
+            }
+        }
+    }
+
+    fn reply(&self, reply: &Reply) -> Result<()> {
+        Ok(socket::send(&self.control, reply, &[])?)
+    }
+}
+
+/// Serves to the end of the control socket.
+pub fn run() -> Result<()> {
+    let control = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let (request, mut fds) = socket::receive::<Request>(&control)?.context("nothing was asked")?;
+    let Command::Boot(spec) = request.command else { bail!("the machine is not booted first") };
+    let cmdline = spec.cmdline.clone();
+    let script = spec.cmdline.split(' ').find_map(|parameter| parameter.strip_prefix(PARAMETER)).unwrap_or_default();
+    let script = script.split(',').filter_map(|lie| lie.split_once(':')).map(|(at, what)| (at.into(), what.into()));
+    let console = spec.devices.iter().find_map(|device| match device {
+        DeviceSpec::Console { output } => Some(output.0),
+        _ => None,
+    });
+    let guest = Arc::new(Guest {
+        control,
+        script: script.collect(),
+        cmdline,
+        console: console.filter(|index| *index < fds.len()).map(|index| fds.swap_remove(index)),
+        processes: Mutex::default(),
+        changed: Condvar::new(),
+    });
+    drop(fds);
+    if control::strike(&guest, "Boot")? {
+        guest.reply(&Reply::Done { id: request.id })?;
+        guest.reply(&Reply::GuestReady)?;
+    }
+    while let Some((request, fds)) = socket::receive::<Request>(&guest.control)? {
+        obey(&guest, request, fds)?;
+    }
+    // A lie may have closed the socket, to stay.
+    if guest.script.iter().any(|(_, what)| what == "vmm-closed") {
+        forever();
+    }
+    Ok(())
+}
+
+fn obey(guest: &Arc<Guest>, request: Request, mut fds: Vec<OwnedFd>) -> Result<()> {
+    let id = request.id;
+    match request.command {
+        Command::Boot(_) => bail!("the machine is booted twice"),
+        Command::AddDevice(_) if !control::strike(guest, "AddDevice")? => Ok(()),
+        Command::AddDevice(_) => guest.reply(&Reply::Added { id, slot: 9 }),
+        Command::RemoveDevice { .. } => guest.reply(&Reply::Done { id }),
+        Command::ResizeMemory { mib } => guest.reply(&Reply::Resized { id, mib }),
+        Command::ConnectVsock { port } => {
+            let connection = UnixStream::from(fds.pop().context("a connection without a descriptor")?);
+            if !control::strike(guest, &format!("connect-{port}"))? {
+                return Ok(());
+            }
+            guest.reply(&Reply::Done { id })?;
+            let guest = guest.clone();
+            std::thread::spawn(move || match port {
+                AGENT_RPC_PORT => rpc::serve(&guest, connection),
+                AGENT_STDIO_PORT => stream::serve(&guest, connection),
+                _ => Ok(()),
+            });
+            Ok(())
+        }
+    }
+}
+
+/// Keeps the thread, and what it holds, until the process ends.
+fn forever() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
