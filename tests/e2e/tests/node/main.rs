@@ -1,6 +1,7 @@
 //! The end-to-end suites; they run in the test node (`make test-node`), one test at a time.
 
 mod block;
+mod chaos;
 mod cni;
 mod codes;
 mod contract;
