@@ -7,6 +7,7 @@ pub mod chaos;
 pub mod cni;
 pub mod compat;
 pub mod containerd;
+pub mod guest_root;
 pub mod leftovers;
 pub mod log_watch;
 mod netns;
