@@ -26,6 +26,11 @@ pub fn command() -> Result<Vec<String>> {
     Ok(line.split_terminator('\0').map(str::to_owned).collect())
 }
 
+/// Whether it runs: what has ended, waited for or not, has no command line.
+pub fn runs() -> bool {
+    command().is_ok_and(|command| !command.is_empty())
+}
+
 /// Kills containerd as a crash would and returns its command line.
 pub fn crash() -> Result<Vec<String>> {
     let line = command()?;

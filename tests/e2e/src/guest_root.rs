@@ -33,11 +33,12 @@ pub fn privileged(name: &str) -> v1::ContainerConfig {
 /// Runs a shell script as the guest's root and returns what it prints on either stream. `$own` in it is the container's
 /// root directory, `$run` runs an applet of its busybox.
 pub async fn sh(pod: &TestPod, container: &str, script: &str) -> Result<String> {
-    let script =
-        format!("own=/proc/$1/root; run=$own/bin/busybox; exec > $own/out 2>&1 < /dev/null\n{script}\necho the end\n");
+    let script = format!(
+        "own=/proc/$1/root; run=$own/bin/busybox; exec 3<&0 > $own/out 2>&1 < /dev/null\n{script}\necho the end\n"
+    );
     let file = format!("cat > /script <<'the end of the script'\n{script}\nthe end of the script\n");
     pod.sh(container, &file).await?;
-    // With a limit the kernel waits for the program, and keeps the process that has died.
+    // With a limit the kernel keeps the process that has died as long as the program has the pipe, its descriptor 3.
     let crash = "rm -f /out; cd /proc/sys/kernel && echo 1 > core_pipe_limit && \
                  echo '|/proc/%P/root/bin/busybox sh /proc/%P/root/script %P' > core_pattern && \
                  sh -c 'kill -SEGV $$'; cat /out";
