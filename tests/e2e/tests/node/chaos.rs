@@ -329,10 +329,12 @@ fn hostile_20_vmm_killed_for_its_memory_ends_its_containers_with_137() {
         let group = Group::new("chaos-oom")?;
         let pod = node.pod_with("oom", bulkhead_e2e::HANDLER, |config| in_group(config, &group)).await?;
         let container = pod.sleeper("main").await?;
-        // Less than the guest has by now, more than the shim.
-        group.limit("24M")?;
+        // What is there may stay, and the guest wants more.
+        let current: u64 = crate::read(&format!("{}/memory.current", group.0.display()))?.parse()?;
+        group.limit(&(current + (8 << 20)).to_string())?;
+        let fill = pod.exec(&container, &["/bin/sh", "-c", "head -c 60000000 /dev/zero > /dev/shm/ballast"]).await;
         let status = pod.wait_exit(&container, PATIENCE).await?;
-        ensure!(status.exit_code == 137, "{status:?}");
+        ensure!(status.exit_code == 137, "{status:?}; the guest had its memory: {fill:?}");
         group.limit("max")?;
         node.cri.remove_pod(&pod.id).await
     });

@@ -99,6 +99,12 @@ impl Outside {
 
 impl Drop for Outside {
     fn drop(&mut self) {
+        // Where a test has failed something may be mounted there, whose files are not this directory's.
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4));
+        for point in points.filter(|point| Path::new(point).starts_with(&self.0)) {
+            let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
+        }
         let _ = fs::remove_dir_all(&self.0);
     }
 }
