@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
@@ -113,7 +113,7 @@ async fn one_cycle(pod: &TestPod, cycle: usize) -> Result<()> {
     let container = pod.run(sh(&format!("cycle-{cycle}"), "exec sleep 3600")).await?;
     let answer = pod.sh(&container, &format!("echo {cycle}")).await?;
     ensure!(answer == cycle.to_string(), "the exec says {answer:?}");
-    pod.stop(&container, std::time::Duration::ZERO).await?;
+    pod.stop(&container, Duration::ZERO).await?;
     pod.remove_container(&container).await
 }
 
@@ -135,4 +135,39 @@ pub async fn at_once(node: &Node, pods: usize) -> Result<()> {
     let free = fs::read_to_string("/proc/meminfo")?;
     println!("soak: {}", free.lines().nth(2).unwrap_or_default());
     Ok(())
+}
+
+/// Makes and removes that many pods with a container each, `at_once` of them at any time, and prints how long each call of the
+/// kubelet's took: the median, the 99th percentile and the longest.
+pub async fn storm(node: &Node, pods: usize, at_once: usize) -> Result<()> {
+    let begin = Instant::now();
+    let one = async |index: usize| -> Result<[Duration; 3]> {
+        let mut laps = Laps(Instant::now());
+        let pod = node.pod_with(&format!("storm-{index}"), "bulkhead", small).await?;
+        let made = laps.next();
+        pod.sleeper("main").await?;
+        let started = laps.next();
+        node.cri.remove_pod(&pod.id).await?;
+        Ok([made, started, laps.next()])
+    };
+    let times: Vec<_> = futures::stream::iter((0..pods).map(one)).buffer_unordered(at_once).try_collect().await?;
+    println!("soak: a storm of {pods} pods, {at_once} at once, {:.0?}", begin.elapsed());
+    for (index, call) in ["RunPodSandbox", "CreateContainer and StartContainer", "removal"].into_iter().enumerate() {
+        let mut sorted: Vec<_> = times.iter().map(|times| times[index]).collect();
+        sorted.sort();
+        let at = |percent: usize| sorted.get((sorted.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        let (median, most) = (at(50).unwrap_or_default(), at(99).unwrap_or_default());
+        println!("soak: {call}: median {median:.1?}, p99 {most:.1?}, longest {:.1?}", at(100).unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Times one after the other.
+struct Laps(Instant);
+
+impl Laps {
+    fn next(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.0, now)
+    }
 }

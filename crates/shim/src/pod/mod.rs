@@ -104,9 +104,14 @@ impl Pod {
         let _ = finished.wait_for(|finished| *finished).await;
     }
 
-    /// Ends the daemon if nothing is left: no container, and no sandbox of the Sandbox API, which has a call of its own.
+    /// Whether there is no container, and no sandbox of the Sandbox API.
+    pub fn is_empty(&self) -> bool {
+        self.containers().is_empty() && self.api_slot().is_none()
+    }
+
+    /// Ends the daemon if nothing is left. A sandbox of the Sandbox API has a call of its own.
     pub fn shutdown(&self) {
-        if self.containers().is_empty() && self.api_slot().is_none() {
+        if self.is_empty() {
             self.finished.send_replace(true);
         }
     }

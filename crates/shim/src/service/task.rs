@@ -146,7 +146,13 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, r: api::ConnectRequest) -> ttrpc::Result<api::ConnectResponse> {
-        let task_pid = self.pod.container(&r.id).map_or(0, |container| container.init.pid());
+        let task_pid = match self.pod.container(&r.id) {
+            Ok(container) => container.init.pid(),
+            // A containerd that starts again asks this first, and has a shim cleaned up that fails (core/runtime/v2/shim.go,
+            // loadShim). One whose pod is still being made must not be taken for a pod: nobody learns how Create ends.
+            Err(error) if self.pod.is_empty() => return Err(status(error)),
+            Err(_) => 0,
+        };
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(api::ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }

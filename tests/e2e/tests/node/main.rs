@@ -1,9 +1,11 @@
 //! The end-to-end suites; they run in the test node (`make test-node`), one test at a time.
 
 mod block;
+mod chaos;
 mod cni;
 mod codes;
 mod contract;
+mod escape;
 mod exec;
 mod failure;
 mod guest_hostile;

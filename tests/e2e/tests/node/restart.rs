@@ -1,46 +1,13 @@
 //! containerd is killed and started again while pods run.
 
-use std::fs::OpenOptions;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
+use anyhow::ensure;
 use bulkhead_cli::cri::v1;
 use bulkhead_cli::log;
 use bulkhead_e2e::shim::Shim;
-use bulkhead_e2e::{Node, PATIENCE, node_command, on_node, sh};
+use bulkhead_e2e::{PATIENCE, containerd, on_node, sh};
 use containerd_shim_protos::api;
 
 use crate::contract::{kill, wait};
-
-/// The node's containerd, as tests/node/lib/start runs it.
-const PID_FILE: &str = "/run/node/containerd.pid";
-const LOG: &str = "/run/node/log/containerd.log";
-
-/// Kills containerd as a crash would and returns its command line.
-fn crash() -> Result<Vec<String>> {
-    let pid = crate::read(PID_FILE)?;
-    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).context("containerd does not run")?;
-    node_command("kill", &["-KILL", &pid])?;
-    Ok(line.split_terminator('\0').map(str::to_owned).collect())
-}
-
-/// Starts containerd and returns when its CRI answers.
-async fn start(node: &Node, command: &[String]) -> Result<()> {
-    let (program, arguments) = command.split_first().context("containerd has no command line")?;
-    let log = OpenOptions::new().append(true).open(LOG)?;
-    let mut containerd = Command::new(program);
-    containerd.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
-    std::fs::write(PID_FILE, format!("{}\n", containerd.spawn()?.id()))?;
-    let begin = Instant::now();
-    while node.cri.runtime().version(v1::VersionRequest::default()).await.is_err() {
-        ensure!(begin.elapsed() < PATIENCE, "containerd does not come back");
-        // There is no event for a socket that will be answered.
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    Ok(())
-}
 
 #[test]
 fn pods_outlive_containerd_and_ends_meanwhile_are_reported() {
@@ -52,13 +19,13 @@ fn pods_outlive_containerd_and_ends_meanwhile_are_reported() {
         let boot_id = pod.sh(&main, crate::BOOT_ID).await?;
         let shim = Shim::of_pod(&pod.id).await?;
 
-        let containerd = crash()?;
+        let command = containerd::crash()?;
         let ended = async {
             let _: api::Empty = shim.task("Kill", &kill(&short, 15)).await?;
             shim.task::<api::WaitResponse>("Wait", &wait(&short, "")).await
         }
         .await;
-        start(node, &containerd).await?;
+        containerd::start(&node.cri, &command).await?;
         ensure!(ended.as_ref().is_ok_and(|ended| ended.exit_status == 7), "while containerd was away: {ended:?}");
 
         let status = pod.wait_exit(&short, PATIENCE).await?;
