@@ -1,5 +1,6 @@
 //! `bulkhead`: the operator's and the developer's command.
 
+mod check;
 mod run;
 
 use std::path::PathBuf;
@@ -17,6 +18,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show what the processes of a running pod may do on this node, and whether their jail is closed (root)
+    Check(check::CheckArguments),
     /// Run a pod from an image through the CRI, and show that it is in a guest of its own
     Run(run::RunArguments),
 }
@@ -35,6 +38,7 @@ struct CriArguments {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     match Arguments::parse().command {
+        Command::Check(arguments) => check::run(&arguments),
         Command::Run(arguments) => run::run(arguments).await,
     }
 }

@@ -23,6 +23,9 @@ pub struct Args {
 pub enum Mode {
     /// Run a machine by hand; its console goes to standard output
     Run(RunOptions),
+
+    /// Print the system calls that each kind of thread of a shim's machine may make: kind, their number, their names
+    Filters,
 }
 
 /// Options of `run`.

@@ -12,6 +12,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::descriptors::Descriptors;
+use crate::jail::{self, Kind};
 use crate::machine::{Machine, MachineError};
 
 /// The answer to a command that came too early.
@@ -89,8 +90,13 @@ impl Service {
                 send(&socket, &Reply::GuestReady);
             }
         });
-        let machine = self.machine.insert(Machine::build(spec, Descriptors::new(fds), on_ready)?);
-        machine.start()
+        let mut fds = Descriptors::new(fds);
+        lock_in(spec, &mut fds)?;
+        let machine = self.machine.insert(Machine::build(spec, fds, on_ready)?);
+        machine.start()?;
+        // From here on this thread lives beside a guest.
+        jail::confine_thread(Kind::Main);
+        Ok(())
     }
 
     fn connect(&self, id: u64, port: u32, fds: Vec<OwnedFd>) {
@@ -142,6 +148,20 @@ impl Service {
     fn reply(&self, reply: &Reply) {
         send(&self.socket, reply);
     }
+}
+
+/// Enters the jail, which is the share of the spec's virtio-fs device; the device gets the share as it is from inside.
+fn lock_in(spec: &VmSpec, fds: &mut Descriptors) -> Result<(), MachineError> {
+    let share = spec.devices.iter().find_map(|device| match device {
+        DeviceSpec::Fs { root, .. } => Some(*root),
+        _ => None,
+    });
+    let outside = share.map(|index| fds.take(index, "share")).transpose()?;
+    let inside = jail::enter(outside)?;
+    if let (Some(index), Some(fd)) = (share, inside) {
+        fds.put_back(index, fd);
+    }
+    Ok(())
 }
 
 /// Sends a reply. If the shim is gone, the main thread learns it from the socket.

@@ -13,6 +13,13 @@ impl Descriptors {
         Self(fds.into_iter().map(Some).collect())
     }
 
+    /// Puts a descriptor in the place of one that was taken.
+    pub fn put_back(&mut self, index: FdIndex, fd: OwnedFd) {
+        if let Some(slot) = self.0.get_mut(index.0) {
+            *slot = Some(fd);
+        }
+    }
+
     /// Gives the descriptor with this index to its user; `what` names the user in the error.
     pub fn take(&mut self, index: FdIndex, what: &'static str) -> Result<OwnedFd, DescriptorError> {
         let FdIndex(index) = index;

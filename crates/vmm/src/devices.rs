@@ -5,6 +5,7 @@ use bulkhead_protocol::vmspec::DeviceSpec;
 
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::event_loop::{EventLoop, EventLoopError};
+use crate::jail::Kind;
 use crate::kvm::HotplugMemory;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -22,10 +23,10 @@ pub type OnReady = Box<dyn FnMut() + Send>;
 /// Builds devices.
 pub struct DeviceBuilder {
     event_loop: EventLoop,
-    /// Disks block their thread, so they have one of their own; started for the first.
-    disk_loop: Option<EventLoop>,
+    /// Disks block their thread, so they have one of their own.
+    disk_loop: EventLoop,
     /// Giving memory back waits for KVM, so it has a thread of its own too.
-    memory_loop: Option<EventLoop>,
+    memory_loop: EventLoop,
     hotplug: Option<HotplugMemory>,
     memory: Option<MemHandle>,
     on_ready: Option<OnReady>,
@@ -33,13 +34,13 @@ pub struct DeviceBuilder {
 }
 
 impl DeviceBuilder {
-    /// A builder for a machine's devices.
+    /// A builder for a machine's devices. Starts the loops of all of them, those that may come later included: a thread
+    /// that is started once the starting one is confined would be confined as it is.
     pub fn new(hotplug: Option<HotplugMemory>, on_ready: OnReady) -> Result<Self, EventLoopError> {
-        let event_loop = EventLoop::spawn()?;
         Ok(Self {
-            event_loop,
-            disk_loop: None,
-            memory_loop: None,
+            event_loop: EventLoop::spawn_for(Kind::Devices)?,
+            disk_loop: EventLoop::spawn_for(Kind::Disks)?,
+            memory_loop: EventLoop::spawn_for(Kind::Memory)?,
             hotplug,
             memory: None,
             on_ready: Some(on_ready),
@@ -51,10 +52,10 @@ impl DeviceBuilder {
     pub fn build(&mut self, spec: &DeviceSpec, fds: &mut Descriptors) -> Result<Box<dyn VirtioDevice>, DeviceError> {
         let event_loop = self.event_loop.clone();
         Ok(match spec {
-            DeviceSpec::Balloon => Box::new(Balloon::new(self.memory_loop()?)),
+            DeviceSpec::Balloon => Box::new(Balloon::new(self.memory_loop.clone())),
             DeviceSpec::Block { file, read_only, serial } => {
                 let file = fds.take(*file, "disk")?;
-                Box::new(Block::new(file, *read_only, serial, self.disk_loop()?)?)
+                Box::new(Block::new(file, *read_only, serial, self.disk_loop.clone())?)
             }
             DeviceSpec::Console { output } => {
                 let output = fds.take(*output, "console")?;
@@ -62,7 +63,7 @@ impl DeviceBuilder {
             }
             DeviceSpec::Fs { tag, root } => Box::new(Fs::new(tag, fds.take(*root, "share")?)?),
             DeviceSpec::Memory { requested_mib } => {
-                let memory_loop = self.memory_loop()?;
+                let memory_loop = self.memory_loop.clone();
                 let backing = Box::new(self.hotplug.take().ok_or(DeviceError::NoHotplug)?);
                 let (mem, handle) = Mem::new(backing, requested_mib.saturating_mul(1 << 20), memory_loop)?;
                 self.memory = Some(handle);
@@ -79,14 +80,6 @@ impl DeviceBuilder {
         })
     }
 
-    fn disk_loop(&mut self) -> Result<EventLoop, EventLoopError> {
-        started(&mut self.disk_loop)
-    }
-
-    fn memory_loop(&mut self) -> Result<EventLoop, EventLoopError> {
-        started(&mut self.memory_loop)
-    }
-
     /// The way to the virtio-mem device, if one was built.
     pub fn memory(&self) -> Option<&MemHandle> {
         self.memory.as_ref()
@@ -95,14 +88,6 @@ impl DeviceBuilder {
     /// The way to the vsock device, if one was built.
     pub fn vsock(&self) -> Option<&VsockHandle> {
         self.vsock.as_ref()
-    }
-}
-
-/// A loop, which is started for the first who wants it.
-fn started(event_loop: &mut Option<EventLoop>) -> Result<EventLoop, EventLoopError> {
-    match event_loop {
-        Some(event_loop) => Ok(event_loop.clone()),
-        None => Ok(event_loop.insert(EventLoop::spawn()?).clone()),
     }
 }
 

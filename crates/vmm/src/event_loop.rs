@@ -8,6 +8,8 @@ use std::thread;
 
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps};
 
+use crate::jail::{self, Kind};
+
 /// What the loop runs.
 pub type Worker = Box<dyn MutEventSubscriber + Send>;
 
@@ -18,13 +20,19 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    /// Starts the loop's thread. It ends with the process.
+    /// Starts the loop of the devices that never block.
     pub fn spawn() -> Result<Self, EventLoopError> {
+        Self::spawn_for(Kind::Devices)
+    }
+
+    /// Starts a loop's thread for workers of a kind. It ends with the process.
+    pub fn spawn_for(kind: Kind) -> Result<Self, EventLoopError> {
         let mut manager = EventManager::<Worker>::new().map_err(EventLoopError::Epoll)?;
         let endpoint = manager.remote_endpoint();
         thread::Builder::new()
-            .name("devices".into())
+            .name(kind.name().into())
             .spawn(move || {
+                jail::confine_thread(kind);
                 loop {
                     if let Err(error) = manager.run() {
                         // Without its devices the machine is worth nothing, and nobody would notice.

@@ -13,6 +13,7 @@ use crate::descriptors::{DescriptorError, Descriptors};
 use crate::devices::{DeviceBuilder, DeviceError, OnReady};
 use crate::event_loop::EventLoopError;
 use crate::exit::ExitSignal;
+use crate::jail::JailError;
 use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, MAX_VCPUS, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
@@ -209,6 +210,9 @@ pub enum MachineError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Boot(#[from] BootError),

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use bulkhead_protocol::control::ExitReason;
 use bulkhead_vmm::control::{self, End};
+use bulkhead_vmm::jail::Kind;
 use clap::Parser;
 
 use args::{Args, Mode};
@@ -31,7 +32,18 @@ fn start(args: Args) -> anyhow::Result<()> {
             End::Closed => Ok(()),
         },
         (None, Some(Mode::Run(options))) => finish(run::run(&options)?),
-        _ => bail!("give either --control-fd or the command `run`"),
+        (None, Some(Mode::Filters)) => {
+            print_filters();
+            Ok(())
+        }
+        _ => bail!("give either --control-fd, or a command: `run` or `filters`"),
+    }
+}
+
+fn print_filters() {
+    for kind in Kind::ALL {
+        let calls = kind.calls();
+        println!("{} {} {}", kind.name(), calls.len(), calls.join(" "));
     }
 }
 

@@ -1,6 +1,7 @@
 //! What containerd runs: the command line, `start`, `delete`, and the daemon that `start` leaves behind.
 
 pub mod bootstrap;
+mod confine;
 pub mod delete;
 mod features;
 pub mod flags;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::confine::{ConfineError, confine};
 use super::flags::Flags;
 use crate::events::Publisher;
 use crate::paths::{RUN_ROOT, RunDir};
@@ -32,6 +33,7 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     rustix::process::umask(Mode::empty());
     let bundle = std::env::current_dir().map_err(ServeError::Bundle)?;
     super::logging::init(&bundle, flags.debug);
+    confine()?;
     // One thread: the shim's work is waiting. System calls that block go to a few short-lived threads.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -83,6 +85,9 @@ pub enum ServeError {
     /// No working directory.
     #[error("the daemon has no bundle as its working directory")]
     Bundle(#[source] std::io::Error),
+    /// Its own confinement.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// No reactor.
     #[error("cannot start the runtime")]
     Runtime(#[source] std::io::Error),

@@ -5,6 +5,7 @@ mod cgroup;
 mod console;
 mod disks;
 mod hypervisor;
+mod pid_namespace;
 mod process;
 mod resize;
 mod timeline;

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
 use super::hypervisor::Machine;
+use super::pid_namespace;
 use crate::config::Config;
 
 /// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
@@ -69,7 +70,7 @@ impl Vm {
         let mut command = tokio::process::Command::new(&config.vmm);
         command.args(["--control-fd", "0"]).stdin(theirs).stdout(Stdio::null()).stderr(stderr);
         command.env_clear().current_dir("/").kill_on_drop(true);
-        let spawned = command.spawn();
+        let spawned = pid_namespace::spawn(&mut command);
         // The command holds the VMM's end of the socket and of stderr; only the VMM may.
         drop(command);
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;

@@ -1,12 +1,12 @@
 //! The pod's share: the one directory of the host that the guest sees, through virtio-fs (DESIGN D5).
 //!
 //! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes. Everything in it
-//! is a mount: nothing is copied, and removing a container is unmounting. Volumes are made private (or slave) after
-//! binding, because unmounting in a peer group of the host's would unmount there too (mount_namespaces(7)); a read-only
-//! volume is a read-only mount here, never only in the guest.
+//! is a mount: nothing is copied, and removing a container is unmounting. A read-only volume is a read-only mount here, never
+//! only in the guest; [`tree`] says why mounts are finished before they are attached.
 
 mod mountinfo;
 mod rootfs;
+mod tree;
 
 use std::fs::{DirBuilder, File};
 use std::os::fd::OwnedFd;
@@ -16,13 +16,11 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, mount_remount,
-    unmount,
-};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
+use tree::{Propagation, Tree};
 
 /// A pod's share. Its methods block: mount(2) on a slow file system does.
 #[derive(Clone, Debug)]
@@ -60,7 +58,8 @@ impl Share {
         let target = self.dir.join(id).join("rootfs");
         make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
         if mounts.is_empty() {
-            return bind(prepared, &target, true)
+            return Tree::copy(prepared, true, Propagation::Private)
+                .and_then(|tree| tree.attach(&target))
                 .map_err(|error| ShareError::Rootfs { path: prepared.to_path_buf(), source: error.into() });
         }
         for mount in mounts {
@@ -85,18 +84,7 @@ impl Share {
         } else {
             return Err(ShareError::Device(source.clone()));
         }
-        bind(source, &target, volume.recursive).map_err(|error| ShareError::volume(source, error.into()))?;
-        let propagation =
-            if volume.follows_host { MountPropagationFlags::DOWNSTREAM } else { MountPropagationFlags::PRIVATE };
-        mount_change(&target, propagation | MountPropagationFlags::REC)
-            .map_err(|error| ShareError::volume(source, error.into()))?;
-        let read_only = match volume.access {
-            Access::ReadWrite => Vec::new(),
-            Access::ReadOnly => vec![target],
-            Access::RecursiveReadOnly => mountinfo::mounts_below(&target).map_err(ShareError::MountTable)?,
-        };
-        let remounted = read_only.iter().try_for_each(|mount| remount_read_only(mount));
-        remounted.map_err(|error| ShareError::volume(source, error.into()))
+        show(volume, &target).map_err(|error| ShareError::volume(source, error.into()))
     }
 
     /// Unmounts and removes what a container had. What is already gone is no error.
@@ -121,28 +109,15 @@ fn make_dir(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-fn bind(source: &Path, target: &Path, recursive: bool) -> Result<(), Errno> {
-    if recursive { mount_bind_recursive(source, target) } else { mount_bind(source, target) }
-}
-
-/// Makes a bind mount read-only. The flags that the file system is mounted with must be repeated, since a remount clears
-/// those that are not named (mount(2), MS_REMOUNT | MS_BIND).
-fn remount_read_only(target: &Path) -> Result<(), Errno> {
-    let kept = rustix::fs::statvfs(target)?.f_flag;
-    let mut flags = MountFlags::BIND | MountFlags::RDONLY;
-    for (set, flag) in [
-        (rustix::fs::StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
-        (rustix::fs::StatVfsMountFlags::NODEV, MountFlags::NODEV),
-        (rustix::fs::StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
-        (rustix::fs::StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
-        (rustix::fs::StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
-        (rustix::fs::StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
-    ] {
-        if kept.contains(set) {
-            flags |= flag;
-        }
+fn show(volume: &Volume, target: &Path) -> Result<(), Errno> {
+    let propagation = if volume.follows_host { Propagation::Slave } else { Propagation::Private };
+    let tree = Tree::copy(&volume.source, volume.recursive, propagation)?;
+    match volume.access {
+        Access::ReadWrite => {}
+        Access::ReadOnly => tree.make_read_only(false)?,
+        Access::RecursiveReadOnly => tree.make_read_only(true)?,
     }
-    mount_remount(target, flags, "")
+    tree.attach(target)
 }
 
 /// Detaches every mount at or below `path`, the newest first, and removes the emptied directories.

@@ -7,11 +7,12 @@ use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
-    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_change, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, mount, move_mount,
 };
 
-use super::{ShareError, bind, remount_read_only};
+use super::ShareError;
+use super::tree::{ONLY_DATA, Propagation, Tree};
 
 /// mount(2) copies one page of options, the terminating zero included.
 const MAX_DATA: usize = 4095;
@@ -23,8 +24,8 @@ pub fn mount_one(entry: &Mount, target: &Path) -> Result<(), ShareError> {
     let failed = |error: Errno| ShareError::Rootfs { path: entry.source.clone().into(), source: error.into() };
     match entry.type_.as_str() {
         "overlay" if options.data_len() <= MAX_DATA => {
-            mount(entry.source.as_str(), target, "overlay", options.flags, Some(options.data().as_c_str()))
-                .map_err(failed)
+            let flags = options.flags | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            mount(entry.source.as_str(), target, "overlay", flags, Some(options.data().as_c_str())).map_err(failed)
         }
         "overlay" => mount_layers(&options, target),
         "bind" | "rbind" | "" if options.bind || entry.type_ == "bind" || entry.type_ == "rbind" => {
@@ -35,14 +36,12 @@ pub fn mount_one(entry: &Mount, target: &Path) -> Result<(), ShareError> {
 }
 
 fn bind_rootfs(entry: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Errno> {
-    bind(Path::new(&entry.source), target, options.recursive || entry.type_ == "rbind")?;
-    mount_change(target, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-    if !options.flags.contains(MountFlags::RDONLY) {
-        return Ok(());
+    let recursive = options.recursive || entry.type_ == "rbind";
+    let tree = Tree::copy(Path::new(&entry.source), recursive, Propagation::Private)?;
+    if options.flags.contains(MountFlags::RDONLY) {
+        tree.make_read_only(false)?;
     }
-    remount_read_only(target).inspect_err(|_| {
-        let _ = unmount(target, UnmountFlags::DETACH);
-    })
+    tree.attach(target)
 }
 
 /// Overlay with more layers than mount(2) takes: each layer is an option of its own (Linux 6.8, overlayfs `lowerdir+`).
@@ -64,12 +63,12 @@ fn try_mount_layers(options: &Options<'_>, target: &Path) -> Result<(), Errno> {
         }
     }
     fsconfig_create(&context)?;
-    let attributes = if options.flags.contains(MountFlags::RDONLY) {
+    let read_only = if options.flags.contains(MountFlags::RDONLY) {
         MountAttrFlags::MOUNT_ATTR_RDONLY
     } else {
         MountAttrFlags::empty()
     };
-    let detached = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let detached = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, ONLY_DATA | read_only)?;
     move_mount(&detached, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 

@@ -1,6 +1,7 @@
 //! The share's mounts, each test in a mount namespace of its own, which takes root.
 
 use super::*;
+use rustix::mount::MountFlags;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 
@@ -133,6 +134,92 @@ fn unsupported_rootfs_and_volumes_are_named() {
         assert!(matches!(share.add_volume("c", 1, &volume(Path::new("/dev/null"))), Err(ShareError::Device(_))));
         assert!(matches!(share.add_volume("c", 2, &volume(&dir.join("none"))), Err(ShareError::Volume { .. })));
         share.remove_container("c").unwrap();
+        Share::destroy(&run).unwrap();
+    });
+}
+
+/// A thread in a mount namespace of its own that gets what is mounted in the share, as the VMM's jail does; answers to
+/// paths that it is asked to write a file in, until the asker is gone.
+fn jail() -> (std::sync::mpsc::Sender<PathBuf>, std::sync::mpsc::Receiver<std::io::Result<()>>) {
+    let (ask, asked) = std::sync::mpsc::channel::<PathBuf>();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // SAFETY: of the flags only FILES can break other threads' descriptors, and it is not given.
+        #[allow(unsafe_code)]
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
+        tell.send(Ok(())).unwrap();
+        asked.iter().for_each(|path| tell.send(std::fs::write(path, "")).unwrap());
+    });
+    told.recv().unwrap().unwrap();
+    (ask, told)
+}
+
+#[test]
+fn hostile_11_read_only_volume_is_read_only_in_the_jail_too() {
+    in_mount_namespace(|dir| {
+        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
+        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let (ask, told) = jail();
+        let write = |at: &str| {
+            ask.send(run.share().join("c/mounts").join(at)).unwrap();
+            told.recv().unwrap().is_ok()
+        };
+        for (index, access) in [Access::ReadWrite, Access::ReadOnly, Access::RecursiveReadOnly].into_iter().enumerate()
+        {
+            share.add_volume("c", index, &Volume { access, ..volume(&dir.join("vol")) }).unwrap();
+        }
+        assert_eq!(["0/file", "1/file", "2/file"].map(write), [true, false, false]);
+        assert_eq!(["0/inner/file", "1/inner/file", "2/inner/file"].map(write), [true, true, false]);
+        share.remove_container("c").unwrap();
+        assert!(!write("0/file"), "unmounted there too");
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn volumes_are_nothing_but_data_to_the_host() {
+    in_mount_namespace(|dir| {
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        std::fs::create_dir(dir.join("vol")).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
+        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        for at in ["c/rootfs", "c/mounts/0"] {
+            let flags = rustix::fs::statvfs(run.share().join(at)).unwrap().f_flag;
+            let wanted = rustix::fs::StatVfsMountFlags::NOSUID
+                | rustix::fs::StatVfsMountFlags::NODEV
+                | rustix::fs::StatVfsMountFlags::NOEXEC;
+            assert!(flags.contains(wanted), "{at}: {flags:?}");
+        }
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn mount_of_the_host_reaches_the_jail_only_where_a_volume_follows() {
+    in_mount_namespace(|dir| {
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        mount_change(dir, MountPropagationFlags::SHARED).unwrap();
+        std::fs::create_dir_all(dir.join("vol/late")).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let (ask, told) = jail();
+        for (index, follows_host) in [(0, false), (1, true)] {
+            share.add_volume("c", index, &Volume { follows_host, ..volume(&dir.join("vol")) }).unwrap();
+        }
+        rustix::mount::mount("tmpfs", dir.join("vol/late"), "tmpfs", MountFlags::empty(), None).unwrap();
+        for at in ["0/late/from-0", "1/late/from-1"] {
+            ask.send(run.share().join("c/mounts").join(at)).unwrap();
+            told.recv().unwrap().unwrap();
+        }
+        assert!(!dir.join("vol/late/from-0").exists(), "the volume that does not follow has what is below the mount");
+        assert!(dir.join("vol/late/from-1").exists());
+        share.remove_container("c").unwrap();
+        assert!(dir.join("vol/late/from-1").exists(), "the host's mount stays");
         Share::destroy(&run).unwrap();
     });
 }

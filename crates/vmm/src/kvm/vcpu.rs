@@ -18,6 +18,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::exit::ExitSignal;
+use crate::jail::{self, Kind};
 
 /// A vCPU that does not run.
 pub struct Vcpu {
@@ -72,6 +73,7 @@ impl Vcpu {
     pub fn spawn(mut self, buses: Buses, exit: Arc<ExitSignal>) -> io::Result<VcpuThread> {
         let flag = ImmediateExit(&raw mut self.fd.get_kvm_run().immediate_exit);
         let thread = thread::Builder::new().name(format!("vcpu{}", self.id)).spawn(move || {
+            jail::confine_thread(Kind::Vcpu);
             if let Some(reason) = self.run(&buses) {
                 exit.raise(reason);
             }

@@ -33,12 +33,17 @@ impl Vmm {
         fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
         let process = Process::new(env!("CARGO_BIN_EXE_bulkhead-vmm"))
             .args(["--control-fd", &theirs.as_raw_fd().to_string()])
-            .stderr(Stdio::null())
+            .stderr(Stdio::inherit())
             .spawn()
             .unwrap();
         drop(theirs);
         drop(guard);
         Self { socket: ours, process }
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// Sends a command.

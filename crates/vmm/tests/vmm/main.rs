@@ -4,5 +4,6 @@
 mod common;
 mod control;
 mod hotplug;
+mod jail;
 mod machine;
 mod tap;

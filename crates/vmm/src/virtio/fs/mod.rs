@@ -21,18 +21,21 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
 use self::worker::{Stop, Worker};
+use crate::jail::{self, Kind};
+
 use super::ring::event_fd;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
 
@@ -59,18 +62,26 @@ const RESERVED_FDS: u64 = 2048;
 /// and its vCPU waits meanwhile.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The device.
+/// The device. Its thread lives as long as it does: one that a vCPU's thread started would be confined as that is.
 pub struct Fs {
     /// struct virtio_fs_config: tag, number of request queues.
     config: [u8; TAG_LEN + 4],
-    root: OwnedFd,
     guest_fds: u64,
-    thread: Option<Thread>,
+    orders: SyncSender<Order>,
+    running: Option<Running>,
 }
 
-/// A running server.
-struct Thread {
-    handle: JoinHandle<()>,
+/// What the thread is to serve.
+struct Order {
+    activation: Activation,
+    guest_fds: u64,
+    stop: Arc<Stop>,
+    started: SyncSender<Result<(), ActivateError>>,
+    ended: SyncSender<()>,
+}
+
+/// A server at work.
+struct Running {
     stop: Arc<Stop>,
     ended: Receiver<()>,
 }
@@ -89,35 +100,56 @@ impl Fs {
         let mut config = [0; TAG_LEN + 4];
         let fields = bytes.iter().chain(std::iter::repeat_n(&0, TAG_LEN - bytes.len())).chain(&[1, 0, 0, 0]);
         config.iter_mut().zip(fields).for_each(|(to, from)| *to = *from);
-        Ok(Self { config, root, guest_fds: guest_fd_limit()?, thread: None })
+        let guest_fds = guest_fd_limit()?;
+        let (orders, queue) = sync_channel(1);
+        thread::Builder::new()
+            .name(Kind::FileServer.name().into())
+            .spawn(move || serve(&root, &queue))
+            .map_err(FsError::Thread)?;
+        Ok(Self { config, guest_fds, orders, running: None })
     }
 
-    fn start(&mut self, activation: Activation) -> Result<Thread, ActivateError> {
+    fn start(&self, activation: Activation) -> Result<Running, ActivateError> {
         let host = |action| move |source| ActivateError::Host { action, source };
+        let busy = || {
+            host("start the file server: the last one waits for a file system of the host")(
+                io::ErrorKind::TimedOut.into(),
+            )
+        };
         let stop = Arc::new(Stop::new(event_fd().map_err(host("make an event for the file server"))?));
-        let root = self.root.try_clone().map_err(host("duplicate the share's descriptor"))?;
-        let (server_config, worker_stop) = (server_config(self.guest_fds), Arc::clone(&stop));
-        let (ready, started) = sync_channel(1);
+        let (started, ready) = sync_channel(1);
         let (end, ended) = sync_channel(1);
-        let handle = thread::Builder::new()
-            .name("virtiofs".into())
-            .spawn(move || {
-                match Worker::new(activation, &root, server_config, worker_stop) {
-                    Ok(mut worker) => {
-                        let _ = ready.send(Ok(()));
-                        worker.run();
-                    }
-                    Err(error) => drop(ready.send(Err(error))),
-                }
-                let _ = end.send(());
-            })
-            .map_err(host("start the file server's thread"))?;
-        // The thread has only local calls to make before it answers.
-        match started.recv() {
-            Ok(Ok(())) => Ok(Thread { handle, stop, ended }),
+        let guest_fds = self.guest_fds;
+        let order = Order { activation, guest_fds, stop: Arc::clone(&stop), started, ended: end };
+        self.orders.try_send(order).map_err(|_| busy())?;
+        match ready.recv_timeout(STOP_TIMEOUT) {
+            Ok(Ok(())) => Ok(Running { stop, ended }),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(host("start the file server")(io::ErrorKind::BrokenPipe.into())),
+            Err(_) => {
+                stop.request();
+                Err(busy())
+            }
         }
+    }
+}
+
+/// The thread: one order after the other, to the end of the device.
+fn serve(root: &OwnedFd, orders: &Receiver<Order>) {
+    let own = worker::own_file_system_attributes();
+    jail::confine_thread(Kind::FileServer);
+    for Order { activation, guest_fds, stop, started, ended } in orders {
+        let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
+        let worker = entered
+            .map_err(|source| ActivateError::Host { action: "enter the share", source })
+            .and_then(|()| Worker::new(activation, server_config(guest_fds), stop));
+        match worker {
+            Ok(mut worker) => {
+                let _ = started.send(Ok(()));
+                worker.run();
+            }
+            Err(error) => drop(started.send(Err(error))),
+        }
+        let _ = ended.send(());
     }
 }
 
@@ -141,18 +173,15 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
-        self.thread = Some(self.start(activation)?);
+        self.running = Some(self.start(activation)?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        let Some(Thread { handle, stop, ended }) = self.thread.take() else { return };
+        let Some(Running { stop, ended }) = self.running.take() else { return };
         stop.request();
-        match ended.recv_timeout(STOP_TIMEOUT) {
-            // It hangs in the host's kernel. When that lets go it sees the stop, returns nothing to the guest and ends.
-            Err(RecvTimeoutError::Timeout) => drop(handle),
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(handle.join()),
-        }
+        // If it hangs in the host's kernel: when that lets go it sees the stop, returns nothing to the guest and ends.
+        let _ = ended.recv_timeout(STOP_TIMEOUT);
     }
 }
 
@@ -198,6 +227,8 @@ fn server_config(guest_fd_limit: u64) -> Config {
         killpriv_v2: true,
         security_label: NegotiationMode::Never,
         guest_fd_limit,
+        // Without a jail virtiofsd opens it by itself.
+        proc_sfd_rawfd: jail::entered().and_then(|jail| jail.descriptors().ok()).map(File::from),
         ..Config::default()
     }
 }
@@ -226,6 +257,9 @@ pub enum FsError {
     /// Not a directory.
     #[error("the virtiofs device's descriptor is no directory that can be exported")]
     Root(#[source] io::Error),
+    /// No thread.
+    #[error("cannot start the file server's thread")]
+    Thread(#[source] io::Error),
     /// setrlimit(2).
     #[error("cannot raise the soft limit of open files to the hard limit")]
     Limit(#[source] io::Error),

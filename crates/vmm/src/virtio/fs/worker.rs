@@ -2,11 +2,12 @@
 #![allow(unsafe_code)] // reason: unshare(2)
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
@@ -29,6 +30,12 @@ const OUT_HEADER_LEN: usize = 16;
 
 const HIPRIO_QUEUE: u16 = 0;
 const REQUEST_QUEUE: u16 = 1;
+
+/// Gives the calling thread a working directory and umask of its own.
+pub fn own_file_system_attributes() -> Result<(), Errno> {
+    // SAFETY: Of what unshare_unsafe warns about (shared descriptor tables) CLONE_FS changes nothing.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
+}
 
 /// How the thread is told to end.
 pub struct Stop {
@@ -62,18 +69,9 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// To be called in the thread that will run it, which gets a working directory and umask of its own.
-    pub fn new(
-        mut activation: Activation,
-        root: &OwnedFd,
-        config: Config,
-        stop: Arc<Stop>,
-    ) -> Result<Self, ActivateError> {
+    /// To be called in the thread that will run it, whose working directory is the share.
+    pub fn new(mut activation: Activation, config: Config, stop: Arc<Stop>) -> Result<Self, ActivateError> {
         let host = |action| move |source| ActivateError::Host { action, source };
-        // SAFETY: Of what unshare_unsafe warns about (shared descriptor tables) CLONE_FS changes nothing.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
-            .map_err(|error| host("separate the file server's working directory")(error.into()))?;
-        rustix::process::fchdir(root).map_err(|error| host("enter the share")(error.into()))?;
         Ok(Self {
             hiprio: Ring::take(&mut activation, HIPRIO_QUEUE)?,
             requests: Ring::take(&mut activation, REQUEST_QUEUE)?,

@@ -1,0 +1,83 @@
+//! Copies of mounts that are finished before anyone sees them.
+//!
+//! A mount that appears in the share appears in the VMM's jail at the same moment, with the flags that it has then; what
+//! changes later changes on the host's side only (mount_namespaces(7)). A volume that became read-only after it was bound
+//! would stay writable where it matters. So a copy is made detached (open_tree(2)), given its attributes (mount_setattr(2),
+//! Linux 5.12) and attached. Below the share, which is a shared mount, it gets a peer group of its own with the jail's side
+//! following: what is mounted in it or unmounted later arrives there, and nothing that is unmounted here is unmounted where
+//! the copy comes from.
+#![allow(unsafe_code)] // reason: mount_setattr(2), which rustix does not have
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+
+/// What every mount of the share is for the host: data. Flags of the guest's mounts are the guest's.
+pub const ONLY_DATA: MountAttrFlags =
+    MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV).union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
+
+/// Whether the copy gets mounts that its source gets later.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Propagation {
+    /// It does not.
+    Private,
+    /// It does, and not the other way round.
+    Slave,
+}
+
+/// A detached copy of a mount, or of the mounts below it as well.
+pub struct Tree(OwnedFd);
+
+impl Tree {
+    /// Copies what is at `source`, with nothing in it for the host but data.
+    pub fn copy(source: &Path, recursive: bool, propagation: Propagation) -> Result<Self, Errno> {
+        let all = if recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | all;
+        let tree = Self(open_tree(CWD, source, flags)?);
+        tree.set(ONLY_DATA, Some(propagation), true)?;
+        Ok(tree)
+    }
+
+    /// Makes it read-only, with what is mounted below it or without.
+    pub fn make_read_only(&self, recursive: bool) -> Result<(), Errno> {
+        self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None, recursive)
+    }
+
+    /// Shows it at `target`.
+    pub fn attach(&self, target: &Path) -> Result<(), Errno> {
+        move_mount(&self.0, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    }
+
+    fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>, recursive: bool) -> Result<(), Errno> {
+        let attr = libc::mount_attr {
+            attr_set: attributes.bits().into(),
+            attr_clr: 0,
+            propagation: match propagation {
+                Some(Propagation::Private) => libc::MS_PRIVATE,
+                Some(Propagation::Slave) => libc::MS_SLAVE,
+                None => 0,
+            },
+            userns_fd: 0,
+        };
+        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+        // SAFETY: the path is empty and terminated, and the structure as large as said.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                self.0.as_raw_fd(),
+                c"".as_ptr(),
+                flags,
+                &raw const attr,
+                size_of::<libc::mount_attr>(),
+            )
+        };
+        if done == 0 {
+            Ok(())
+        } else {
+            Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The jail of service mode: what a VMM with a guest has left. These tests take root.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use bulkhead_protocol::control::{Command, Reply};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+
+use crate::common::{Start, kernel, kvm, spec};
+use crate::control::{SPIN, Vmm};
+
+/// A machine with a share, and what is beside the share.
+fn jailed(share: &Path) -> Vmm {
+    let vmm = Vmm::start();
+    let share = fs::File::open(share).unwrap();
+    let devices =
+        vec![DeviceSpec::Fs { tag: "share".into(), root: FdIndex(2) }, DeviceSpec::Vsock, DeviceSpec::Balloon];
+    let fds: [OwnedFd; 3] = [kvm(), kernel(Start::Long, &SPIN, &[]).into(), share.into()];
+    vmm.send(1, Command::Boot(VmSpec { vcpus: 2, serial: None, devices, ..spec() }), &fds);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    vmm
+}
+
+/// Threads of a process by name: the fields of their status (proc_pid_status(5)).
+fn threads(pid: u32) -> BTreeMap<String, BTreeMap<String, String>> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let status = tasks.map(|task| fs::read_to_string(task.path().join("status")).unwrap());
+    let fields = |text: String| -> BTreeMap<String, String> {
+        text.lines()
+            .filter_map(|line| line.split_once(":\t"))
+            .map(|(k, v)| (k.to_owned(), v.trim().to_owned()))
+            .collect()
+    };
+    // KVM has a worker of the kernel's among the process's threads, in which no code of the process ever runs.
+    let ours = status.map(fields).filter(|fields| !fields["Name"].starts_with("kvm-"));
+    ours.map(|fields| (fields["Name"].clone(), fields)).collect()
+}
+
+#[test]
+fn hostile_19_jailed_vmm_has_the_share_for_its_root_and_namespaces_of_its_own() {
+    let outside = tempfile::tempdir().unwrap();
+    let share = outside.path().join("share");
+    fs::create_dir(&share).unwrap();
+    fs::write(share.join("inside"), "").unwrap();
+    let vmm = jailed(&share);
+    let proc = format!("/proc/{}", vmm.pid());
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup"] {
+        let of = |who: &str| fs::read_link(format!("{who}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&proc), of("/proc/self"), "{namespace}");
+    }
+    let entries: Vec<_> =
+        fs::read_dir(format!("{proc}/root")).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(entries, ["inside"]);
+    let mounts = fs::read_to_string(format!("{proc}/mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains("nosuid,nodev,noexec"), "{mounts}");
+    assert!(vmm.end());
+}
+
+#[test]
+fn hostile_19_threads_keep_no_privilege_but_the_file_servers() {
+    let share = tempfile::tempdir().unwrap();
+    let vmm = jailed(share.path());
+    let threads = threads(vmm.pid());
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP.
+    let file_server = format!("{:016x}", 0b1101_1011_u64 | 1 << 31);
+    for (name, status) in &threads {
+        let kept = if name == "fs" { &file_server } else { "0000000000000000" };
+        assert_eq!(status["CapPrm"], kept, "{name}");
+        assert_eq!(status["CapEff"], kept, "{name}");
+        assert_eq!(status["CapBnd"], file_server, "{name}");
+        assert_eq!((&*status["CapInh"], &*status["CapAmb"]), ("0000000000000000", "0000000000000000"), "{name}");
+        assert_eq!(
+            (&*status["NoNewPrivs"], &*status["Seccomp"], &*status["Seccomp_filters"]),
+            ("1", "2", "1"),
+            "{name}"
+        );
+    }
+    let names: Vec<_> = threads.keys().map(String::as_str).collect();
+    assert_eq!(names, ["bulkhead-vmm", "devices", "disks", "fs", "memory", "vcpu0", "vcpu1"]);
+    assert!(vmm.end());
+}
+
+#[test]
+fn hostile_19_no_descriptor_of_a_jailed_vmm_leads_to_a_directory_outside() {
+    let share = tempfile::tempdir().unwrap();
+    let vmm = jailed(share.path());
+    for entry in fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap().flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        let is_directory = fs::metadata(entry.path()).is_ok_and(|meta| meta.is_dir());
+        // The share's root from inside, and the directory of descriptors as a mount of its own.
+        assert!(!is_directory || target == Path::new("/"), "{target:?}");
+    }
+    assert!(vmm.end());
+}
+
+#[test]
+fn hostile_19_core_files_and_crash_handlers_get_nothing() {
+    let share = tempfile::tempdir().unwrap();
+    let vmm = jailed(share.path());
+    let limits = fs::read_to_string(format!("/proc/{}/limits", vmm.pid())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    assert!(vmm.end());
+}
+
+#[test]
+fn machine_without_a_share_has_an_empty_root() {
+    let vmm = Vmm::start();
+    vmm.boot(1, spec(), &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    assert_eq!(fs::read_dir(format!("/proc/{}/root", vmm.pid())).unwrap().count(), 0);
+    assert!(vmm.end());
+}
+
+#[test]
+fn hostile_19_filters_are_printed_with_their_size() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_bulkhead-vmm")).arg("filters").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in text.lines() {
+        let words: Vec<_> = line.split(' ').collect();
+        assert_eq!(words[1].parse::<usize>().unwrap(), words.len() - 2, "{line}");
+    }
+    assert_eq!(text.lines().count(), 6, "{text}");
+}
