@@ -203,9 +203,129 @@ mod tests {
     }
 
     #[test]
-    fn unknown_field_is_refused() {
+    fn hostile_15_unknown_field_is_refused() {
         let (a, b) = pair();
         send(&a, &serde_json::json!({"id": 1, "command": {"connect_vsock": {"port": 1}}, "more": 1}), &[]).unwrap();
         assert!(matches!(receive::<Request>(&b), Err(ControlError::Json(_))));
+    }
+
+    /// The longest request there is, with one of each device.
+    fn boot() -> Request {
+        let fd = crate::vmspec::FdIndex;
+        let devices = vec![
+            DeviceSpec::Balloon,
+            DeviceSpec::Block { file: fd(3), read_only: true, serial: "disk".into() },
+            DeviceSpec::Console { output: fd(4) },
+            DeviceSpec::Fs { tag: "share".into(), root: fd(5) },
+            DeviceSpec::Memory { requested_mib: 128 },
+            DeviceSpec::Net { tap: fd(6), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
+            DeviceSpec::Rng,
+            DeviceSpec::Vsock,
+        ];
+        let spec = VmSpec {
+            kvm: fd(0),
+            kernel: fd(1),
+            initramfs: Some(fd(2)),
+            cmdline: "console=hvc0".into(),
+            vcpus: 4,
+            boot_vcpus: 1,
+            memory_mib: 256,
+            hotplug_mib: 1024,
+            devices,
+            serial: None,
+        };
+        Request { id: 1, command: Command::Boot(spec) }
+    }
+
+    /// What the receiver makes of these bytes.
+    fn received(bytes: &[u8]) -> Result<Option<Request>, ControlError> {
+        let (a, b) = pair();
+        rustix::net::send(&a, bytes, SendFlags::empty()).unwrap();
+        receive::<Request>(&b).map(|message| message.map(|(request, _)| request))
+    }
+
+    #[test]
+    fn hostile_15_message_that_is_cut_off_anywhere_is_refused() {
+        let bytes = serde_json::to_vec(&boot()).unwrap();
+        assert_eq!(received(&bytes).unwrap(), Some(boot()));
+        for len in 1..bytes.len() {
+            assert!(matches!(received(&bytes[..len]), Err(ControlError::Json(_))), "{len}");
+        }
+    }
+
+    #[test]
+    fn hostile_15_message_with_any_bit_flipped_is_another_message_or_refused() {
+        let bytes = serde_json::to_vec(&boot()).unwrap();
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut flipped = bytes.clone();
+                flipped[at] ^= 1 << bit;
+                match received(&flipped) {
+                    Ok(other) => assert_ne!(other, Some(boot()), "byte {at}, bit {bit}"),
+                    Err(error) => assert!(matches!(error, ControlError::Json(_)), "{error}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_15_message_beyond_the_limit_is_refused_by_both_ends() {
+        let (a, b) = pair();
+        let long = "x".repeat(MAX_MESSAGE);
+        assert!(matches!(send(&a, &long, &[]), Err(ControlError::TooLarge)));
+        for len in [MAX_MESSAGE + 1, 2 * MAX_MESSAGE] {
+            rustix::net::send(&a, &vec![b' '; len], SendFlags::empty()).unwrap();
+            assert!(matches!(receive::<Request>(&b), Err(ControlError::TooLarge)), "{len}");
+        }
+        // The next one is whole again.
+        send(&a, &boot(), &[]).unwrap();
+        assert_eq!(receive::<Request>(&b).unwrap().unwrap().0, boot());
+    }
+
+    #[test]
+    fn hostile_15_message_that_nests_without_end_is_refused() {
+        for open in ["[", "{\"id\":", "{\"command\":{\"boot\":{\"devices\":["] {
+            let bytes = open.repeat(MAX_MESSAGE / open.len());
+            assert!(matches!(received(bytes.as_bytes()), Err(ControlError::Json(_))), "{open}");
+        }
+    }
+
+    #[test]
+    fn hostile_15_numbers_that_do_not_fit_are_refused() {
+        let good = serde_json::to_string(&boot()).unwrap();
+        for (field, value) in [
+            ("\"vcpus\":4", "\"vcpus\":256"),
+            ("\"vcpus\":4", "\"vcpus\":-1"),
+            ("\"memory_mib\":256", "\"memory_mib\":18446744073709551616"),
+            ("\"memory_mib\":256", "\"memory_mib\":1e3"),
+            ("\"mtu\":1500", "\"mtu\":65536"),
+            ("\"kvm\":0", "\"kvm\":-1"),
+            ("\"kvm\":0", "\"kvm\":\"0\""),
+            ("[2,0,0,0,0,1]", "[2,0,0,0,0]"),
+            ("\"type\":\"rng\"", "\"type\":\"pmem\""),
+        ] {
+            assert!(good.contains(field), "{field}");
+            let bad = good.replacen(field, value, 1);
+            assert!(matches!(received(bad.as_bytes()), Err(ControlError::Json(_))), "{value}");
+        }
+    }
+
+    #[test]
+    fn hostile_15_descriptors_beyond_the_limit_are_refused_and_not_kept() {
+        let (a, b) = pair();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let fds = vec![writer.as_fd(); MAX_FDS + 1];
+        assert!(matches!(send(&a, &boot(), &fds), Err(ControlError::TooManyFds)));
+        // A sender that does not care.
+        let body = serde_json::to_vec(&boot()).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2 * MAX_FDS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = vec![writer.as_fd(); 2 * MAX_FDS];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&a, &[IoSlice::new(&body)], &mut ancillary, SendFlags::empty()).unwrap();
+        assert!(matches!(receive::<Request>(&b), Err(ControlError::TooLarge)));
+        // Nobody holds a copy: the pipe's end is seen.
+        drop(writer);
+        assert_eq!(rustix::io::read(&reader, &mut [0; 1][..]).unwrap(), 0);
     }
 }

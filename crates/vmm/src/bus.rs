@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn access_outside_reads_ones_and_writes_nothing() {
+    fn hostile_02_access_outside_reads_ones_and_writes_nothing() {
         let (bus, probe) = bus();
         for address in [0, 0xfff, 0x10fe, 0x1100, 0x2000, 0x4000, u64::MAX] {
             let mut data = [0; 4];

@@ -54,11 +54,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptor_is_given_out_once() {
+    fn hostile_15_descriptor_is_given_out_once_and_a_wrong_index_is_refused() {
         let (reader, _writer) = std::io::pipe().unwrap();
         let mut fds = Descriptors::new(vec![reader.into()]);
         fds.take(FdIndex(0), "kernel").unwrap();
         assert!(matches!(fds.take(FdIndex(0), "kernel"), Err(DescriptorError::Taken { .. })));
-        assert!(matches!(fds.take(FdIndex(1), "kernel"), Err(DescriptorError::Missing { .. })));
+        for index in [1, 64, usize::MAX] {
+            let error = fds.take(FdIndex(index), "kernel").unwrap_err();
+            assert!(matches!(error, DescriptorError::Missing { .. }));
+            assert!(error.to_string().contains("for the kernel"), "{error}");
+        }
+        assert!(matches!(Descriptors::new(vec![]).take(FdIndex(0), "tap"), Err(DescriptorError::Missing { .. })));
     }
 }

@@ -88,3 +88,86 @@ impl BusDevice for SerialPort {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    const DATA: u64 = 0;
+    const MODEM_CONTROL: u64 = 4;
+    const LINE_STATUS: u64 = 5;
+    const LOOPBACK: u8 = 0x10;
+
+    fn port() -> (SerialPort, std::io::PipeReader) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), Output::new(writer.into()).unwrap()), reader)
+    }
+
+    #[test]
+    fn hostile_14_serial_flood_that_nobody_reads_is_dropped_without_blocking() {
+        let (mut port, mut reader) = port();
+        for _ in 0..200_000 {
+            port.write(DATA, b"x");
+        }
+        drop(port);
+        let mut text = Vec::new();
+        reader.read_to_end(&mut text).unwrap();
+        // A pipe holds 64 KiB unless told otherwise.
+        assert!(!text.is_empty() && text.len() <= 0x1_0000);
+    }
+
+    #[test]
+    fn hostile_14_serial_output_to_a_closed_pipe_is_dropped() {
+        let (mut port, reader) = port();
+        drop(reader);
+        for _ in 0..1000 {
+            port.write(DATA, b"x");
+        }
+    }
+
+    /// CVE-2020-27174.
+    #[test]
+    fn hostile_14_serial_loopback_keeps_no_more_than_its_fifo() {
+        let (mut port, _reader) = port();
+        port.write(MODEM_CONTROL, &[LOOPBACK]);
+        for _ in 0..100_000 {
+            port.write(DATA, b"x");
+        }
+        let mut kept = 0;
+        let mut byte = [0];
+        loop {
+            port.read(LINE_STATUS, &mut byte);
+            if byte[0] & 1 == 0 {
+                break;
+            }
+            port.read(DATA, &mut byte);
+            kept += 1;
+        }
+        assert!(kept <= 64, "{kept}");
+    }
+
+    #[test]
+    fn hostile_02_ports_are_bytes() {
+        let (mut port, _reader) = port();
+        let exit = Arc::new(ExitSignal::new().unwrap());
+        let mut keyboard = I8042::new(exit.clone());
+        for width in [0, 2, 4, 8] {
+            for offset in [0, 4, 7, u64::MAX] {
+                let mut data = vec![0; width];
+                port.read(offset, &mut data);
+                port.write(offset, &vec![0xfe; width]);
+                keyboard.read(offset, &mut data);
+                keyboard.write(offset, &vec![0xfe; width]);
+                assert_eq!(data, vec![0; width]);
+            }
+        }
+        for offset in [5, 100, 256, u64::MAX] {
+            keyboard.write(offset, &[0xfe]);
+        }
+        assert_eq!(exit.reason(), None);
+    }
+}

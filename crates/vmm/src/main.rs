@@ -3,7 +3,7 @@
 mod args;
 mod run;
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -55,7 +55,8 @@ fn finish(reason: ExitReason) -> anyhow::Result<()> {
     }
 }
 
-/// Takes over a descriptor that the parent process has left open for us.
+/// Takes over a descriptor that the parent process has left open for us, and closes all others but the standard ones: what
+/// the parent has inherited itself, or forgotten, is no business of a guest's.
 fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
     #![allow(unsafe_code)] // a number becomes an owned descriptor
     if matches!(fd, 1 | 2) {
@@ -67,6 +68,13 @@ fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
     if let Err(error) = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC) {
         std::mem::forget(fd);
         return Err(error).context("the descriptor given with --control-fd is not open");
+    }
+    let number = u32::try_from(fd.as_raw_fd()).unwrap_or(0);
+    for (first, last) in [(3, number.saturating_sub(1)), (number.max(2) + 1, u32::MAX)] {
+        // SAFETY: as above, nothing in the process owns a descriptor yet but `fd`, which is in neither range.
+        if first <= last && unsafe { libc::close_range(first, last, 0) } != 0 {
+            return Err(std::io::Error::last_os_error()).context("cannot close the descriptors of the parent process");
+        }
     }
     Ok(fd)
 }

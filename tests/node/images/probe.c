@@ -6,6 +6,8 @@
  *     probe files DIRECTORY  what the file system of a directory can do
  *
  * Prints one line for each: its name and `ok`, the name of an error, or what it found.
+ *
+ *     probe starve SECONDS   says `starving` and takes all of one processor, in real time and without the usual limit
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -515,6 +517,25 @@ static void files(const char *directory)
     TRY("immutable flag", ioctl(open("old", O_RDONLY), FS_IOC_SETFLAGS, &(int){FS_IMMUTABLE_FL}));
 }
 
+static int starve(unsigned int seconds)
+{
+    FILE *limit = fopen("/proc/sys/kernel/sched_rt_runtime_us", "w");
+
+    if (!limit || fputs("-1", limit) < 0 || fclose(limit)) {
+        perror("sched_rt_runtime_us");
+        return 1;
+    }
+    if (sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){ .sched_priority = 99 })) {
+        perror("sched_setscheduler");
+        return 1;
+    }
+    if (puts("starving") < 0 || fflush(stdout))
+        return 1;
+    for (time_t end = time(NULL) + seconds; time(NULL) < end;)
+        ;
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 2 && !strcmp(argv[1], "calls"))
@@ -523,6 +544,8 @@ int main(int argc, char **argv)
         options();
     else if (argc == 3 && !strcmp(argv[1], "files"))
         files(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "starve"))
+        return starve(atoi(argv[2]));
     else
         return 2;
     return 0;

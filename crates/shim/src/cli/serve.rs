@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::confine::{ConfineError, confine};
+use super::confine::{ConfineError, close_inherited, confine};
 use super::flags::Flags;
 use crate::events::Publisher;
 use crate::paths::{RUN_ROOT, RunDir};
@@ -25,6 +25,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Runs the daemon to its end.
 pub fn run(flags: &Flags) -> Result<(), ServeError> {
+    close_inherited();
     let listener = std::io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
     let listener = UnixListener::from(listener);
     // A session of its own: no terminal's and no process group's signals. Fails only for a group's leader.

@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn line_that_would_be_cut_or_split_is_refused() {
+    fn hostile_15_line_that_would_be_cut_or_split_is_refused() {
         assert!(matches!(build(&spec(&"x".repeat(CMDLINE_MAX))), Err(CmdlineError::TooLong(_))));
         assert!(matches!(build(&spec("a\0b")), Err(CmdlineError::Control(0))));
         assert!(matches!(build(&spec("a\nb")), Err(CmdlineError::Control(b'\n'))));

@@ -76,9 +76,27 @@ mod tests {
     }
 
     #[test]
-    fn initramfs_larger_than_the_room_is_refused() {
+    fn hostile_15_initramfs_larger_than_the_room_is_refused() {
         let memory = create_memory(16, 0).unwrap();
         assert!(matches!(load(&memory, file(0x1001), (16 << 20) - 0x1000), Err(InitramfsError::TooLarge { .. })));
         assert!(matches!(load(&memory, file(17 << 20), 0), Err(InitramfsError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn hostile_15_initramfs_that_is_no_file_or_claims_more_than_it_has_is_refused() {
+        let memory = create_memory(16, 0).unwrap();
+        // Larger than any memory, without a byte in it.
+        let sparse = tempfile::tempfile().unwrap();
+        sparse.set_len(1 << 42).unwrap();
+        assert!(matches!(load(&memory, sparse, 0), Err(InitramfsError::TooLarge { .. })));
+        assert!(load(&memory, File::open("/").unwrap(), 0).is_err());
+        // Not open for reading.
+        let write_only = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(write_only.path(), "x").unwrap();
+        let write_only = File::options().write(true).open(write_only.path()).unwrap();
+        assert!(matches!(load(&memory, write_only, 0), Err(InitramfsError::Read(_))));
+        assert!(matches!(load(&memory, file(1), u64::MAX), Err(InitramfsError::TooLarge { .. })));
+        // Nothing is little, but no error.
+        assert_eq!(load(&memory, file(0), 0).unwrap().size, 0);
     }
 }

@@ -151,20 +151,20 @@ const COMMON: &[Call] = calls![
     SYS_write,
 ];
 
-/// KVM_RUN, the kicks of device loops, and what starting a worker takes.
-const VCPU: &[Call] = calls![SYS_eventfd2, SYS_fcntl, SYS_ioctl];
+/// KVM_RUN, the kicks of device loops, what starting a worker takes, and the serial port.
+const VCPU: &[Call] = calls![SYS_eventfd2, SYS_fcntl, SYS_ioctl, SYS_ppoll];
 
 /// What all threads that wait for descriptors do.
 const WORKER: &[Call] = calls![SYS_read];
 
 /// epoll(7).
-const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait];
+const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 
 /// Console, network, sockets' streams, timers, and random bytes.
 const DEVICES: &[Call] = calls![
-    SYS_fcntl,
     SYS_getrandom,
     SYS_ioctl,
+    SYS_ppoll,
     SYS_readv,
     SYS_recvmsg,
     SYS_sendmsg,
@@ -285,17 +285,27 @@ pub fn report_violations() -> io::Result<()> {
 }
 
 /// Async-signal-safe: no heap, and two system calls that every filter allows.
-extern "C" fn violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn violation(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // The number is behind si_signo, si_errno, si_code, padding and the address of the call (sigaction(2), SIGSYS).
     const NUMBER: usize = 6;
     // SAFETY: the kernel hands every SA_SIGINFO handler a siginfo_t, which is larger than this and made of integers.
-    let number = unsafe { info.cast::<libc::c_int>().add(NUMBER).read() };
+    let call = unsafe { info.cast::<libc::c_int>().add(NUMBER).read() };
+    // SAFETY: the third argument of such a handler is a ucontext_t (sigaction(2)).
+    let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let argument = |register: libc::c_int| {
+        let index = usize::try_from(register).unwrap_or(usize::MAX);
+        registers.get(index).map_or(0, |value| value.cast_unsigned())
+    };
     let mut line = Line::default();
     line.text("bulkhead-vmm: thread `");
     line.text(CONFINED_AS.get());
     line.text("` made system call ");
-    line.number(number);
-    line.text(", which its filter does not allow; the VM ends\n");
+    line.number(call.unsigned_abs().into());
+    line.text(" (");
+    line.number(argument(libc::REG_RDI));
+    line.text(", ");
+    line.number(argument(libc::REG_RSI));
+    line.text(", ...), which its filter does not allow; the VM ends\n");
     // SAFETY: the buffer is as long as said; _exit is made for this.
     unsafe {
         libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);
@@ -303,15 +313,15 @@ extern "C" fn violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     }
 }
 
-/// A line without a heap.
+/// A line without a heap. What does not fit is left out.
 struct Line {
-    bytes: [u8; 160],
+    bytes: [u8; 192],
     len: usize,
 }
 
 impl Default for Line {
     fn default() -> Self {
-        Self { bytes: [0; 160], len: 0 }
+        Self { bytes: [0; 192], len: 0 }
     }
 }
 
@@ -325,11 +335,8 @@ impl Line {
         }
     }
 
-    fn number(&mut self, number: libc::c_int) {
-        let mut divisor = 1_000_000_000;
-        while divisor > 1 && number / divisor == 0 {
-            divisor /= 10;
-        }
+    fn number(&mut self, number: u64) {
+        let mut divisor = 10_u64.pow(number.checked_ilog10().unwrap_or(0));
         while divisor > 0 {
             let digit = usize::try_from(number / divisor % 10).unwrap_or(0);
             self.text("0123456789".get(digit..=digit).unwrap_or("?"));

@@ -3,7 +3,7 @@
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
-use super::ring::Chain;
+use super::ring::{Chain, writable};
 use super::worker::RequestWorker;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
@@ -60,7 +60,7 @@ impl VirtioDevice for Balloon {
 /// Gives the pages of a chain back to the host. Ranges that are no memory of the guest, or not whole pages, are left out:
 /// the driver loses nothing but its chance. Nothing is written.
 fn take_back(chain: &Chain) -> usize {
-    for buffer in chain.clone().writable() {
+    for buffer in writable(chain) {
         discard(chain.memory(), buffer.addr().0, u64::from(buffer.len()));
     }
     0

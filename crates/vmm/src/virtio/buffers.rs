@@ -13,9 +13,12 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use super::Memory;
+use super::ring::MAX_DESCRIPTORS;
 
-/// Most buffers in a chain: IOV_MAX, what one readv(2) takes. An indirect table could hold 65535.
+/// Most buffers in a chain: IOV_MAX, what one readv(2) takes, and no more than are looked at, empty ones included.
 const MAX_SEGMENTS: usize = 1024;
+
+const _: () = assert!(MAX_SEGMENTS == MAX_DESCRIPTORS);
 
 /// The buffers of one chain, all of them readable for the device or all writable.
 pub struct Buffers {
@@ -53,7 +56,10 @@ impl Buffers {
         let mut segments = Vec::new();
         let mut len = 0_usize;
         let mut complete = false;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            if count == MAX_SEGMENTS {
+                return Err(BufferError::TooLarge);
+            }
             complete = !descriptor.has_next();
             if descriptor.is_write_only() != writable {
                 return Err(BufferError::Direction);
@@ -61,9 +67,6 @@ impl Buffers {
             let size = usize::try_from(descriptor.len()).map_err(|_| BufferError::TooLarge)?;
             if size == 0 {
                 continue;
-            }
-            if segments.len() == MAX_SEGMENTS {
-                return Err(BufferError::TooLarge);
             }
             len = len.checked_add(size).ok_or(BufferError::TooLarge)?;
             let slice = memory.get_slice(descriptor.addr(), size).map_err(|_| BufferError::Address)?;
@@ -197,4 +200,80 @@ pub enum BufferError {
     /// Beyond [`MAX_SEGMENTS`], or the lengths overflow.
     #[error("descriptor chain is longer than {MAX_SEGMENTS} buffers")]
     TooLarge,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::virtio::ring::Ring;
+    use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, activation, memory};
+    use vm_memory::GuestAddress;
+
+    /// The buffers of what is at the head of a queue with one chain.
+    fn collect(memory: &Memory, driver: &DriverQueue) -> Result<Buffers, BufferError> {
+        let interrupt = Arc::new(TestInterrupt::default());
+        let mut ring = Ring::take(&mut activation(memory, 0, &[driver], &interrupt), 0).unwrap();
+        Buffers::readable(memory, ring.pop().unwrap().unwrap())
+    }
+
+    #[test]
+    fn hostile_05_chain_that_breaks_off_is_an_error_and_not_a_shorter_chain() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        driver.descriptor(0, 0x4000, 16, NEXT, 9);
+        driver.offer(0);
+        assert_eq!(collect(&memory, &driver).err(), Some(BufferError::Chain));
+    }
+
+    #[test]
+    fn hostile_05_buffer_that_wraps_or_leaves_memory_is_an_error() {
+        for address in [u64::MAX - 7, (16 << 20) - 8, 1 << 40] {
+            let memory = memory();
+            let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+            driver.add(&[(0x4000, 16, false), (address, 16, false)]);
+            assert_eq!(collect(&memory, &driver).err(), Some(BufferError::Address), "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn hostile_05_buffer_of_the_wrong_direction_is_an_error() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        driver.add(&[(0x4000, 16, false), (0x5000, 16, true)]);
+        assert_eq!(collect(&memory, &driver).err(), Some(BufferError::Direction));
+    }
+
+    #[test]
+    fn hostile_05_chain_of_more_buffers_or_bytes_than_may_be_is_an_error() {
+        const TABLE: u64 = 0x20_0000;
+        // The same buffer again and again: too many of them, too many empty ones, and more than 4 GiB.
+        for (count, len, error) in
+            [(1025, 16, BufferError::TooLarge), (1025, 0, BufferError::TooLarge), (600, 8 << 20, BufferError::Chain)]
+        {
+            let memory = memory();
+            let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+            let table = DriverQueue::new(&memory, TABLE, 8);
+            (0..count).for_each(|i| table.descriptor(i, 0x80_0000, len, if i + 1 < count { NEXT } else { 0 }, i + 1));
+            driver.descriptor(0, TABLE, u32::from(count) * 16, INDIRECT, 0);
+            driver.offer(0);
+            assert_eq!(collect(&memory, &driver).err(), Some(error), "{count}");
+        }
+    }
+
+    #[test]
+    fn hostile_06_descriptors_that_change_after_the_walk_change_nothing() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        memory.write_slice(b"first", GuestAddress(0x4000)).unwrap();
+        driver.add(&[(0x4000, 5, false)]);
+        let buffers = collect(&memory, &driver).unwrap();
+        driver.descriptor(0, u64::MAX - 100, u32::MAX, NEXT, 0);
+        let mut bytes = [0; 5];
+        assert!(buffers.read(0, &mut bytes));
+        assert_eq!((&bytes, buffers.size()), (b"first", 5));
+        // Beyond what was walked there is nothing.
+        assert!(!buffers.read(1, &mut bytes) && !buffers.write(5, &[0]) && !buffers.read(usize::MAX, &mut bytes));
+    }
 }

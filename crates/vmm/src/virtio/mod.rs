@@ -17,6 +17,8 @@ pub mod transport;
 pub mod vsock;
 pub mod worker;
 
+#[cfg(test)]
+mod hostile;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 

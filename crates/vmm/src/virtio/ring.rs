@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
@@ -15,6 +16,20 @@ const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// A descriptor chain of the guest.
 pub type Chain = DescriptorChain<Memory>;
+
+/// Most descriptors of a chain that are looked at. A driver makes none that is longer than the queue (section 2.7.5.3.1),
+/// and no queue here is longer than this; but an indirect table could hold 65535, for each of which a device would work.
+pub const MAX_DESCRIPTORS: usize = 1024;
+
+/// The buffers of a chain that the driver wrote for the device.
+pub fn readable(chain: &Chain) -> impl Iterator<Item = Descriptor> + use<> {
+    chain.clone().take(MAX_DESCRIPTORS).filter(|descriptor| !descriptor.is_write_only())
+}
+
+/// The buffers of a chain that the driver left for the device to fill.
+pub fn writable(chain: &Chain) -> impl Iterator<Item = Descriptor> + use<> {
+    chain.clone().take(MAX_DESCRIPTORS).filter(Descriptor::is_write_only)
+}
 
 /// A virtqueue and what belongs to it.
 pub struct Ring {

@@ -1,6 +1,7 @@
 //! The driver's side of a virtqueue, and an interrupt to wait for, for the devices' tests and the fuzz targets.
 #![allow(clippy::unwrap_used)] // reason: what fails here has failed the test
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub const NEXT: u16 = 1;
 /// Descriptor flag: for the device to write.
 pub const WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
 
 /// 16 MiB of guest memory.
 pub fn memory() -> Memory {
@@ -51,6 +54,22 @@ impl TestInterrupt {
         while !state.1 {
             let (next, timeout) = self.changed.wait_timeout(state, PATIENCE).unwrap();
             assert!(!timeout.timed_out(), "device did not ask for a reset");
+            state = next;
+        }
+    }
+
+    /// Waits until `done` has a result, or for DEVICE_NEEDS_RESET, which makes it `None`.
+    pub fn wait_or_reset<T>(&self, mut done: impl FnMut() -> Option<T>) -> Option<T> {
+        let mut state = self.state.lock().unwrap();
+        loop {
+            if let Some(value) = done() {
+                return Some(value);
+            }
+            if state.1 {
+                return None;
+            }
+            let (next, timeout) = self.changed.wait_timeout(state, PATIENCE).unwrap();
+            assert!(!timeout.timed_out(), "neither an interrupt nor a wish for a reset came");
             state = next;
         }
     }
@@ -100,6 +119,16 @@ impl DriverQueue {
     pub fn with_event_idx(mut self) -> Self {
         self.event_idx = true;
         self
+    }
+
+    /// The guest memory that it is in.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The same queue in the hands of a second thread.
+    pub fn twin(&self) -> Self {
+        Self { memory: self.memory.clone(), kick: self.kick.try_clone().unwrap(), ..*self }
     }
 
     fn avail_ring(&self) -> u64 {
@@ -163,7 +192,7 @@ impl DriverQueue {
     pub fn set_avail(&mut self, index: u16) {
         self.avail = index;
         let at = GuestAddress(self.avail_ring() + 2);
-        self.memory.store(index.to_le(), at, std::sync::atomic::Ordering::Release).unwrap();
+        self.memory.store(index.to_le(), at, Ordering::Release).unwrap();
     }
 
     /// Notifies the device.
@@ -174,7 +203,7 @@ impl DriverQueue {
     /// The next chain that the device returned: head and bytes written.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
         let at = GuestAddress(self.used_ring() + 2);
-        let index: u16 = self.memory.load(at, std::sync::atomic::Ordering::Acquire).unwrap();
+        let index: u16 = self.memory.load(at, Ordering::Acquire).unwrap();
         if index == self.used {
             return None;
         }
@@ -187,6 +216,24 @@ impl DriverQueue {
         let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
         let len: u32 = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
         Some((u16::try_from(head).unwrap(), len))
+    }
+
+    /// As [`Self::wait_used`]; `None` if the device asks for a reset instead.
+    pub fn wait_used_or_reset(&mut self, interrupt: &TestInterrupt) -> Option<(u16, u32)> {
+        interrupt.wait_or_reset(|| self.take_used())
+    }
+
+    /// Keeps the ring full of what is in its slots, as fast as the device empties it, until `stop` is set.
+    pub fn flood(&mut self, stop: &AtomicBool) {
+        let mut last = None;
+        while !stop.load(Ordering::Relaxed) {
+            let used: u16 = self.memory.load(GuestAddress(self.used_ring() + 2), Ordering::Acquire).unwrap();
+            self.set_avail(used.wrapping_add(self.size));
+            // A device that does not move waits for a kick, perhaps; one that does has no time to be lost by it.
+            if last.replace(used) == Some(used) {
+                self.kick();
+            }
+        }
     }
 
     /// Waits for the next chain that the device returns.

@@ -58,3 +58,31 @@ impl<F: FnMut(Chain) -> usize + Send> MutEventSubscriber for RequestWorker<F> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+
+    /// Endless submission: there is a new request whenever one has been answered.
+    #[test]
+    fn hostile_04_one_turn_answers_no_more_than_the_ring_holds() {
+        let (memory, interrupt) = (memory(), Arc::new(TestInterrupt::default()));
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        let head = driver.add(&[(0x4000, 16, false)]);
+        let (mut twin, mut answered) = (driver.twin(), 0);
+        let mut activation = activation(&memory, 0, &[&driver], &interrupt);
+        let answer = |_| {
+            answered += 1;
+            assert!(answered < 1000, "the others never get their turn");
+            twin.offer(head);
+            0
+        };
+        let mut worker = RequestWorker::new("test", &mut activation, 0, answer).unwrap();
+        worker.serve().unwrap();
+        assert_eq!(worker.ring.kick().read().unwrap(), 1, "the rest comes back by a kick");
+        worker.serve().unwrap();
+        drop(worker);
+        assert_eq!(answered, 16);
+    }
+}

@@ -1,12 +1,14 @@
 //! Service mode: the binary, its control socket, and machines of a few bytes.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::process::{Child, Command as Process, Stdio};
+use std::process::{Child, Command as Process, ExitStatus, Stdio};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use bulkhead_protocol::control::{self, Command, ExitReason, Reply, Request};
 use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::common::{Start, kernel, kvm, spec};
@@ -25,6 +27,11 @@ pub struct Vmm {
 impl Vmm {
     /// Starts the process.
     pub fn start() -> Self {
+        Self::start_with(Stdio::inherit())
+    }
+
+    /// Starts the process with its standard error somewhere.
+    pub fn start_with(stderr: Stdio) -> Self {
         // Held from the moment when the descriptor can be inherited until it is closed here, so that only one child gets it.
         static INHERITING: Mutex<()> = Mutex::new(());
         let (ours, theirs) =
@@ -33,17 +40,12 @@ impl Vmm {
         fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
         let process = Process::new(env!("CARGO_BIN_EXE_bulkhead-vmm"))
             .args(["--control-fd", &theirs.as_raw_fd().to_string()])
-            .stderr(Stdio::inherit())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         drop(theirs);
         drop(guard);
         Self { socket: ours, process }
-    }
-
-    /// The process.
-    pub fn pid(&self) -> u32 {
-        self.process.id()
     }
 
     /// Sends a command.
@@ -61,6 +63,21 @@ impl Vmm {
     /// The next message; `None` at the end.
     pub fn reply(&self) -> Option<Reply> {
         control::receive(&self.socket).unwrap().map(|(reply, _)| reply)
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Makes [`Self::reply`] fail when nothing comes for this long.
+    pub fn limit_waiting(&self, limit: Duration) {
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(limit)).unwrap();
+    }
+
+    /// Waits for the process, which ends by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.process.wait().unwrap()
     }
 
     /// Closes the socket and waits; whether the process ended well.

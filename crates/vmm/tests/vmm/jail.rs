@@ -97,6 +97,18 @@ fn hostile_19_no_descriptor_of_a_jailed_vmm_leads_to_a_directory_outside() {
 }
 
 #[test]
+fn hostile_19_descriptors_that_the_parent_left_open_are_closed() {
+    let share = tempfile::tempdir().unwrap();
+    let secret = fs::File::open("/etc").unwrap();
+    rustix::io::fcntl_setfd(&secret, rustix::io::FdFlags::empty()).unwrap();
+    let vmm = jailed(share.path());
+    let entries = fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap().flatten();
+    let targets: Vec<_> = entries.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect();
+    assert!(!targets.contains(&"/etc".into()), "{targets:?}");
+    assert!(vmm.end());
+}
+
+#[test]
 fn hostile_19_core_files_and_crash_handlers_get_nothing() {
     let share = tempfile::tempdir().unwrap();
     let vmm = jailed(share.path());

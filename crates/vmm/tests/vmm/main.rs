@@ -3,6 +3,7 @@
 
 mod common;
 mod control;
+mod hostile_guest;
 mod hotplug;
 mod jail;
 mod machine;

@@ -1,11 +1,13 @@
 //! virtio-net's side of a real tap: needs /dev/net/tun and CAP_NET_ADMIN.
 
 use std::fs::{File, OpenOptions};
+use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 
 use bulkhead_vmm::event_loop::EventLoop;
 use bulkhead_vmm::virtio::VirtioDevice;
 use bulkhead_vmm::virtio::net::{Net, NetError};
+use rustix::thread::UnshareFlags;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -20,6 +22,35 @@ fn tap(flags: libc::c_int) -> File {
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     assert_eq!(result, 0, "cannot make a tap; run as root: {}", std::io::Error::last_os_error());
     file
+}
+
+/// A tap whose interface is up, in a network namespace of its own, where what a guest sends meets nobody, and a socket
+/// there whose broadcasts go to the tap.
+#[allow(unsafe_code)] // unshare(2), ioctl(2)
+pub fn tap_in_own_namespace() -> (File, UdpSocket) {
+    let make = || {
+        // SAFETY: the thread ends right after; of its descriptors none is shared by a table of its own.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.expect("no network namespace; run as root");
+        let file = tap(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        // SAFETY: all zeroes is a valid `ifreq`.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel writes an `ifreq`, which this is.
+        assert_eq!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) }, 0);
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap();
+        // SAFETY: the kernel reads an `ifreq`, which this is.
+        assert_eq!(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) }, 0);
+        let name = request.ifr_name.map(libc::c_char::cast_unsigned);
+        let len = libc::socklen_t::try_from(name.len()).unwrap();
+        // SAFETY: the kernel reads a name of that length.
+        let bound = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name.as_ptr().cast(), len)
+        };
+        assert_eq!(bound, 0);
+        socket.set_broadcast(true).unwrap();
+        (file, socket)
+    };
+    std::thread::scope(|scope| scope.spawn(make).join().unwrap())
 }
 
 fn net(file: File) -> Result<Net, NetError> {

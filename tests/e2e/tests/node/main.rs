@@ -6,6 +6,7 @@ mod codes;
 mod contract;
 mod exec;
 mod failure;
+mod jail;
 mod lifecycle;
 mod network;
 mod port_forward;

@@ -4,7 +4,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::testing::{DriverQueue, NEXT, TestInterrupt, WRITE, activation, memory};
+use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x5000;
@@ -13,7 +13,6 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
-const INDIRECT: u16 = 4;
 const HEADER_BUFFER: (u64, u32, bool) = (HEADER, 16, false);
 const STATUS_BUFFER: (u64, u32, bool) = (STATUS, 1, true);
 
@@ -96,14 +95,14 @@ fn write_reaches_the_disk_and_flush_succeeds() {
 }
 
 #[test]
-fn write_to_a_read_only_disk_fails() {
+fn hostile_08_write_to_a_read_only_disk_fails() {
     let mut fixture = fixture(true);
     assert_eq!(fixture.request(OUT, 0, 512), (1, 1));
     assert_eq!(fixture.disk_byte(0), 1);
 }
 
 #[test]
-fn access_beyond_the_end_fails() {
+fn hostile_08_access_beyond_the_end_or_by_a_sector_that_overflows_fails() {
     let mut fixture = fixture(false);
     for (sector, len) in [(4, 512), (3, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 100)] {
         assert_eq!(fixture.request(IN, sector, len), (1, 1), "{sector} {len}");
@@ -120,14 +119,14 @@ fn serial_is_read_and_unknown_requests_are_unsupported() {
 }
 
 #[test]
-fn file_that_shrank_gives_an_error() {
+fn hostile_08_file_that_shrank_gives_an_error() {
     let mut fixture = fixture(false);
     fixture.disk.file.set_len(512).unwrap();
     assert_eq!(fixture.request(IN, 1, 512), (1, 1));
 }
 
 #[test]
-fn data_outside_of_memory_or_in_the_wrong_direction_fails() {
+fn hostile_05_data_outside_of_memory_or_in_the_wrong_direction_fails() {
     let mut fixture = fixture(false);
     for data in [(u64::MAX - 511, 512, true), (0xff_ff00, 512, true), (DATA, 512, false)] {
         fixture.header(IN, 0);
@@ -136,7 +135,7 @@ fn data_outside_of_memory_or_in_the_wrong_direction_fails() {
 }
 
 #[test]
-fn chain_without_a_place_for_the_status_is_given_back() {
+fn hostile_05_chain_without_a_place_for_the_status_is_given_back() {
     let mut fixture = fixture(false);
     fixture.header(IN, 0);
     assert_eq!(fixture.answer(&[STATUS_BUFFER]), (0, 0xaa));
@@ -155,7 +154,7 @@ fn status_may_share_a_descriptor_with_the_data() {
 }
 
 #[test]
-fn chain_that_loops_ends() {
+fn hostile_05_chain_that_loops_ends() {
     let mut fixture = fixture(false);
     fixture.header(IN, 0);
     fixture.driver.descriptor(0, HEADER, 16, NEXT, 1);
@@ -165,7 +164,7 @@ fn chain_that_loops_ends() {
 }
 
 #[test]
-fn same_chain_twice_is_answered_twice() {
+fn hostile_04_same_chain_twice_is_answered_twice() {
     let mut fixture = fixture(false);
     fixture.header(IN, 0);
     let head = fixture.driver.add(&[HEADER_BUFFER, (DATA, 512, true), STATUS_BUFFER]);
@@ -174,7 +173,7 @@ fn same_chain_twice_is_answered_twice() {
 }
 
 #[test]
-fn indirect_table_is_followed_and_a_bad_one_is_given_back() {
+fn hostile_05_indirect_table_is_followed_and_a_bad_one_is_given_back() {
     const TABLE: u64 = 0x9000;
     for (len, nested, answered) in [(48, false, true), (47, false, false), (0, false, false), (48, true, false)] {
         let mut fixture = fixture(false);
@@ -191,7 +190,7 @@ fn indirect_table_is_followed_and_a_bad_one_is_given_back() {
 }
 
 #[test]
-fn config_reads_past_its_end_are_zero() {
+fn hostile_02_config_reads_past_its_end_are_zero() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[0; 2048]).unwrap();
     let block = Block::new(file.into(), true, "disk", EventLoop::spawn().unwrap()).unwrap();
@@ -203,4 +202,133 @@ fn config_reads_past_its_end_are_zero() {
         block.read_config(offset, &mut data);
         assert_eq!(data, [0; 8]);
     }
+}
+
+#[test]
+fn hostile_08_discard_and_write_zeroes_are_not_offered_and_unsupported() {
+    const DISCARD: u32 = 11;
+    const WRITE_ZEROES: u32 = 13;
+    const SECURE_ERASE: u32 = 14;
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[0; 512]).unwrap();
+    let block = Block::new(file.into(), false, "", EventLoop::spawn().unwrap()).unwrap();
+    assert_eq!(block.features() & (1 << 13 | 1 << 14 | 1 << 16), 0);
+    let mut fixture = fixture(false);
+    // struct virtio_blk_discard_write_zeroes: sector, num_sectors, flags; within the disk, beyond it, wrapping.
+    for (sector, count) in [(0, 1), (4, 1), (u64::MAX, 1), (0, u32::MAX)] {
+        for kind in [DISCARD, WRITE_ZEROES, SECURE_ERASE] {
+            fixture.header(kind, 0);
+            fixture.memory.write_obj(sector, GuestAddress(DATA)).unwrap();
+            fixture.memory.write_obj(u64::from(count), GuestAddress(DATA + 8)).unwrap();
+            assert_eq!(fixture.answer(&[HEADER_BUFFER, (DATA, 16, false), STATUS_BUFFER]), (1, 2), "{kind}");
+        }
+    }
+    assert_eq!((fixture.disk_byte(0), fixture.disk_byte(2047)), (1, 4));
+}
+
+/// CVE-2026-27211: what the guest writes to the start of its disk makes no other disk of it.
+#[test]
+fn hostile_08_image_that_claims_another_format_is_read_as_it_is() {
+    // A header of qcow2, version 3, with the name of a backing file at 0x70; and one of VMDK.
+    let mut qcow2 = b"QFI\xfb\0\0\0\x03\0\0\0\0\0\0\0\x70\0\0\0\x0b".to_vec();
+    qcow2.resize(0x70, 0);
+    qcow2.extend(b"/etc/passwd");
+    qcow2.resize(512, 0);
+    let vmdk = [&b"KDMV\x01\0\0\0"[..], &[0; 504]].concat();
+    for sector in [qcow2, vmdk] {
+        let mut fixture = fixture(false);
+        fixture.memory.write_slice(&sector, GuestAddress(DATA)).unwrap();
+        assert_eq!(fixture.request(OUT, 0, 512), (1, 0));
+        // As after the next start of the machine.
+        let file = fixture.disk.file.try_clone().unwrap();
+        let block = Block::new(file.into(), false, "", EventLoop::spawn().unwrap()).unwrap();
+        fixture.disk.sectors = block.disk.sectors;
+        assert_eq!(block.disk.sectors, 4);
+        fixture.memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
+        assert_eq!(fixture.request(IN, 0, 512), (513, 0));
+        let mut read = vec![0; 512];
+        fixture.memory.read_slice(&mut read, GuestAddress(DATA)).unwrap();
+        assert_eq!(read, sector);
+    }
+}
+
+#[test]
+fn hostile_08_disk_without_space_fails_the_write_and_goes_on() {
+    let mut fixture = fixture(false);
+    let good = std::mem::replace(&mut fixture.disk.file, File::options().write(true).open("/dev/full").unwrap());
+    assert_eq!(fixture.request(OUT, 0, 512), (1, 1));
+    fixture.disk.file = good;
+    assert_eq!(fixture.request(OUT, 0, 512), (1, 0));
+}
+
+#[test]
+fn hostile_08_disk_with_an_error_fails_the_request_and_goes_on() {
+    let mut fixture = fixture(false);
+    // Nothing is mapped at address 0: EIO.
+    let good = std::mem::replace(&mut fixture.disk.file, File::open("/proc/self/mem").unwrap());
+    assert_eq!(fixture.request(IN, 0, 512), (1, 1));
+    assert_eq!(fixture.request(FLUSH, 0, 0), (1, 1));
+    // Not open for writing: EBADF.
+    assert_eq!(fixture.request(OUT, 0, 512), (1, 1));
+    fixture.disk.file = good;
+    assert_eq!(fixture.request(IN, 0, 512), (513, 0));
+}
+
+#[test]
+fn hostile_08_disk_that_shrinks_in_the_middle_of_a_request_fails_it() {
+    let mut fixture = fixture(false);
+    fixture.disk.file.set_len(700).unwrap();
+    assert_eq!(fixture.request(IN, 0, 2048), (1, 1));
+    assert_eq!(fixture.request(IN, 0, 512), (513, 0));
+}
+
+#[test]
+fn hostile_08_request_larger_than_any_disk_needs_is_refused() {
+    let mut fixture = fixture(false);
+    fixture.disk.file.set_len(1 << 40).unwrap();
+    fixture.disk.sectors = 1 << 31;
+    fixture.header(IN, 0);
+    let mut buffers = vec![HEADER_BUFFER];
+    buffers.extend([(0x80_0000, 8 << 20, true); 3]);
+    buffers.push(STATUS_BUFFER);
+    assert_eq!(fixture.answer(&buffers), (1, 1));
+}
+
+/// The header is copied once: a request is what it was when it was read.
+#[test]
+fn hostile_06_header_that_changes_after_it_was_read_changes_nothing() {
+    let mut fixture = fixture(true);
+    fixture.header(IN, 1);
+    fixture.driver.add(&[HEADER_BUFFER, (DATA, 512, true), STATUS_BUFFER]);
+    let interrupt = Arc::new(TestInterrupt::default());
+    let mut activation = activation(&fixture.memory, 0, &[&fixture.driver], &interrupt);
+    let mut ring = crate::virtio::ring::Ring::take(&mut activation, 0).unwrap();
+    let parsed = request::parse(&ring.pop().unwrap().unwrap()).unwrap();
+    fixture.header(OUT, u64::MAX);
+    fixture.driver.descriptor(1, u64::MAX - 511, 512, NEXT, 2);
+    assert_eq!((parsed.kind, parsed.sector, parsed.len), (request::Kind::In, 1, 512));
+    assert_eq!((parsed.data[0].address, parsed.status), (GuestAddress(DATA), GuestAddress(STATUS)));
+}
+
+/// Another vCPU turns a request for sector 1 into one beyond the disk and back while the device works.
+#[test]
+fn hostile_06_header_that_changes_all_the_time_is_one_request_or_the_other() {
+    let mut fixture = fixture(true);
+    let (memory, stop) = (fixture.memory.clone(), std::sync::atomic::AtomicBool::new(false));
+    fixture.header(IN, 1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                memory.write_obj(u64::MAX / 512, GuestAddress(HEADER + 8)).unwrap();
+                memory.write_obj(1_u64, GuestAddress(HEADER + 8)).unwrap();
+            }
+        });
+        for _ in 0..500 {
+            memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
+            let answer = fixture.answer(&[HEADER_BUFFER, (DATA, 512, true), STATUS_BUFFER]);
+            let data: u8 = memory.read_obj(GuestAddress(DATA + 511)).unwrap();
+            assert!([((513, 0), 2), ((1, 1), 0)].contains(&(answer, data)), "{answer:?} {data}");
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
 }

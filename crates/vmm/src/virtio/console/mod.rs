@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::Bytes;
 
 use self::output::Output;
-use super::ring::Chain;
+use super::ring::{Chain, readable};
 use super::worker::RequestWorker;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
@@ -78,7 +78,7 @@ fn print(output: &Output, chain: &Chain) {
     let mut buffer = [0; output::CHUNK];
     let mut budget = MAX_CHAIN;
     let memory = chain.memory();
-    for descriptor in chain.clone().readable() {
+    for descriptor in readable(chain) {
         let mut address = descriptor.addr();
         let mut left = usize::try_from(descriptor.len()).unwrap_or(usize::MAX).min(budget);
         budget -= left;

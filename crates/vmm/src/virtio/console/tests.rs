@@ -4,7 +4,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, activation, memory};
 
 const RINGS: u64 = 0x1_0000;
 
@@ -53,7 +53,7 @@ fn output_of_several_buffers_arrives_in_order() {
 }
 
 #[test]
-fn flood_that_nobody_reads_is_dropped_without_blocking() {
+fn hostile_14_console_flood_that_nobody_reads_is_dropped_without_blocking() {
     let mut fixture = fixture();
     for _ in 0..64 {
         fixture.driver.add(&[(0x10_0000, 0x1_0000, false)]);
@@ -65,7 +65,7 @@ fn flood_that_nobody_reads_is_dropped_without_blocking() {
 }
 
 #[test]
-fn writable_wild_and_huge_buffers_print_nothing_and_are_given_back() {
+fn hostile_14_writable_wild_and_huge_buffers_print_nothing_and_are_given_back() {
     let mut fixture = fixture();
     for buffer in [(0x4000, 16, true), (u64::MAX - 3, 16, false), (0xffff_0000, u32::MAX, false), (0x4000, 0, false)] {
         fixture.driver.add(&[buffer]);
@@ -76,8 +76,21 @@ fn writable_wild_and_huge_buffers_print_nothing_and_are_given_back() {
 }
 
 #[test]
-fn avail_index_that_jumps_is_an_error() {
+fn hostile_04_available_index_that_jumps_is_an_error() {
     let mut fixture = fixture();
     fixture.driver.set_avail(65);
     assert!(fixture.run().1.is_none());
+}
+
+/// Each descriptor could cost a write(2) on the thread that other devices need.
+#[test]
+fn hostile_14_chain_of_more_buffers_than_any_queue_has_is_cut_off() {
+    const TABLE: u64 = 0x20_0000;
+    let mut fixture = fixture();
+    let table = DriverQueue::new(&fixture.memory, TABLE, 64);
+    (0..u16::MAX).for_each(|i| table.descriptor(i, 0x4000, 1, NEXT, i + 1));
+    fixture.driver.descriptor(0, TABLE, u32::from(u16::MAX) * 16, INDIRECT, 0);
+    fixture.driver.offer(0);
+    let (mut driver, text) = fixture.run();
+    assert_eq!((driver.take_used(), text.unwrap().len()), (Some((0, 0)), crate::virtio::ring::MAX_DESCRIPTORS));
 }

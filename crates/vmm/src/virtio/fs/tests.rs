@@ -1,3 +1,5 @@
+mod hostile;
+
 use std::ffi::CString;
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -32,6 +34,12 @@ mod opcode {
     pub const CREATE: u32 = 35;
     pub const READDIRPLUS: u32 = 44;
     pub const TMPFILE: u32 = 51;
+    pub const SETATTR: u32 = 4;
+    pub const READLINK: u32 = 5;
+    pub const FALLOCATE: u32 = 43;
+    pub const RENAME2: u32 = 45;
+    pub const SETUPMAPPING: u32 = 48;
+    pub const REMOVEMAPPING: u32 = 49;
 }
 
 const ROOT: u64 = 1;
@@ -51,14 +59,17 @@ struct Guest {
 
 impl Guest {
     fn new(root: &Path) -> Self {
+        Self::of(fs::File::open(root).unwrap().into())
+    }
+
+    fn of(root: OwnedFd) -> Self {
         let memory = memory();
-        let fd: OwnedFd = fs::File::open(root).unwrap().into();
         let mut guest = Self {
             hiprio: DriverQueue::new(&memory, 0x1_0000, 16),
             requests: DriverQueue::new(&memory, 0x2_0000, 16).with_event_idx(),
             interrupt: Arc::default(),
             memory,
-            device: Fs::new("share", fd).unwrap(),
+            device: Fs::new("share", root).unwrap(),
             unique: 0,
         };
         guest.start();
@@ -219,7 +230,7 @@ fn hosts_change_is_seen_by_the_next_open() {
 }
 
 #[test]
-fn names_that_lead_out_of_the_share_are_refused() {
+fn hostile_11_names_that_lead_out_of_the_share_are_refused() {
     let (dir, share) = share();
     let mut guest = Guest::new(&share);
     let node = guest.lookup(ROOT, "file").unwrap();
@@ -246,7 +257,7 @@ fn names_that_lead_out_of_the_share_are_refused() {
 }
 
 #[test]
-fn symlink_of_the_share_is_not_followed_by_the_host() {
+fn hostile_11_symlink_of_the_share_is_not_followed_by_the_host() {
     let (dir, share) = share();
     symlink(dir.path().join("secret"), share.join("link")).unwrap();
     let mut guest = Guest::new(&share);
@@ -255,7 +266,7 @@ fn symlink_of_the_share_is_not_followed_by_the_host() {
 }
 
 #[test]
-fn device_nodes_and_security_labels_are_refused() {
+fn hostile_11_device_nodes_and_security_labels_are_refused() {
     let (_dir, share) = share();
     let mut guest = Guest::new(&share);
     for kind in [libc::S_IFCHR, libc::S_IFBLK] {
@@ -269,7 +280,7 @@ fn device_nodes_and_security_labels_are_refused() {
 }
 
 #[test]
-fn malformed_messages_leave_the_server_running() {
+fn hostile_11_malformed_messages_leave_the_server_running() {
     let (_dir, share) = share();
     let mut guest = Guest::new(&share);
     let node = guest.lookup(ROOT, "file").unwrap();
@@ -297,7 +308,7 @@ fn malformed_messages_leave_the_server_running() {
 }
 
 #[test]
-fn forgetting_more_than_was_looked_up_is_harmless() {
+fn hostile_11_forgetting_more_than_was_looked_up_is_harmless() {
     let (_dir, share) = share();
     let mut guest = Guest::new(&share);
     let node = guest.lookup(ROOT, "file").unwrap();
@@ -313,7 +324,7 @@ fn forgetting_more_than_was_looked_up_is_harmless() {
 }
 
 #[test]
-fn descriptors_of_the_guest_are_limited() {
+fn hostile_11_open_files_of_the_guest_are_limited() {
     let (_dir, share) = share();
     let mut guest = Guest::new(&share);
     guest.device.guest_fds = 8;
@@ -335,7 +346,7 @@ fn init_without_submounts_is_refused() {
 }
 
 #[test]
-fn broken_ring_asks_for_a_reset_and_the_device_survives_it() {
+fn hostile_07_broken_ring_asks_for_a_reset_and_the_device_survives_it() {
     let (_dir, share) = share();
     let mut guest = Guest::new(&share);
     guest.requests.set_avail(1000);

@@ -132,6 +132,16 @@ impl Blocks {
         Some(if unplugged { Occupancy::Unplugged } else { Occupancy::Mixed })
     }
 
+    /// Whether the memory blocks of a range may be the guest's. One is the guest's as a whole, however little of it is
+    /// plugged; so there are no more of them than hold what was asked for, or those that the guest has kept from when that
+    /// was more. Linux fills the blocks that it has before it plugs something in another.
+    fn may_attach(&self, range: Range<usize>) -> bool {
+        let new = Self::parts(range).filter(|(word, _)| self.word(*word) == 0).count();
+        let all = new + self.words.iter().filter(|word| **word != 0).count();
+        let most = usize::try_from(self.requested.div_ceil(MEMORY_BLOCK)).unwrap_or(usize::MAX);
+        new == 0 || all <= most
+    }
+
     /// VIRTIO_MEM_REQ_PLUG.
     pub fn plug(&mut self, address: u64, count: u16) -> Verdict {
         let Some(range) = self.range(address, count) else { return Verdict::Error };
@@ -139,7 +149,7 @@ impl Blocks {
             return Verdict::Error;
         }
         let bytes = u64::from(count) * BLOCK;
-        if self.plugged + bytes > self.requested {
+        if self.plugged + bytes > self.requested || !self.may_attach(range.clone()) {
             return Verdict::Nack;
         }
         for (word, bits) in Self::parts(range.clone()) {

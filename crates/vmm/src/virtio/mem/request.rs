@@ -4,7 +4,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
 use super::blocks::{Blocks, Occupancy, Verdict};
-use crate::virtio::ring::Chain;
+use crate::virtio::ring::{Chain, readable, writable};
 
 /// type, padding, and for all but one: address, number of blocks, padding.
 const REQUEST_LEN: usize = 24;
@@ -48,7 +48,7 @@ fn execute(blocks: &mut Blocks, request: &[u8; REQUEST_LEN]) -> (Verdict, Option
 fn read(chain: &Chain) -> Option<[u8; REQUEST_LEN]> {
     let mut request = [0; REQUEST_LEN];
     let mut rest = request.as_mut_slice();
-    for buffer in chain.clone().readable() {
+    for buffer in readable(chain) {
         let (part, left) = rest.split_at_mut(len(&buffer).min(rest.len()));
         chain.memory().read_slice(part, buffer.addr()).ok()?;
         rest = left;
@@ -59,7 +59,7 @@ fn read(chain: &Chain) -> Option<[u8; REQUEST_LEN]> {
 /// As much of the answer as the driver has room for.
 fn write(chain: &Chain, response: &[u8]) -> usize {
     let mut rest = response;
-    for buffer in chain.clone().writable() {
+    for buffer in writable(chain) {
         let (part, left) = rest.split_at(len(&buffer).min(rest.len()));
         if chain.memory().write_slice(part, buffer.addr()).is_err() {
             break;

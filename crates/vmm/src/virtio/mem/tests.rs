@@ -86,7 +86,7 @@ fn memory_blocks_come_with_their_first_part_and_go_with_their_last() {
 }
 
 #[test]
-fn hostile_requests_change_nothing() {
+fn hostile_13_requests_for_blocks_that_are_not_there_change_nothing() {
     let (mut blocks, heard) = blocks(2 * BLOCK);
     assert_eq!(blocks.plug(START, 1), Verdict::Ack);
     let wrong = [
@@ -112,7 +112,7 @@ fn hostile_requests_change_nothing() {
 }
 
 #[test]
-fn plug_that_the_host_refuses_half_way_is_undone() {
+fn hostile_13_plug_that_the_host_refuses_half_way_is_undone() {
     let (backing, heard) = record(Some(2));
     let mut blocks = Blocks::new(backing);
     assert!(blocks.request(SIZE));
@@ -173,4 +173,41 @@ fn who_asked_for_a_size_hears_of_it_when_it_is_there() {
     resize(2, "at once").unwrap();
     assert_eq!(told.recv(), Ok(("at once", 2)));
     assert!(resize(4096, "never").is_err());
+}
+
+/// A memory block is the guest's as a whole once a part of it is plugged. One part in each of many would make the guest as
+/// large as the region.
+#[test]
+fn hostile_13_no_more_memory_blocks_are_given_than_hold_what_was_asked_for() {
+    let (mut blocks, heard) = blocks(MEMORY_BLOCK + BLOCK);
+    assert_eq!(blocks.plug(START, 1), Verdict::Ack);
+    assert_eq!(blocks.plug(START + 2 * MEMORY_BLOCK, 1), Verdict::Ack);
+    assert_eq!(blocks.plug(START + MEMORY_BLOCK, 1), Verdict::Nack);
+    assert_eq!(blocks.plug(START + 3 * MEMORY_BLOCK - BLOCK, 2), Verdict::Nack, "across into another");
+    assert_eq!(heard.try_iter().count(), 2);
+    // As Linux does it: what there is of blocks is filled first.
+    assert_eq!(blocks.plug(START + BLOCK, 63), Verdict::Ack);
+    assert_eq!(blocks.plugged(), MEMORY_BLOCK + BLOCK);
+    // Less is asked for, the guest keeps both blocks; and then it can grow in them.
+    assert!(blocks.request(BLOCK));
+    assert_eq!(blocks.unplug(START + BLOCK, 63), Verdict::Ack);
+    assert!(blocks.request(2 * BLOCK + BLOCK));
+    assert_eq!(blocks.plug(START + 3 * MEMORY_BLOCK, 1), Verdict::Nack);
+    assert_eq!(blocks.plug(START + 2 * MEMORY_BLOCK + BLOCK, 1), Verdict::Ack);
+}
+
+#[test]
+fn hostile_13_blocks_are_plugged_and_unplugged_once() {
+    let (mut blocks, heard) = blocks(SIZE);
+    assert_eq!(blocks.plug(START, 64), Verdict::Ack);
+    for (address, count) in [(START, 1), (START + 63 * BLOCK, 2), (START, 256)] {
+        assert_eq!(blocks.plug(address, count), Verdict::Error, "{address:#x}");
+    }
+    assert_eq!(blocks.unplug(START, 64), Verdict::Ack);
+    for (address, count) in [(START, 64), (START, 1), (START + 128 * BLOCK, 1)] {
+        assert_eq!(blocks.unplug(address, count), Verdict::Error, "{address:#x}");
+    }
+    let expected = [Told::Attach(0), Told::Detach(0), Told::Discard(0, MEMORY_BLOCK)];
+    assert_eq!(heard.try_iter().collect::<Vec<_>>(), expected);
+    assert_eq!(blocks.plugged(), 0);
 }

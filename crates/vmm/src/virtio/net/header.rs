@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn offloads_that_were_not_negotiated_drop_the_frame() {
+    fn hostile_09_offloads_that_were_not_negotiated_drop_the_frame() {
         let checksum = header(1, 0, 0, 0, 34, 16);
         assert!(Offloads::new(0).check(checksum, 60).is_none());
         assert!(Offloads::new(TSO4).check(checksum, 60).is_some());
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn offsets_beyond_the_frame_drop_it() {
+    fn hostile_09_offsets_beyond_the_frame_drop_it() {
         let offloads = Offloads::new(TSO4);
         assert!(offloads.check(header(1, 0, 0, 0, 50, 9), 60).is_none());
         assert!(offloads.check(header(1, 0, 0, 0, 50, 8), 60).is_some());

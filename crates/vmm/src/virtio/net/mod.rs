@@ -10,7 +10,7 @@ mod tap;
 mod worker;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::io;
 use std::os::fd::OwnedFd;

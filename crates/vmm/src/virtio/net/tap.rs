@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn segmentation_without_checksums_is_left_out() {
+    fn hostile_09_segmentation_acknowledged_without_checksums_is_left_out() {
         assert_eq!(offloads(1 << VIRTIO_NET_F_GUEST_TSO4), 0);
         assert_eq!(offloads(1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_CSUM), 3);
         assert_eq!(offloads(1 << VIRTIO_NET_F_GUEST_ECN | 1 << VIRTIO_NET_F_GUEST_CSUM), 1);

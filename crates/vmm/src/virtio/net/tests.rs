@@ -14,29 +14,71 @@ const TSO: u64 = MERGEABLE | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GU
 const RX_BUFFERS: u64 = 0x10_0000;
 const TX_BUFFERS: u64 = 0x80_0000;
 
-/// A device with a driver; a socket that keeps the borders of messages stands in for the tap.
+/// The device but for its tap, for which a socket that keeps the borders of messages stands in.
+pub struct Wired {
+    tap: Arc<Tap>,
+    event_loop: EventLoop,
+    worker: Option<WorkerGuard>,
+}
+
+impl Wired {
+    /// The device and the other end of its wire.
+    pub fn new(event_loop: EventLoop) -> (Self, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        rustix::fs::fcntl_setfl(&wire, rustix::fs::OFlags::empty()).unwrap();
+        (Self { tap: Arc::new(Tap::for_test(tap)), event_loop, worker: None }, wire)
+    }
+}
+
+impl VirtioDevice for Wired {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+    fn features(&self) -> u64 {
+        FEATURES.iter().fold(0, |all, bit| all | 1 << bit)
+    }
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let worker = Worker::new(self.tap.clone(), 1500, activation)?;
+        self.worker = Some(self.event_loop.add(Box::new(worker))?);
+        Ok(())
+    }
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}
+
+/// A device with a driver.
 struct Guest {
     memory: Memory,
     interrupt: Arc<TestInterrupt>,
     rx: DriverQueue,
     tx: DriverQueue,
     wire: OwnedFd,
-    _worker: WorkerGuard,
+    device: Wired,
 }
 
 impl Guest {
     fn new(features: u64) -> Self {
         let memory = memory();
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        rustix::fs::fcntl_setfl(&wire, rustix::fs::OFlags::empty()).unwrap();
+        let (mut device, wire) = Wired::new(EventLoop::spawn().unwrap());
         let rx = DriverQueue::new(&memory, 0x1_0000, 64).with_event_idx();
         let tx = DriverQueue::new(&memory, 0x2_0000, 64);
         let interrupt = Arc::default();
-        let activation = activation(&memory, features, &[&rx, &tx], &interrupt);
-        let worker = Worker::new(Arc::new(Tap::for_test(tap)), 1500, activation).unwrap();
-        let worker = EventLoop::spawn().unwrap().add(Box::new(worker)).unwrap();
-        Self { memory, interrupt, rx, tx, wire, _worker: worker }
+        device.activate(activation(&memory, features, &[&rx, &tx], &interrupt)).unwrap();
+        Self { memory, interrupt, rx, tx, wire, device }
+    }
+
+    /// Another driver, after a reset.
+    fn restart(&mut self, features: u64) {
+        self.device.reset();
+        self.rx = DriverQueue::new(&self.memory, 0x1_0000, 64).with_event_idx();
+        self.tx = DriverQueue::new(&self.memory, 0x2_0000, 64);
+        self.device.activate(activation(&self.memory, features, &[&self.rx, &self.tx], &self.interrupt)).unwrap();
     }
 
     fn give_buffer(&mut self, len: u32) {
@@ -147,7 +189,7 @@ fn small_ring_receives_what_fits() {
 
 /// CVE-2020-16843.
 #[test]
-fn reception_resumes_after_a_flood_without_buffers() {
+fn hostile_09_reception_resumes_after_a_flood_without_buffers() {
     let mut guest = Guest::new(MERGEABLE);
     for round in 0..20 {
         for i in 0..10 {
@@ -191,7 +233,7 @@ fn full_tap_blocks_transmission_until_it_drains() {
 }
 
 #[test]
-fn nonsense_is_dropped_and_the_device_goes_on() {
+fn hostile_09_frames_too_long_or_short_and_nonsense_are_dropped_and_the_device_goes_on() {
     let mut guest = Guest::new(0);
     // Too short for header or frame, too long, writable, outside of memory, segmentation that was not negotiated.
     guest.tx.add(&[(TX_BUFFERS, 11, false)]);
@@ -215,7 +257,7 @@ fn nonsense_is_dropped_and_the_device_goes_on() {
 }
 
 #[test]
-fn available_index_out_of_range_asks_for_a_reset() {
+fn hostile_04_available_index_out_of_range_asks_for_a_reset() {
     let mut guest = Guest::new(0);
     guest.tx.set_avail(1000);
     guest.tx.kick();
@@ -223,7 +265,7 @@ fn available_index_out_of_range_asks_for_a_reset() {
 }
 
 #[test]
-fn descriptor_loop_is_dropped() {
+fn hostile_05_descriptor_loop_is_dropped() {
     let mut guest = Guest::new(0);
     guest.tx.descriptor(0, TX_BUFFERS, 100, crate::virtio::testing::NEXT, 0);
     guest.tx.offer(0);
@@ -236,4 +278,131 @@ fn descriptor_that_is_no_tap_is_refused() {
     let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
     let result = Net::new(file, [2, 0, 0, 0, 0, 1], 1500, EventLoop::spawn().unwrap());
     assert!(matches!(result, Err(NetError::NoTap(_))));
+}
+
+/// A container under runc can do the same with CAP_NET_RAW: what a frame claims is for the node's network to judge.
+#[test]
+fn hostile_09_frame_with_a_spoofed_mac_address_crosses_as_it_is() {
+    let mut guest = Guest::new(0);
+    let mut spoofed = frame(60, 1);
+    spoofed[..12].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0xba, 0xd0, 0, 0, 1]);
+    guest.send([0; HEADER], &spoofed);
+    assert_eq!(guest.host_receives()[HEADER..], spoofed);
+    // And the address that the guest is told is not its to change.
+    let mut device = guest.device;
+    device.write_config(0, &[0xff; 6]);
+    let mut mac = [1; 6];
+    device.read_config(0, &mut mac);
+    assert_eq!(mac, [1; 6]);
+}
+
+#[test]
+fn hostile_09_features_acknowledged_in_part_still_move_frames() {
+    let all = FEATURES.iter().fold(0, |all, bit| all | 1 << bit);
+    let ones = FEATURES.iter().map(|bit| 1 << bit);
+    let mut guest = Guest::new(0);
+    for features in ones.clone().chain(ones.map(|one| all & !one)).chain([0, all, u64::MAX]) {
+        guest.restart(features);
+        // Room for the largest frame, should the driver have asked for such.
+        guest.rx.add(&[(RX_BUFFERS, 0x1_1000, true)]);
+        guest.rx.kick();
+        guest.send([0; HEADER], &frame(60, 1));
+        assert_eq!(guest.host_receives()[HEADER..], frame(60, 1), "{features:#x}");
+        guest.host_sends(&frame(1500, 2));
+        assert_eq!(guest.receive(), (1, frame(1500, 2)), "{features:#x}");
+    }
+}
+
+#[test]
+fn hostile_09_offloads_of_the_driver_before_a_reset_are_not_those_of_the_next() {
+    let segmented = [1, 1, 54, 0, 100, 0, 34, 0, 16, 0, 0, 0];
+    let mut guest = Guest::new(1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4);
+    guest.send(segmented, &frame(1000, 1));
+    assert_eq!(guest.host_receives()[..HEADER], segmented);
+    guest.restart(0);
+    guest.send(segmented, &frame(1000, 2));
+    guest.send([0; HEADER], &frame(60, 3));
+    assert_eq!(guest.host_receives()[HEADER..], frame(60, 3));
+}
+
+#[test]
+fn hostile_09_reset_in_a_flood_without_buffers_does_not_stop_reception() {
+    let mut guest = Guest::new(MERGEABLE);
+    for round in 0..5 {
+        (0..10).for_each(|i| guest.host_sends(&frame(1000, round * 10 + i)));
+        guest.restart(MERGEABLE);
+        guest.give_buffers(10, 1530);
+        for i in 0..10 {
+            assert_eq!(guest.receive().1, frame(1000, round * 10 + i));
+        }
+    }
+}
+
+/// The header that was checked is the one that the host gets, whatever stands in memory by then.
+#[test]
+fn hostile_06_header_that_changes_after_its_check_does_not_reach_the_host() {
+    let mut guest = Guest::new(0);
+    let (memory, stop) = (guest.memory.clone(), std::sync::atomic::AtomicBool::new(false));
+    rustix::fs::fcntl_setfl(&guest.wire, rustix::fs::OFlags::NONBLOCK).unwrap();
+    memory.write_slice(&frame(60, 1), GuestAddress(TX_BUFFERS + 0x100)).unwrap();
+    let mut crossed = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                memory
+                    .write_slice(&[1, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], GuestAddress(TX_BUFFERS))
+                    .unwrap();
+                memory.write_slice(&[0; HEADER], GuestAddress(TX_BUFFERS)).unwrap();
+            }
+        });
+        for _ in 0..20_000 {
+            guest.tx.add(&[(TX_BUFFERS, 12, false), (TX_BUFFERS + 0x100, 60, false)]);
+            guest.tx.kick();
+            guest.tx.wait_used(&guest.interrupt);
+            let mut bytes = [0; 0x100];
+            if let Ok((len, _)) = rustix::net::recv(&guest.wire, &mut bytes[..], RecvFlags::empty()) {
+                assert_eq!(bytes[..len], [&[0; HEADER][..], &frame(60, 1)].concat());
+                crossed += 1;
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert!(crossed > 0);
+}
+
+#[test]
+fn hostile_04_receive_buffer_that_is_given_twice_is_filled_twice() {
+    let mut guest = Guest::new(MERGEABLE);
+    let head = guest.rx.add(&[(RX_BUFFERS, 1530, true)]);
+    guest.rx.offer(head);
+    guest.give_buffers(2, 1530);
+    for seed in 0..4 {
+        guest.host_sends(&frame(1000, seed));
+    }
+    assert_eq!(guest.rx.wait_used(&guest.interrupt).0, head);
+    assert_eq!(guest.rx.wait_used(&guest.interrupt).0, head);
+    assert_eq!((guest.receive().1, guest.receive().1), (frame(1000, 2), frame(1000, 3)));
+}
+
+/// Buffers for reception that hold no frame come back as fast as the driver gives them.
+#[test]
+fn hostile_04_flood_of_buffers_too_small_for_a_frame_does_not_stop_the_device() {
+    let mut guest = Guest::new(0);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    guest.give_buffers(64, 10);
+    let mut twin = guest.rx.twin();
+    std::thread::scope(|scope| {
+        scope.spawn(|| twin.flood(&stop));
+        for seed in 0..50 {
+            guest.send([0; HEADER], &frame(60, seed));
+            assert_eq!(guest.host_receives()[HEADER..], frame(60, seed));
+            guest.tx.wait_used(&guest.interrupt);
+        }
+        guest.device.reset();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    guest.restart(0);
+    guest.give_buffers(2, 1530);
+    guest.host_sends(&frame(60, 1));
+    assert_eq!(guest.receive().1, frame(60, 1));
 }

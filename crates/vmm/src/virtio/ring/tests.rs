@@ -20,7 +20,7 @@ fn staged_chains_appear_together() {
 }
 
 #[test]
-fn head_that_the_queue_does_not_have_is_an_error() {
+fn hostile_04_head_that_the_queue_does_not_have_is_an_error() {
     let (memory, interrupt) = (memory(), Arc::default());
     let driver = DriverQueue::new(&memory, 0x1_0000, 4);
     let mut ring = ring(&driver, &memory, &interrupt);
@@ -48,7 +48,7 @@ fn driver_is_interrupted_once_for_the_chain_that_it_waits_for() {
 }
 
 #[test]
-fn drain_that_runs_out_of_budget_comes_back() {
+fn hostile_04_drain_that_runs_out_of_budget_comes_back() {
     let (memory, interrupt) = (memory(), Arc::default());
     let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
     let mut ring = ring(&driver, &memory, &interrupt);
@@ -65,4 +65,89 @@ fn drain_that_runs_out_of_budget_comes_back() {
     ring.drain(4, &mut step).unwrap();
     assert!(ring.kick().read().is_err());
     assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 5);
+}
+
+/// The driver makes the next chain available before the device asks for it, for ever.
+#[test]
+fn hostile_04_drain_of_a_ring_that_never_gets_empty_ends_with_its_budget() {
+    let (memory, interrupt) = (memory(), Arc::default());
+    let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+    let mut ring = ring(&driver, &memory, &interrupt);
+    let head = driver.add(&[(0, 16, false)]);
+    for round in 1..=3 {
+        let mut steps = 0;
+        let drained = ring.drain(100, |ring| {
+            steps += 1;
+            let Some(chain) = ring.pop()? else { return Ok(Step::Empty) };
+            driver.offer(head);
+            ring.push(chain.head_index(), 0)?;
+            Ok(Step::Done)
+        });
+        drained.unwrap();
+        assert_eq!(steps, 100, "round {round}");
+        assert_eq!(ring.kick().read().unwrap(), 1, "what is left comes back by a kick");
+    }
+}
+
+/// The index goes back and forth while the device looks: it takes nothing twice as much as it may.
+#[test]
+fn hostile_04_index_that_moves_back_is_an_error_not_more_work() {
+    let (memory, interrupt) = (memory(), Arc::default());
+    let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+    let mut ring = ring(&driver, &memory, &interrupt);
+    for _ in 0..4 {
+        driver.add(&[(0, 16, false)]);
+    }
+    assert!(ring.pop().unwrap().is_some());
+    driver.set_avail(0);
+    assert!(matches!(ring.pop(), Err(RingError::Queue(_))));
+}
+
+#[test]
+fn hostile_04_device_gives_back_no_more_chains_together_than_the_ring_has_slots() {
+    let (memory, interrupt) = (memory(), Arc::default());
+    let driver = DriverQueue::new(&memory, 0x1_0000, 4);
+    let mut ring = ring(&driver, &memory, &interrupt);
+    (0..4).for_each(|_| ring.stage(1, 0).unwrap());
+    assert!(matches!(ring.stage(1, 0), Err(RingError::Head(1))));
+}
+
+/// vm-memory #95: a driver on another CPU must not see half of the index. Both bytes of it change every 256 chains.
+#[test]
+fn hostile_06_used_index_is_never_seen_torn() {
+    const CHAINS: u16 = 0x4000;
+    let (memory, interrupt) = (memory(), Arc::default());
+    let driver = DriverQueue::new(&memory, 0x1_0000, 4);
+    let mut ring = ring(&driver, &memory, &interrupt);
+    let index = ring.in_used_ring(2);
+    std::thread::scope(|scope| {
+        let seen = scope.spawn(|| {
+            let (mut last, mut back) = (0_u16, 0);
+            while last < CHAINS {
+                let now = u16::from_le(memory.load(index, Ordering::Acquire).unwrap());
+                back += u32::from(now < last);
+                last = now;
+            }
+            (last, back)
+        });
+        for _ in 0..CHAINS {
+            ring.push(0, 0).unwrap();
+        }
+        assert_eq!(seen.join().unwrap(), (CHAINS, 0));
+    });
+}
+
+/// The rings lie in the guest's memory: what the driver says there when it is asked is all that it can change.
+#[test]
+fn hostile_06_event_index_that_changes_costs_an_interrupt_at_most() {
+    let (memory, interrupt) = (memory(), Arc::<TestInterrupt>::default());
+    let driver = DriverQueue::new(&memory, 0x1_0000, 4).with_event_idx();
+    let mut ring = ring(&driver, &memory, &interrupt);
+    let used_event = GuestAddress(ring.queue.avail_ring()).unchecked_add(4 + 2 * 4);
+    for (pushed, event) in (1..).zip([0_u16, 7, u16::MAX, 0x8000, 3]) {
+        memory.write_obj(event, used_event).unwrap();
+        ring.push(0, 0).unwrap();
+        ring.notify().unwrap();
+        assert!(interrupt.count(0) <= pushed);
+    }
 }

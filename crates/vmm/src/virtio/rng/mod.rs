@@ -5,7 +5,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
-use super::ring::Chain;
+use super::ring::{Chain, writable};
 use super::worker::RequestWorker;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
@@ -58,13 +58,13 @@ impl VirtioDevice for Rng {
 
 /// Fills the writable part of a chain; returns how much of it.
 fn fill(chain: &Chain) -> usize {
-    let room = chain.clone().writable().fold(0usize, |sum, buffer| sum.saturating_add(len(&buffer)));
+    let room = writable(chain).fold(0usize, |sum, buffer| sum.saturating_add(len(&buffer)));
     let mut bytes = [0; MAX_CHAIN];
     let (wanted, _) = bytes.split_at_mut(room.min(MAX_CHAIN));
     // It blocks only until the host's pool was first seeded, long before any guest.
     let Ok(count) = getrandom(&mut *wanted, GetRandomFlags::empty()) else { return 0 };
     let mut rest = wanted.get(..count).unwrap_or_default();
-    for buffer in chain.clone().writable() {
+    for buffer in writable(chain) {
         let (part, left) = rest.split_at(rest.len().min(len(&buffer)));
         if chain.memory().write_slice(part, buffer.addr()).is_err() {
             break;

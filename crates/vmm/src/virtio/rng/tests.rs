@@ -26,12 +26,12 @@ fn buffer_is_filled() {
 }
 
 #[test]
-fn chain_larger_than_memory_costs_no_more_than_a_small_one() {
+fn hostile_13_chain_larger_than_memory_costs_no_more_than_a_small_one() {
     assert_eq!(answer(&memory(), &[(0x4000, 0x8000_0000, true)]), 1024);
 }
 
 #[test]
-fn readable_and_wild_buffers_get_nothing() {
+fn hostile_13_readable_and_wild_buffers_get_no_entropy() {
     assert_eq!(answer(&memory(), &[(0x4000, 16, false)]), 0);
     assert_eq!(answer(&memory(), &[(u64::MAX - 1, 16, true)]), 0);
 }

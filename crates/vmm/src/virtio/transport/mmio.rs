@@ -334,4 +334,6 @@ fn set_high(register: &mut u64, value: u32) {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

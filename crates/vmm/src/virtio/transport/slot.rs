@@ -112,3 +112,27 @@ pub enum SlotError {
     #[error("cannot connect or disconnect the device's interrupt and doorbells")]
     Kvm(#[from] KvmError),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_02_empty_slot_is_a_transport_without_a_device_in_any_access() {
+        let mut slot = Slot::new();
+        for width in [1, 2, 4, 8] {
+            for offset in (0..0x1000).chain([u64::MAX]) {
+                slot.write(offset, &vec![0xff; width]);
+                let mut data = vec![0; width];
+                slot.read(offset, &mut data);
+                let expected = match (offset, width) {
+                    (REG_MAGIC, 4) => MAGIC,
+                    (REG_VERSION, 4) => VERSION,
+                    _ => 0,
+                };
+                assert!(expected.to_le_bytes().iter().chain([&0; 4]).zip(&data).all(|(a, b)| a == b), "{offset:#x}");
+            }
+        }
+        assert!(slot.is_empty());
+    }
+}

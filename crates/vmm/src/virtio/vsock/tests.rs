@@ -1,3 +1,5 @@
+mod hostile;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -46,7 +48,7 @@ fn header_encoded_decodes_to_itself() {
 }
 
 #[test]
-fn credit_wraps_around_with_the_counters() {
+fn hostile_10_credit_wraps_around_with_the_counters() {
     let mut connection = open();
     let mut fwd_cnt = 0_u32;
     // Twice around 2^32 in steps that do not divide it.
@@ -60,7 +62,7 @@ fn credit_wraps_around_with_the_counters() {
 }
 
 #[test]
-fn credit_shrunk_below_what_is_in_flight_stops_data() {
+fn hostile_10_credit_shrunk_below_what_is_in_flight_stops_data() {
     let mut connection = open();
     connection.data_sent(5000);
     connection.receive(&Header { buf_alloc: 100, ..packet(op::CREDIT_UPDATE) });
@@ -83,7 +85,7 @@ fn credit_missing_is_asked_for_once() {
 }
 
 #[test]
-fn data_beyond_our_buffer_is_a_violation() {
+fn hostile_10_data_beyond_our_buffer_is_a_violation() {
     let mut connection = open();
     assert_eq!(connection.receive(&Header { len: BUF_ALLOC, ..packet(op::RW) }), Event::Data);
     assert_eq!(connection.receive(&Header { len: 1, ..packet(op::RW) }), Event::Violation);
@@ -114,7 +116,7 @@ fn shutdown_flags_add_up_and_end_in_reset() {
 }
 
 #[test]
-fn packets_out_of_place_are_violations() {
+fn hostile_10_packets_out_of_place_are_violations() {
     for op in [0, op::REQUEST, op::RESPONSE, 8, u16::MAX] {
         assert_eq!(open().receive(&packet(op)), Event::Violation, "op {op}");
     }
@@ -130,6 +132,7 @@ struct Guest {
     tx: DriverQueue,
     event: DriverQueue,
     device: Vsock,
+    event_loop: EventLoop,
     handle: VsockHandle,
     ready: Receiver<()>,
     tx_slot: u64,
@@ -149,7 +152,7 @@ impl Guest {
         let (send_ready, ready) = channel();
         let event_loop = EventLoop::spawn().unwrap();
         let on_ready = Box::new(move || send_ready.send(()).unwrap());
-        let (device, handle) = Vsock::with_timeout(CID, event_loop, on_ready, timeout).unwrap();
+        let (device, handle) = Vsock::with_timeout(CID, event_loop.clone(), on_ready, timeout).unwrap();
         Self {
             rx: DriverQueue::new(&memory, 0x1_0000, 64),
             tx: DriverQueue::new(&memory, 0x2_0000, 64),
@@ -157,6 +160,7 @@ impl Guest {
             interrupt: Arc::default(),
             memory,
             device,
+            event_loop,
             handle,
             ready,
             tx_slot: 0,
@@ -316,7 +320,7 @@ fn large_transfer_respects_the_guests_credit() {
 }
 
 #[test]
-fn slow_reader_gets_everything_and_memory_stays_within_the_window() {
+fn hostile_10_slow_reader_gets_everything_and_memory_stays_within_the_window() {
     let mut guest = Guest::started();
     let (mut host, header) = guest.established();
     let chunk = vec![7; 32 * 1024];
@@ -344,7 +348,7 @@ fn slow_reader_gets_everything_and_memory_stays_within_the_window() {
 }
 
 #[test]
-fn guest_that_overruns_the_window_is_reset() {
+fn hostile_10_guest_that_overruns_the_window_is_reset() {
     let mut guest = Guest::started();
     let (mut host, header) = guest.established();
     let chunk = vec![1; 64 * 1024];
@@ -391,7 +395,7 @@ fn abandoned_connection_is_reset() {
 }
 
 #[test]
-fn guest_that_does_not_answer_a_request_is_given_up() {
+fn hostile_10_guest_that_does_not_answer_a_request_is_given_up() {
     let mut guest = Guest::with_timeout(Duration::from_millis(50));
     let (_host, early) = guest.connect();
     assert_eq!(early.recv().unwrap(), Err(ConnectError::TimedOut));
@@ -406,7 +410,7 @@ fn guest_that_does_not_answer_a_request_is_given_up() {
 }
 
 #[test]
-fn guest_that_does_not_answer_a_shutdown_is_reset() {
+fn hostile_10_guest_that_does_not_answer_a_shutdown_is_reset() {
     let mut guest = Guest::with_timeout(Duration::from_secs(1));
     guest.start();
     let (host, header) = guest.established();
@@ -419,7 +423,7 @@ fn guest_that_does_not_answer_a_shutdown_is_reset() {
 }
 
 #[test]
-fn device_reset_ends_connections_and_device_works_again() {
+fn hostile_10_device_reset_ends_connections_and_device_works_again() {
     let mut guest = Guest::started();
     let (mut host, _) = guest.established();
     guest.device.reset();
@@ -454,7 +458,7 @@ fn guests_connections_are_reset_and_the_ready_sign_is_given_once() {
 }
 
 #[test]
-fn flood_of_strays_stops_at_the_reply_queue_and_recovers() {
+fn hostile_10_flood_of_strays_stops_at_the_reply_queue_and_recovers() {
     let mut guest = Guest::started();
     for round in 0..4_u32 {
         for i in 0..32 {
@@ -483,7 +487,7 @@ fn flood_of_strays_stops_at_the_reply_queue_and_recovers() {
 }
 
 #[test]
-fn nonsense_on_the_tx_queue_is_dropped() {
+fn hostile_10_length_that_the_buffer_does_not_hold_and_nonsense_are_dropped() {
     let mut guest = Guest::started();
     let spoofed = Header { src_cid: 77, ..packet(op::RW) };
     guest.send(spoofed, &[]);
@@ -506,7 +510,7 @@ fn nonsense_on_the_tx_queue_is_dropped() {
 }
 
 #[test]
-fn available_index_out_of_range_asks_for_a_reset_and_the_device_survives_it() {
+fn hostile_04_available_index_out_of_range_asks_for_a_reset_and_the_device_survives_it() {
     let mut guest = Guest::started();
     guest.tx.set_avail(1000);
     guest.tx.kick();

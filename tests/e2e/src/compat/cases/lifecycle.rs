@@ -352,10 +352,10 @@ fn task_api() -> Vec<Act> {
         act!(Lifecycle, "signals that end what has no handler", |stage| {
             let mut said = String::new();
             // A pid namespace's init does not get a signal without a handler, SIGKILL from outside excepted.
-            for number in [9, 15] {
+            for (number, patience) in [(9, crate::PATIENCE), (15, Duration::from_secs(2))] {
                 let id = stage.run(shell(&format!("signal-{number}"), "exec sleep 1000")).await?;
                 said += &stage.on_node(format!("ctr -n k8s.io task kill -s {number} {id}")).await?;
-                let exit = stage.wait_exit(&id, Duration::from_secs(2)).await;
+                let exit = stage.wait_exit(&id, patience).await;
                 said += &exit.map_or_else(|_| "goes on\n".into(), |status| ending(&status));
                 stage.stop(&id, Duration::ZERO).await?;
             }

@@ -131,7 +131,7 @@ fn attachments() -> Vec<Act> {
         }),
         act!(Lifecycle, "terminal of an exec", |stage| {
             let id = stage.sleeper().await?;
-            let mut shell = Terminal::exec(&stage.pod, &id, &["/bin/sh", "-c", "tty; test -t 0 && test -t 2 && echo all; stat -c '%F %u %g %a' $(tty); env | sort; ps -o comm,tty | tail -2; stty -a | grep -oE '(isig|icanon|opost|onlcr)'"], true).await?;
+            let mut shell = Terminal::exec(&stage.pod, &id, &["/bin/sh", "-c", "tty; test -t 0 && test -t 2 && echo all; stat -c '%F %u %g %a' $(tty); env | sort; ps -o tty >/tmp/ttys; sort -u /tmp/ttys; stty -a | grep -oE '(isig|icanon|opost|onlcr)'"], true).await?;
             let code = shell.finish().await?;
             Ok(format!("{code}\n{}", shell.output))
         }),
