@@ -201,8 +201,9 @@ impl Inline {
     /// A server of `root` that lets the guest hold so many descriptors.
     pub fn new(root: &OwnedFd, guest_fds: u64, activation: Activation) -> Result<Self, ActivateError> {
         let event = event_fd().map_err(|source| ActivateError::Host { action: "make an event", source })?;
-        let entered = fchdir(root).map_err(|error| error.into());
-        entered.map_err(|source| ActivateError::Host { action: "enter the share", source })?;
+        worker::own_file_system_attributes()
+            .and_then(|()| fchdir(root))
+            .map_err(|error| ActivateError::Host { action: "enter the share", source: error.into() })?;
         Worker::new(activation, server_config(guest_fds), Arc::new(Stop::new(event))).map(Self)
     }
 
