@@ -143,12 +143,10 @@ fn change_root(share: Option<OwnedFd>) -> Result<(), JailError> {
     harden(c"/").map_err(step("take devices and programs out of the root"))
 }
 
-/// No device, no set-user-id, no program. The read-only flag is kept.
+/// No device, no set-user-id, no program; and nothing to write but in what is mounted below. The directories between belong to
+/// the shim: a link that a guest planted there would be one for the shim's next mount.
 fn harden(mount_point: &CStr) -> Result<(), Errno> {
-    let is = rustix::fs::statvfs(mount_point)?.f_flag;
-    let kept =
-        if is.contains(rustix::fs::StatVfsMountFlags::RDONLY) { MountFlags::RDONLY } else { MountFlags::empty() };
-    let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | kept;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_remount(mount_point, flags, c"")
 }
 

@@ -91,13 +91,17 @@ impl Kind {
             libc::SYS_mmap | libc::SYS_mprotect => Ok(vec![one(without(2, libc::PROT_EXEC)?)?]),
             libc::SYS_fcntl => {
                 let known = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
-                known.iter().map(|command| one(equals(1, u64::try_from(*command).unwrap_or(u64::MAX))?)).collect()
+                known.iter().map(|command| one(equals(1, number(*command))?)).collect()
             }
-            libc::SYS_prctl => {
-                // libcap-ng looks for the bounding set, and without /proc it asks for each capability.
-                let known = [libc::PR_SET_NAME, libc::PR_CAPBSET_READ];
-                known.iter().map(|option| one(equals(0, u64::try_from(*option).unwrap_or(u64::MAX))?)).collect()
-            }
+            // libcap-ng looks for the bounding set, and without /proc it asks for each capability.
+            libc::SYS_prctl => Ok(vec![
+                one(equals(0, number(libc::PR_SET_NAME))?)?,
+                one(equals(0, number(libc::PR_CAPBSET_READ))?)?,
+                SeccompRule::new(vec![
+                    equals(0, number(libc::PR_CAP_AMBIENT))?,
+                    equals(1, number(libc::PR_CAP_AMBIENT_IS_SET))?,
+                ])?,
+            ]),
             _ => Ok(Vec::new()),
         }
     }
@@ -110,6 +114,11 @@ impl Kind {
     }
 }
 
+/// A constant of a header file's, none of which is negative.
+fn number(constant: libc::c_int) -> u64 {
+    u64::try_from(constant).unwrap_or(u64::MAX)
+}
+
 /// The argument has this value in its lower half, which is all that the kernel looks at.
 fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
@@ -117,8 +126,7 @@ fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
 
 /// The argument does not have this flag.
 fn without(argument: u8, flag: libc::c_int) -> Result<SeccompCondition, BackendError> {
-    let mask = u64::try_from(flag).unwrap_or(u64::MAX);
-    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), 0)
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(number(flag)), 0)
 }
 
 /// include/uapi/linux/kvm.h.

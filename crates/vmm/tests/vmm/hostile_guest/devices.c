@@ -77,27 +77,27 @@ static void bad_names(struct device *device, u64 file)
 	static const char *const names[] = {
 		"..", ".", "", "/escaped", "../escaped", "a/escaped", "../../../../tmp/escaped"};
 	u32 create[4] = {01102, 0100600, 0, 0}, node[4] = {0100600, 0, 0, 0}, directory[2] = {0700, 0};
-	u64 root = FUSE_ROOT;
+	u64 root = fuse_volume;
 	for (u64 i = 0; i < ARRAY_SIZE(names); i++) {
 		const char *name = names[i];
-		refused(fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, name, 0), "to look up", name);
-		refused(fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, name, 0), "to create", name);
-		refused(fuse_named(device, FUSE_MKNOD, FUSE_ROOT, node, sizeof node, name, 0), "to make a node", name);
-		refused(fuse_named(device, FUSE_MKDIR, FUSE_ROOT, directory, sizeof directory, name, 0),
+		refused(fuse_named(device, FUSE_LOOKUP, fuse_volume, 0, 0, name, 0), "to look up", name);
+		refused(fuse_named(device, FUSE_CREATE, fuse_volume, create, sizeof create, name, 0), "to create", name);
+		refused(fuse_named(device, FUSE_MKNOD, fuse_volume, node, sizeof node, name, 0), "to make a node", name);
+		refused(fuse_named(device, FUSE_MKDIR, fuse_volume, directory, sizeof directory, name, 0),
 			"to make a directory", name);
-		refused(fuse_named(device, FUSE_SYMLINK, FUSE_ROOT, 0, 0, name, "target"), "to make a link", name);
-		refused(fuse_named(device, FUSE_LINK, FUSE_ROOT, &file, 8, name, 0), "to link", name);
-		refused(fuse_named(device, FUSE_RENAME, FUSE_ROOT, &root, 8, "hello", name), "to rename to", name);
-		refused(fuse_named(device, FUSE_RENAME, FUSE_ROOT, &root, 8, name, "b"), "to rename", name);
-		refused(fuse_named(device, FUSE_UNLINK, FUSE_ROOT, 0, 0, name, 0), "to remove", name);
-		refused(fuse_named(device, FUSE_RMDIR, FUSE_ROOT, 0, 0, name, 0), "to remove a directory", name);
+		refused(fuse_named(device, FUSE_SYMLINK, fuse_volume, 0, 0, name, "target"), "to make a link", name);
+		refused(fuse_named(device, FUSE_LINK, fuse_volume, &file, 8, name, 0), "to link", name);
+		refused(fuse_named(device, FUSE_RENAME, fuse_volume, &root, 8, "hello", name), "to rename to", name);
+		refused(fuse_named(device, FUSE_RENAME, fuse_volume, &root, 8, name, "b"), "to rename", name);
+		refused(fuse_named(device, FUSE_UNLINK, fuse_volume, 0, 0, name, 0), "to remove", name);
+		refused(fuse_named(device, FUSE_RMDIR, fuse_volume, 0, 0, name, 0), "to remove a directory", name);
 	}
 }
 
 static void links_out(struct device *device, const char *name, const char *target)
 {
 	u32 create[4] = {01102, 0100600, 0, 0}, open[2] = {01001, 0};
-	if (fuse_named(device, FUSE_SYMLINK, FUSE_ROOT, 0, 0, name, target) != 0) {
+	if (fuse_named(device, FUSE_SYMLINK, fuse_volume, 0, 0, name, target) != 0) {
 		check(false, "share makes a symbolic link", name, 0);
 		return;
 	}
@@ -106,7 +106,7 @@ static void links_out(struct device *device, const char *name, const char *targe
 	refused(fuse_named(device, FUSE_LOOKUP, node, 0, 0, "secret", 0), "to look behind the link", name);
 	refused(fuse_named(device, FUSE_CREATE, node, create, sizeof create, "escaped", 0), "to create behind the link",
 		name);
-	refused(fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, name, 0), "to create over the link",
+	refused(fuse_named(device, FUSE_CREATE, fuse_volume, create, sizeof create, name, 0), "to create over the link",
 		name);
 }
 
@@ -118,7 +118,7 @@ static void device_nodes(struct device *device)
 	} nodes[] = {{"disk", 0060600, 0x800}, {"memory", 0020600, 0x101}, {"zero", 0020600, 0x105}};
 	for (u64 i = 0; i < ARRAY_SIZE(nodes); i++) {
 		u32 body[4] = {nodes[i].mode, nodes[i].number, 0, 0};
-		refused(fuse_named(device, FUSE_MKNOD, FUSE_ROOT, body, sizeof body, nodes[i].name, 0), "a device node",
+		refused(fuse_named(device, FUSE_MKNOD, fuse_volume, body, sizeof body, nodes[i].name, 0), "a device node",
 			nodes[i].name);
 	}
 }
@@ -143,7 +143,7 @@ static void made_up_numbers(struct device *device)
 static bool reads_hello(struct device *device)
 {
 	u32 open[2] = {0, 0};
-	if (fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, "hello", 0) != 0)
+	if (fuse_named(device, FUSE_LOOKUP, fuse_volume, 0, 0, "hello", 0) != 0)
 		return false;
 	u64 node = fuse_word(0);
 	if (fuse(device, FUSE_OPEN, node, open, sizeof open) != 0)
@@ -158,11 +158,15 @@ void share_limits(void)
 	struct device *device = device_of(FS);
 	if (!device || !expect(start_device(device) && fuse_init(device) == 0, "share starts"))
 		return;
-	expect(fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, "hello", 0) == 0, "share has a file");
+	expect(fuse_named(device, FUSE_LOOKUP, fuse_volume, 0, 0, "hello", 0) == 0, "share has a file");
 	bad_names(device, fuse_word(0));
+	/* The directories above volumes are the host's: it mounts there. */
+	u32 create[4] = {01102, 0100600, 0, 0};
+	refused(fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, "planted", 0), "to create", "beside volumes");
+	refused(fuse_named(device, FUSE_SYMLINK, FUSE_ROOT, 0, 0, "planted", "/etc"), "to make a link", "beside volumes");
 	/* The host has a file `secret` beside the share. */
 	links_out(device, "up", "..");
-	links_out(device, "up-to-secret", "../secret");
+	links_out(device, "up-to-secret", "../../secret");
 	links_out(device, "root", "/");
 	device_nodes(device);
 	made_up_numbers(device);
@@ -179,7 +183,7 @@ void hoard(void)
 	struct device *device = device_of(FS);
 	u32 create[4] = {01102, 0100600, 0, 0}, open[2] = {0, 0};
 	revive_all("boot");
-	if (!device || fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, "hoarded", 0) != 0) {
+	if (!device || fuse_named(device, FUSE_CREATE, fuse_volume, create, sizeof create, "hoarded", 0) != 0) {
 		expect(false, "share makes a file");
 		return;
 	}
@@ -193,7 +197,7 @@ void hoard(void)
 	put("handles ");
 	put_number(handles);
 	put_char('\n');
-	expect(fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, "hoarded", 0) == 0,
+	expect(fuse_named(device, FUSE_LOOKUP, fuse_volume, 0, 0, "hoarded", 0) == 0,
 	       "share still looks up what it has open");
 	for (int i = 0; i < device_count; i++)
 		if (&devices[i] != device)

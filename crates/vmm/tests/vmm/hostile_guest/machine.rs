@@ -16,7 +16,9 @@ use std::time::Duration;
 
 use bulkhead_protocol::control::{Command, ExitReason, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::thread::UnshareFlags;
 use tempfile::TempDir;
 
 use crate::common::{file, kvm};
@@ -79,8 +81,10 @@ impl HostileGuest {
         let outside = tempfile::tempdir().unwrap();
         fs::write(outside.path().join("secret"), "secret").unwrap();
         let share = outside.path().join("share");
-        fs::create_dir(&share).unwrap();
-        fs::write(share.join("hello"), "hello from the host").unwrap();
+        let volume = share.join("volume");
+        fs::create_dir_all(&volume).unwrap();
+        own_mount(&volume);
+        fs::write(volume.join("hello"), "hello from the host").unwrap();
         let (tap, wire) = tap_in_own_namespace();
         let disk = file(&[]);
         disk.set_len(DISK_LEN).unwrap();
@@ -222,6 +226,15 @@ impl HostileGuest {
             assert!(!Path::new(place).exists(), "{place}");
         }
     }
+}
+
+/// Makes a directory a mount, as volumes of the share are, which only this thread and the processes that it starts see.
+#[allow(unsafe_code)] // unshare(2)
+fn own_mount(directory: &Path) {
+    // SAFETY: of what unshare_unsafe warns about (shared descriptor tables) NEWNS changes nothing.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.expect("no mount namespace; run as root");
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+    mount("tmpfs", directory, "tmpfs", MountFlags::empty(), None).unwrap();
 }
 
 fn spec(scenario: &str) -> VmSpec {

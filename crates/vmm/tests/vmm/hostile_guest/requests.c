@@ -147,11 +147,16 @@ int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u3
 	return fuse(device, opcode, node, bytes, len);
 }
 
+u64 fuse_volume = FUSE_ROOT;
+
 int fuse_init(struct device *device)
 {
 	/* Version 7.38, FUSE_SUBMOUNTS. */
 	u32 body[4] = {7, 38, 0, 1u << 27};
-	return fuse(device, FUSE_INIT, 0, body, sizeof body);
+	int error = fuse(device, FUSE_INIT, 0, body, sizeof body);
+	if (error == 0 && fuse_named(device, FUSE_LOOKUP, FUSE_ROOT, 0, 0, "volume", 0) == 0)
+		fuse_volume = fuse_word(0);
+	return error;
 }
 
 /* A file is made, written, read and removed. */
@@ -160,7 +165,7 @@ static bool fs_works(struct device *device)
 	/* O_RDWR | O_CREAT | O_TRUNC, a file of mode 0600, no umask. */
 	u32 create[4] = {01102, 0100600, 0, 0};
 	if (fuse_init(device) != 0 ||
-	    fuse_named(device, FUSE_CREATE, FUSE_ROOT, create, sizeof create, "works", 0) != 0)
+	    fuse_named(device, FUSE_CREATE, fuse_volume, create, sizeof create, "works", 0) != 0)
 		return false;
 	u64 node = fuse_word(0), handle = fuse_word(FUSE_ENTRY_LEN);
 	struct {
@@ -172,7 +177,7 @@ static bool fs_works(struct device *device)
 	right = fuse(device, FUSE_READ, node, read, sizeof read) == 0 && right;
 	right = right && memcmp(fuse_reply + FUSE_OUT_HEADER, write.text, sizeof write.text) == 0;
 	right = fuse(device, FUSE_RELEASE, node, release, sizeof release) == 0 && right;
-	right = fuse_named(device, FUSE_UNLINK, FUSE_ROOT, 0, 0, "works", 0) == 0 && right;
+	right = fuse_named(device, FUSE_UNLINK, fuse_volume, 0, 0, "works", 0) == 0 && right;
 	return fuse(device, FUSE_FORGET, node, forget, sizeof forget) == 0 && right;
 }
 

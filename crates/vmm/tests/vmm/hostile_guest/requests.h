@@ -51,6 +51,8 @@ enum fuse_opcode {
 extern u8 fuse_reply[FUSE_OUT_HEADER + FUSE_BODY];
 /* One request; errno, 0 if it succeeded, -1 if there was no answer. The reply is in fuse_reply. */
 int fuse(struct device *device, u32 opcode, u64 node, const void *body, u32 len);
+/* The directory of the share that may be written: the root may not. Known after fuse_init. */
+extern u64 fuse_volume;
 int fuse_init(struct device *device);
 /* A request whose body is some bytes and one or two names. */
 int fuse_named(struct device *device, u32 opcode, u64 node, const void *body, u32 len, const char *name,

@@ -1,6 +1,7 @@
 //! A guest that breaks the protocol, and what its connections cost the host then.
 
 use std::io::ErrorKind;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Instant;
@@ -215,12 +216,15 @@ fn hostile_04_flood_of_buffers_too_small_for_a_packet_does_not_stop_the_device()
 fn hostile_06_header_that_changes_all_the_time_is_one_packet_or_the_other() {
     let mut guest = Guest::started();
     let (memory, stop) = (guest.memory.clone(), AtomicBool::new(false));
+    // Held while a packet without data is on its way, whose length is not to change.
+    let still = Mutex::new(());
     let length = |slot: u64| GuestAddress(TX_BUFFERS + slot * SLOT + 24);
     std::thread::scope(|scope| {
         let _ends = Ends(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 for slot in 0..64 {
+                    let _turn = still.lock().unwrap();
                     // Only where a packet with data is, by its operation.
                     if memory.read_obj::<u16>(GuestAddress(length(slot).0 + 6)).unwrap() == op::RW {
                         memory.write_obj(u32::MAX, length(slot)).unwrap();
@@ -230,9 +234,13 @@ fn hostile_06_header_that_changes_all_the_time_is_one_packet_or_the_other() {
             }
         });
         for _ in 0..200 {
+            let turn = still.lock().unwrap();
             let (mut host, header) = guest.established();
+            drop(turn);
             guest.send(rw(header, 5), b"hello");
+            let turn = still.lock().unwrap();
             guest.send(Header { op: op::RST, len: 0, ..header }, &[]);
+            drop(turn);
             let mut bytes = Vec::new();
             host.read_to_end(&mut bytes).unwrap();
             assert!(bytes.is_empty() || bytes == b"hello", "{bytes:?}");
