@@ -49,7 +49,7 @@ impl Machine {
         let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
-        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start), on_ready)?;
+        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready)?;
         let (mmio, slots) = build_mmio(&vm, spec, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };

@@ -1,11 +1,17 @@
 //! The part of the memory that is not there at boot: KVM knows of a block of it only while something in it is plugged, so
 //! that a guest has nothing there that it was not given.
+//!
+//! Devices could still be told to read and write there: they know one memory, whose mapping must not have holes that a
+//! device's copy would fault on. So all blocks that are not attached are the same one block of the host's, a decoy. What a
+//! device does there costs the host one block at most, and nobody who is given a block later finds anything of it.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use super::{discard, set_slot};
 use crate::layout::MEMORY_BLOCK;
@@ -21,24 +27,72 @@ pub struct HotplugMemory {
     first_slot: u32,
     start: u64,
     size: u64,
+    /// What is mapped where no block is attached.
+    decoy: OwnedFd,
+}
+
+/// What a block is backed by.
+#[derive(Clone, Copy)]
+enum Block {
+    /// Memory of its own, zeros at first.
+    Own,
+    /// The decoy.
+    Decoy,
 }
 
 impl HotplugMemory {
     /// The region of `memory` at `start`; `None` if there is none. `first_slot` and those after it are not in use.
-    pub(super) fn new(fd: Arc<VmFd>, memory: Memory, first_slot: u32, start: u64) -> Option<Self> {
-        let size = memory.iter().find(|region| region.start_addr().raw_value() == start)?.len();
-        Some(Self { fd, memory, first_slot, start, size })
+    pub(super) fn new(fd: Arc<VmFd>, memory: Memory, first_slot: u32, start: u64) -> io::Result<Option<Self>> {
+        let region = memory.iter().find(|region| region.start_addr().raw_value() == start);
+        let Some(size) = region.map(GuestMemoryRegion::len) else { return Ok(None) };
+        let decoy = memfd_create(c"decoy", MemfdFlags::CLOEXEC)?;
+        ftruncate(&decoy, MEMORY_BLOCK)?;
+        let all = Self { fd, memory, first_slot, start, size, decoy };
+        for block in (0..size).step_by(usize::try_from(MEMORY_BLOCK).unwrap_or(usize::MAX)) {
+            all.map(start + block, Block::Decoy)?;
+        }
+        Ok(Some(all))
     }
 
-    fn set(&self, block: usize, len: u64) -> io::Result<()> {
+    /// The guest's address of a block, and KVM's number of its slot.
+    fn place(&self, block: usize) -> io::Result<(u64, u32)> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let number = u32::try_from(block).map_err(|_| invalid())?;
-        let address = u64::from(number) * MEMORY_BLOCK;
-        if address >= self.size {
+        let offset = u64::from(number) * MEMORY_BLOCK;
+        if offset >= self.size {
             return Err(invalid());
         }
-        let slot = self.first_slot.checked_add(number).ok_or_else(invalid)?;
-        set_slot(&self.fd, &self.memory, slot, self.start + address, len).map_err(io::Error::other)
+        Ok((self.start + offset, self.first_slot.checked_add(number).ok_or_else(invalid)?))
+    }
+
+    /// Changes what the block at `address` is backed by, in one step for whoever accesses it meanwhile.
+    fn map(&self, address: u64, backing: Block) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let len = usize::try_from(MEMORY_BLOCK).map_err(|_| invalid())?;
+        let slice = self.memory.get_slice(GuestAddress(address), len).map_err(|_| invalid())?;
+        let (flags, fd) = match backing {
+            Block::Own => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            Block::Decoy => (libc::MAP_SHARED, self.decoy.as_raw_fd()),
+        };
+        let at = slice.ptr_guard_mut().as_ptr().cast();
+        // SAFETY: the range is a part of the mapping that `memory` owns and stays one: it is replaced in one step by a
+        // mapping of the same length and protection, and everything here accesses it as volatile memory that may change at
+        // any time. The decoy is as long as a block, and nobody shortens it.
+        let mapped = unsafe {
+            libc::mmap(
+                at,
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                fd,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn set_slot(&self, slot: u32, address: u64, len: u64) -> io::Result<()> {
+        set_slot(&self.fd, &self.memory, slot, address, len).map_err(io::Error::other)
     }
 }
 
@@ -52,15 +106,52 @@ impl Backing for HotplugMemory {
     }
 
     fn attach(&mut self, block: usize) -> io::Result<()> {
-        self.set(block, MEMORY_BLOCK)
+        let (address, slot) = self.place(block)?;
+        self.map(address, Block::Own)?;
+        self.set_slot(slot, address, MEMORY_BLOCK).inspect_err(|_| {
+            // Memory that nobody uses yet costs nothing, should this fail too.
+            let _ = self.map(address, Block::Decoy);
+        })
     }
 
     fn detach(&mut self, block: usize) -> io::Result<()> {
+        let (address, slot) = self.place(block)?;
         // A slot of size 0 is one that is deleted (api.rst, KVM_SET_USER_MEMORY_REGION).
-        self.set(block, 0)
+        self.set_slot(slot, address, 0)?;
+        self.map(address, Block::Decoy)
     }
 
     fn discard(&mut self, address: u64, len: u64) {
         discard(&self.memory, address, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::{Vm, create_memory};
+    use crate::layout;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn hostile_13_what_a_device_does_to_memory_that_is_not_plugged_costs_one_block_and_is_in_no_other() {
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("needs a /dev/kvm");
+        let (memory, start) = (create_memory(16, 512).unwrap(), layout::hotplug_start(16));
+        let vm = Vm::new(kvm.into(), memory.clone(), start).unwrap();
+        let mut hotplug = vm.hotplug_memory(start).unwrap().unwrap();
+        let at = |block: u64| GuestAddress(start + block * MEMORY_BLOCK);
+        let read = |block| memory.read_obj::<u64>(at(block)).unwrap();
+        for block in 0..4 {
+            memory.write_obj(block + 1, at(block)).unwrap();
+        }
+        assert_eq!([0, 1, 2, 3].map(read), [4; 4], "one page for all four");
+        hotplug.attach(1).unwrap();
+        assert_eq!([0, 1, 2, 3].map(read), [4, 0, 4, 4], "a block that is given is empty");
+        memory.write_obj(9u64, at(1)).unwrap();
+        assert_eq!([0, 1].map(read), [4, 9]);
+        hotplug.detach(1).unwrap();
+        hotplug.attach(1).unwrap();
+        assert_eq!(read(1), 0);
+        assert!(hotplug.attach(4).is_err());
     }
 }

@@ -76,9 +76,9 @@ impl Vm {
     }
 
     /// What can be plugged into the machine, if anything can.
-    pub fn hotplug_memory(&self, start: u64) -> Option<HotplugMemory> {
-        let used = u32::try_from(self.memory.num_regions()).ok()?;
-        HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start)
+    pub fn hotplug_memory(&self, start: u64) -> Result<Option<HotplugMemory>, KvmError> {
+        let used = u32::try_from(self.memory.num_regions()).map_err(|_| KvmError::Missing("number of memory slots"))?;
+        HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start).map_err(KvmError::Hotplug)
     }
 
     /// Makes every write to `irq` an edge on that pin of the I/O APIC.
@@ -167,6 +167,9 @@ pub enum KvmError {
     /// The CPUID table has no room for the leaves that were added.
     #[error("this host's CPUID table has more than {KVM_MAX_CPUID_ENTRIES} entries")]
     CpuidFull,
+    /// memfd_create(2) or mmap(2).
+    #[error("cannot map the memory that can be plugged; is vm.max_map_count of the host too low?")]
+    Hotplug(#[source] std::io::Error),
     /// An ioctl failed.
     #[error("KVM refused {name}")]
     Call {

@@ -28,8 +28,8 @@ use crate::tap::tap_in_own_namespace;
 /// How long nothing happens before a test fails: the payload's own limit, and some.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Boot memory and memory to plug, in MiB: sizes that nothing else in the process has.
-pub const GUEST_MIB: [u64; 2] = [40, 256];
+/// Boot memory and the blocks of what can be plugged, in MiB: sizes that nothing else in the process has.
+pub const GUEST_MIB: [u64; 3] = [40, 128, 128];
 
 /// What the guest is asked to have of the latter; the flood ends when that changes.
 pub const REQUESTED_MIB: u64 = 128;
@@ -247,7 +247,7 @@ fn spec(scenario: &str) -> VmSpec {
         vcpus: 1,
         boot_vcpus: 1,
         memory_mib: GUEST_MIB[0],
-        hotplug_mib: GUEST_MIB[1],
+        hotplug_mib: GUEST_MIB[1] + GUEST_MIB[2],
         devices: vec![
             DeviceSpec::Console { output: FdIndex(3) },
             disk(4, false),

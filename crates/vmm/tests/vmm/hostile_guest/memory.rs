@@ -3,7 +3,8 @@
 use std::fs;
 
 /// Resident KiB of a process, without the mappings that are the guest's memory: private and as large as one of its
-/// parts, or as some parts that lie side by side. The guest decides what is in those.
+/// parts, or as some parts that lie side by side, or a decoy in the place of a block that is not plugged. The guest decides
+/// what is in those.
 pub fn own_kib(pid: u32, guest_mib: &[u64]) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let (mut own, mut guest, mut counted_as_guest) = (0, 0, false);
@@ -13,7 +14,7 @@ pub fn own_kib(pid: u32, guest_mib: &[u64]) -> u64 {
         if let Some((start, end)) = first.split_once('-') {
             let address = |hex| u64::from_str_radix(hex, 16).unwrap();
             let size = address(end) - address(start);
-            counted_as_guest = second == "rw-p" && is_guest(size, guest_mib);
+            counted_as_guest = second == "rw-p" && is_guest(size, guest_mib) || line.contains("/memfd:decoy");
             guest += if counted_as_guest { size >> 20 } else { 0 };
         } else if first == "Rss:" && !counted_as_guest {
             own += second.parse::<u64>().unwrap();
