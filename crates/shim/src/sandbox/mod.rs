@@ -95,8 +95,13 @@ impl Sandbox {
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let agent = Agent::connect(&vm).await?;
-        timeline.split(agent.create_sandbox(request(&spec, network, plan.initial.cpus)).await?);
+        let begun = begin(&vm, request(&spec, network, plan.initial.cpus)).await;
+        if begun.is_err() {
+            // Before its cgroup is removed, which cannot be done as long as something is in it.
+            vm.kill().await;
+        }
+        let (agent, kernel) = begun?;
+        timeline.split(kernel);
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
         }
@@ -206,6 +211,13 @@ impl Sandbox {
         self.stop().await;
         release(&self.run_dir, self.netns.as_deref()).await;
     }
+}
+
+/// Connects to the agent and tells it of its pod; answers with what the guest's kernel took to boot.
+async fn begin(vm: &Vm, request: CreateSandboxRequest) -> Result<(Agent, Duration), AgentError> {
+    let agent = Agent::connect(vm).await?;
+    let kernel = agent.create_sandbox(request).await?;
+    Ok((agent, kernel))
 }
 
 /// When the VM has ended there is nothing to account any more, and the kubelet kills what is left in an ended pod's cgroup:

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -242,6 +243,9 @@ impl Supervisor {
             tokio::select! {
                 status = self.child.wait() => {
                     tracing::info!(?status, "the VMM has ended");
+                    if let Some(signal) = status.ok().and_then(|status| status.signal()) {
+                        self.tell_ready(Err(VmError::Killed(signal)));
+                    }
                     break;
                 }
                 received = receive(&self.socket), if !self.deaf => self.take(received),
@@ -438,6 +442,12 @@ pub enum VmError {
     /// The VMM ended while booting.
     #[error("the VMM ended before the guest was ready; its last words: {0:?}")]
     DiedEarly(String),
+    /// A signal ended the VMM while booting, the out-of-memory killer's above all.
+    #[error(
+        "signal {0} ended the VMM before the guest was ready; if it was SIGKILL, raise the pod's memory limit, which has to \
+         hold the guest's kernel as well"
+    )]
+    Killed(i32),
     /// The guest took too long.
     #[error("the guest was not ready within {0:?}; its last words: {1:?}; raise boot_timeout_s on a slow node")]
     NotReady(Duration, String),

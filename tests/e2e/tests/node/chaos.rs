@@ -319,7 +319,7 @@ fn hostile_27_cgroup_too_small_for_a_guest_refuses_the_pod() {
         let group = Group::new("chaos-small")?;
         group.limit("12M")?;
         let message = node.refused_pod("too-small", |config| in_group(config, &group)).await?;
-        names(&message, &["the VMM ended before the guest was ready"])
+        names(&message, &["signal 9 ended the VMM before the guest was ready", "raise the pod's memory limit"])
     });
 }
 
