@@ -141,9 +141,11 @@ macro_rules! calls {
     ($($name:ident),* $(,)?) => { &[$((stringify!($name), libc::$name)),*] };
 }
 
-/// The heap, locks, and the ends of threads and of the process.
+/// The heap, locks, and the ends of threads and of the process. Time is read in user space where the host's clock allows it,
+/// a channel under contention yields, and a wait that a stop or a freezer has interrupted is restarted by a call of its own.
 const COMMON: &[Call] = calls![
     SYS_brk,
+    SYS_clock_gettime,
     SYS_close,
     SYS_exit,
     SYS_exit_group,
@@ -153,8 +155,10 @@ const COMMON: &[Call] = calls![
     SYS_mprotect,
     SYS_mremap,
     SYS_munmap,
+    SYS_restart_syscall,
     SYS_rt_sigprocmask,
     SYS_rt_sigreturn,
+    SYS_sched_yield,
     SYS_sigaltstack,
     SYS_write,
 ];
@@ -162,24 +166,15 @@ const COMMON: &[Call] = calls![
 /// KVM_RUN, the kicks of device loops, what starting a worker takes, and the serial port.
 const VCPU: &[Call] = calls![SYS_eventfd2, SYS_fcntl, SYS_ioctl, SYS_ppoll];
 
-/// What all threads that wait for descriptors do.
-const WORKER: &[Call] = calls![SYS_read];
+/// What all threads that wait for descriptors do. (The keys of a thread's first hash map are random.)
+const WORKER: &[Call] = calls![SYS_getrandom, SYS_read];
 
 /// epoll(7).
 const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 
 /// Console, network, sockets' streams, timers, and random bytes.
-const DEVICES: &[Call] = calls![
-    SYS_getrandom,
-    SYS_ioctl,
-    SYS_ppoll,
-    SYS_readv,
-    SYS_recvmsg,
-    SYS_sendmsg,
-    SYS_shutdown,
-    SYS_timerfd_settime,
-    SYS_writev,
-];
+const DEVICES: &[Call] =
+    calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendmsg, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
 
 /// Files and block devices.
 const DISKS: &[Call] = calls![SYS_fdatasync, SYS_fsync, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
@@ -227,7 +222,6 @@ const FILE_SERVER: &[Call] = calls![
     SYS_getegid,
     SYS_geteuid,
     SYS_getpid,
-    SYS_getrandom,
     SYS_gettid,
     SYS_getxattr,
     SYS_linkat,

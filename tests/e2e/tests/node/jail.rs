@@ -100,3 +100,19 @@ fn hostile_20_vmm_killed_by_a_violation_or_a_signal_leaves_nothing() {
         Ok(())
     });
 }
+
+/// A freezer, a debugger or an administrator may stop a VMM in the middle of any wait; the kernel restarts such a wait by a
+/// system call of its own.
+#[test]
+fn vmm_that_was_stopped_goes_on_as_before() {
+    on_node(async |node| {
+        let pod = node.pod("jail-stop").await?;
+        let id = pod.sleeper("main").await?;
+        for _ in 0..3 {
+            node_command("kill", &["-STOP", &vmm(&pod)?])?;
+            node_command("kill", &["-CONT", &vmm(&pod)?])?;
+            ensure!(pod.sh(&id, "echo > /file && echo here").await? == "here");
+        }
+        Ok(())
+    });
+}
