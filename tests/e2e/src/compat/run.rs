@@ -31,10 +31,13 @@ pub type Side = Result<Observations>;
 pub async fn group(group: &Group) -> Result<(Side, Side)> {
     let mut sides = None;
     // Unmounted after the node's pods are gone.
-    let _disk = group.on_disk.then(|| Disk::new(disk())).transpose()?;
+    let disk_of_group = group.on_disk.then(|| Disk::new(disk())).transpose()?;
     with_node(async |node| {
         node.cri.pull(IMAGE).await?;
         sides = Some(tokio::join!(side(node, group, "runc"), side(node, group, "bulkhead")));
+        if let Some(disk) = &disk_of_group {
+            disk.clear()?;
+        }
         Ok(())
     })
     .await?;

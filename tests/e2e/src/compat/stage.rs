@@ -191,6 +191,12 @@ impl Disk {
         crate::node_command("mount", &["-o", "loop", &file, &at])?;
         Ok(Self { directory, image })
     }
+
+    /// Takes off what cases have mounted on it; pods that run may still have it.
+    pub fn clear(&self) -> Result<()> {
+        let list = format!("findmnt -Rlno TARGET {}", self.directory.display());
+        crate::node_command("sh", &["-c", &format!("{list} | tail -n +2 | tac | xargs -r umount -l")]).map(drop)
+    }
 }
 
 impl Drop for Disk {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use bulkhead_cli::cri::{self, v1};
 use bulkhead_e2e::log_watch::LogWatch;
 use bulkhead_e2e::shim::{Caller, Code, Error, Host, Shim, code};

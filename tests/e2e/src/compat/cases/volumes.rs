@@ -45,7 +45,7 @@ fn memory() -> Probe {
         .config(|config, place| {
             let directory = place.directory("memory");
             let at = directory.to_string_lossy().into_owned();
-            // Unmounted with the disk; a failure shows in the case.
+            // Unmounted at the group's end; a failure shows in the case.
             let _ = crate::node_command("mount", &["-t", "tmpfs", "-o", "size=8m", "compat", &at]);
             config.mounts = vec![place.mount("memory", "/memory")];
         })
