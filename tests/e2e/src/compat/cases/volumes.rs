@@ -21,6 +21,7 @@ fn root() -> Probe {
     Probe::new("root-files")
         .case(Volumes, "root file system", "mkdir /work; probe files /work | grep -vE '^(mknod|open of the device|user xattr|large user|trusted|O_TMPFILE|rename with whiteout|lease|immutable|security.cap|ACL|mode with)'")
         .case(Volumes, "root file system's less common features", "probe files /work | grep -E '^(user xattr|large user|O_TMPFILE|rename with whiteout|lease|immutable|ACL|mode with)'")
+        .differs("virtio-fs has no files without a name (O_TMPFILE) and no file flags, and Linux gives its submounts no ACLs")
         .case(Volumes, "files of the image", "ls -ln /etc /bin | awk '{ print $1, $2, $3, $4, $5, $NF }' | head -100; find / -xdev 2>/dev/null | grep -v '^/work' | sort | head -500 | md5sum")
         .case(Volumes, "change of the image's files", "echo more >> /etc/passwd && tail -1 /etc/passwd; rm /etc/group && ls /etc; mv /home /home2 && ls -d /home2/app; chmod 700 /root && stat -c %a /root; rm -r /var && ls -d /var; mkdir /var && ls /var; ln /etc/passwd /etc/passwd2 && stat -c %h /etc/passwd")
 }
@@ -30,9 +31,12 @@ fn bind() -> Probe {
         .config(|config, place| config.mounts = vec![place.mount("bind", "/data"), place.mount("bind/below", "/below")])
         .case(Volumes, "volume on the node's disk", "probe files /data | grep -vE '^(mknod|open of the device|user xattr|large user|trusted|O_TMPFILE|rename with whiteout|lease|immutable|security.cap|ACL|mode with)'")
         .case(Volumes, "volume's extended attributes and ACLs", "probe files /data | grep -E '^(user xattr|large user|ACL|mode with)'")
+        .differs("Linux gives submounts of virtio-fs no ACLs")
         .case(Volumes, "volume's security.capability", "probe files /data | grep -E '^(security.cap)'")
         .case(Volumes, "volume's less common features", "probe files /data | grep -E '^(O_TMPFILE|rename with whiteout|lease|immutable|trusted)'")
+        .differs("virtio-fs has no files without a name (O_TMPFILE) and no file flags, and Linux gives its submounts no ACLs")
         .case(Volumes, "device nodes on a volume", "probe files /data | grep -E '^(mknod|open of the device)'")
+        .differs("a volume is a share of the host, on which a guest may not make device nodes; in a tmpfs it may")
         .case(Volumes, "mount of a volume", "awk '$5 == \"/data\" { print $5, $6 }' /proc/self/mountinfo | sed 's/nodev,//'; df /data | tail -1 | awk '{ print NF, $NF }'; stat -c '%a %u %g %F' /data")
         .case(Volumes, "sub-directory as a volume of its own", "echo x > /data/below/file; cat /below/file; mv /data/below/file /data/file && ls /below; stat -c '%h %s' /data/file")
         .case(Volumes, "names", "cd /data; touch 'sp ace' 'new\nline' gr\u{fc}n '-dash' '*' $(printf '\\377bytes'); ls | grep -vE '^[a-z0-9]+$' | od -c | head -20")
@@ -215,7 +219,10 @@ fn shared() -> Vec<Act> {
             stage.remove_container(&id).await?;
             let end = stage.on_node(format!("umount {at}")).await?;
             Ok(format!("{mounted}{before:?}{come}{after:?}{gone}{last:?}{end}"))
-        }),
+        })
+        .differs(
+            "the guest's kernel knows files of the mount until it forgets them, so the host unmounts it with umount -l",
+        ),
         act!(Volumes, "change on the node is seen in the container and the other way round", |stage| {
             let mut config = shell("both-ways", "exec sleep 1000");
             config.mounts = vec![stage.place.mount("both", "/both")];
