@@ -93,6 +93,8 @@ impl Kind {
                 let known = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
                 known.iter().map(|command| one(equals(1, number(*command))?)).collect()
             }
+            // On the streams that it has, to nobody else.
+            libc::SYS_sendto => Ok(vec![one(is_null(4)?)?]),
             // libcap-ng looks for the bounding set, and without /proc it asks for each capability.
             libc::SYS_prctl => Ok(vec![
                 one(equals(0, number(libc::PR_SET_NAME))?)?,
@@ -122,6 +124,11 @@ fn number(constant: libc::c_int) -> u64 {
 /// The argument has this value in its lower half, which is all that the kernel looks at.
 fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+/// The argument is a null pointer.
+fn is_null(argument: u8) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
 }
 
 /// The argument does not have this flag.
@@ -173,8 +180,17 @@ const WORKER: &[Call] = calls![SYS_getrandom, SYS_read];
 const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 
 /// Console, network, sockets' streams, timers, and random bytes.
-const DEVICES: &[Call] =
-    calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendmsg, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
+const DEVICES: &[Call] = calls![
+    SYS_ioctl,
+    SYS_ppoll,
+    SYS_readv,
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_sendto,
+    SYS_shutdown,
+    SYS_timerfd_settime,
+    SYS_writev,
+];
 
 /// Files and block devices.
 const DISKS: &[Call] = calls![SYS_fdatasync, SYS_fsync, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];

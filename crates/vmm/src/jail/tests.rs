@@ -34,7 +34,6 @@ fn hostile_19_no_thread_may_make_processes_sockets_or_change_its_confinement() {
         "process_vm_writev",
         "ptrace",
         "rt_sigaction",
-        "sendto",
         "setns",
         "socket",
         "socketpair",
