@@ -122,7 +122,8 @@ async fn start_container_hook_runs_in_the_container_before_its_program() {
 #[tokio::test]
 async fn user_namespace_confines_root() {
     let guest = Guest::start().await;
-    let script = "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map); ls /sys/class/net; sleep 100";
+    let script =
+        "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map); ls /sys/class/net; echo said; sleep 100";
     let spec = fixture::spec(&guest, "c", &["sh", "-c", script], |spec| {
         let capabilities = ["CAP_SYS_ADMIN"];
         spec["process"]["user"] = serde_json::json!({"uid": 0, "gid": 0});
@@ -135,6 +136,8 @@ async fn user_namespace_confines_root() {
     });
     guest.create_with("c", spec, streams("oe"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
     guest.start_container("c").await.unwrap();
+    // Not before the container's program runs: until then its process is nobody's to look at (ptrace(2), access mode checks).
+    let output = fixture::read_until(&mut guest.attach("c", "", Stream::Stdout).await, "said\n").await;
     guest
         .exec("c", "e", &["sh", "-c", "readlink /proc/self/ns/user; cat /proc/self/uid_map"], streams("o"))
         .await
@@ -145,7 +148,6 @@ async fn user_namespace_confines_root() {
     assert!(!inside.contains(own.to_str().unwrap()) && inside.trim_end().ends_with("65536"), "{inside}");
     guest.signal("c", "", 9, true).await.unwrap();
     guest.wait("c", "").await.unwrap();
-    let output = guest.read("c", "", Stream::Stdout).await;
     assert!(output.starts_with("0 0 0 65536\n") && output.contains("lo"), "{output}");
     let error = guest.read("c", "", Stream::Stderr).await;
     assert!(error.contains("hostname: sethostname: Operation not permitted"), "{error}");
