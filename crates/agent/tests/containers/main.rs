@@ -43,14 +43,13 @@ async fn input_reaches_the_program_and_its_end_too() {
 #[tokio::test]
 async fn container_is_alone_and_is_what_its_spec_says() {
     let guest = Guest::start().await;
-    let script =
-        "echo $$ $HOME $FOO; id -u; hostname >/dev/null; ls /proc | grep -c '^[0-9]'; echo x > /dev/stdout; pwd";
+    let script = "echo $$ $HOME $FOO; id -u; hostname >/dev/null; all=$(ls /proc); echo \"$all\" | grep -c '^[0-9]'; echo x > /dev/stdout; pwd";
     guest.create("c", &["sh", "-c", script], streams("o")).await.unwrap();
     guest.start_container("c").await.unwrap();
     guest.wait("c", "").await.unwrap();
     let output = guest.read("c", "", Stream::Stdout).await;
     let lines: Vec<&str> = output.lines().collect();
-    assert_eq!(lines, ["1 /home/web bar", "33", "3", "x", "/tmp"], "{output}");
+    assert_eq!(lines, ["1 /home/web bar", "33", "2", "x", "/tmp"], "{output}");
 }
 
 #[tokio::test]
@@ -59,7 +58,9 @@ async fn exec_joins_a_running_container() {
     guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
     assert_eq!(code_of(guest.exec("c", "e0", &["true"], streams("")).await), Code::FAILED_PRECONDITION);
     guest.start_container("c").await.unwrap();
-    guest.exec("c", "e1", &["sh", "-c", "cat; tr '\\0' ' ' < /proc/1/cmdline; exit 3"], streams("io")).await.unwrap();
+    // A container that has been started is about to execute its program.
+    let script = "cat; until grep -q ^sleep /proc/1/cmdline; do :; done; tr '\\0' ' ' < /proc/1/cmdline; exit 3";
+    guest.exec("c", "e1", &["sh", "-c", script], streams("io")).await.unwrap();
     assert_eq!(code_of(guest.exec("c", "e1", &["true"], streams("")).await), Code::ALREADY_EXISTS);
     guest.write("c", "e1", b"hello ").await;
     assert_eq!(guest.wait("c", "e1").await.unwrap().code, 3);
@@ -216,7 +217,9 @@ async fn pod_shares_a_pid_namespace_and_dead_containers_leave_it() {
     guest.start_container("a").await.unwrap();
     guest.create_with("b", spec("b", &["sleep", "79"]), streams(""), pod, "").await.unwrap();
     guest.start_container("b").await.unwrap();
-    guest.exec("b", "e", &["sh", "-c", "cat /proc/*/cmdline | tr '\\0' ' '"], streams("o")).await.unwrap();
+    let script = "all() { cat /proc/*/cmdline 2>/dev/null | tr '\\0' ' '; }
+        until all | grep -q 'sleep 78' && all | grep -q 'sleep 79'; do :; done; all";
+    guest.exec("b", "e", &["sh", "-c", script], streams("o")).await.unwrap();
     guest.wait("b", "e").await.unwrap();
     let seen = guest.read("b", "e", Stream::Stdout).await;
     assert!(["sleep 78", "sleep 79", "pid-namespace"].iter().all(|line| seen.contains(line)), "{seen}");
