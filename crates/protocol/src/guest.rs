@@ -22,6 +22,10 @@ pub const SHARE_TAG: &str = "share";
 /// Where the agent mounts the pod's share.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 
+/// Directory of the share with the volumes that containers have, each under its number; `<container id>/mounts/<n>` is a link
+/// to one. The dot keeps it apart from containers' ids.
+pub const SHARED_VOLUMES: &str = ".volumes";
+
 /// Where the agent mounts volumes of huge pages, each under its name.
 pub const HUGE_PAGES_DIR: &str = "/run/bulkhead/hugepages";
 

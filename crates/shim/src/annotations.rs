@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
 const CRI_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+const CRI_POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
 const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
 const CRIO_SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
 pub(crate) const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -44,6 +45,11 @@ pub fn role(annotations: &HashMap<String, String>) -> Result<Role, AnnotationErr
         (None, None) => Ok(Role::Standalone),
         (Some(other), _) => Err(AnnotationError::bad(CRI_TYPE, other)),
     }
+}
+
+/// The uid of the pod's object in the API server, by which the kubelet names the pod's directory. CRI-O does not say it.
+pub fn pod_uid(annotations: &HashMap<String, String>) -> Option<&str> {
+    annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| crate::cli::flags::is_identifier(uid))
 }
 
 /// What a pod asks for; `None` where it does not say.

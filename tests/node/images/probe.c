@@ -7,6 +7,8 @@
  *
  * Prints one line for each: its name and `ok`, the name of an error, or what it found.
  *
+ *     probe meet DIRECTORY   what passes by way of a directory from another container, in which this runs:
+ *     probe hold DIRECTORY   says `holding` and goes on until it is killed
  *     probe starve SECONDS   says `starving` and takes all of one processor, in real time and without the usual limit
  */
 #define _GNU_SOURCE
@@ -517,6 +519,124 @@ static void files(const char *directory)
     TRY("immutable flag", ioctl(open("old", O_RDONLY), FS_IOC_SETFLAGS, &(int){FS_IMMUTABLE_FL}));
 }
 
+static const struct sockaddr_un meeting = {.sun_family = AF_UNIX, .sun_path = "meeting"};
+
+/* Does what `meet` asks for by one character, and answers with what it has found. */
+static void serve(int peer, char *map, int fifo)
+{
+    char order;
+    while (read(peer, &order, 1) == 1) {
+        char answer[16] = "done";
+        int grown = -1;
+        switch (order) {
+        case 'f':
+            memset(answer, 0, sizeof answer);
+            if (read(fifo, answer, sizeof answer - 1) < 0)
+                strcpy(answer, "nothing");
+            break;
+        case 'm':
+            strcpy(map, "changed");
+            break;
+        case 'g':
+            grown = open("grown", O_WRONLY | O_APPEND);
+            if (write(grown, "more", 4) != 4)
+                perror("grown");
+            close(grown);
+            break;
+        case 'c':
+            close(make("made", ""));
+            break;
+        case 'r':
+            rename("made", "renamed");
+            break;
+        }
+        if (write(peer, answer, sizeof answer) < 0)
+            perror("answer");
+    }
+    close(peer);
+}
+
+static int hold(const char *directory)
+{
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (chdir(directory) < 0 || bind(listener, (struct sockaddr *)&meeting, sizeof meeting) < 0 || listen(listener, 1) < 0) {
+        perror(directory);
+        return 1;
+    }
+    int held = make("held", "as it was");
+    char *map = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, held, 0);
+    int fifo = mkfifo("fifo", 0666) < 0 ? -1 : open("fifo", O_RDWR | O_NONBLOCK);
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    if (map == MAP_FAILED || fifo < 0 || flock(make("flock", ""), LOCK_EX) < 0
+        || fcntl(make("posix", ""), F_SETLK, &all) < 0 || fcntl(make("ofd", ""), F_OFD_SETLK, &all) < 0) {
+        perror(directory);
+        return 1;
+    }
+    close(make("grown", "some"));
+    puts("holding");
+    fflush(stdout);
+    for (;;)
+        serve(accept(listener, 0, 0), map, fifo);
+}
+
+static void ask(int peer, char order)
+{
+    char answer[16] = {0};
+    if (write(peer, &order, 1) != 1 || read(peer, answer, sizeof answer) <= 0)
+        strcpy(answer, "no answer");
+    printf("asked for %c: %s\n", order, answer);
+}
+
+static long announced(int peer, int events, char order)
+{
+    char buffer[4096];
+    struct inotify_event *event = (void *)buffer;
+    ask(peer, order);
+    struct pollfd ready = {.fd = events, .events = POLLIN};
+    if (poll(&ready, 1, 2000) != 1 || read(events, buffer, sizeof buffer) < (long)sizeof *event)
+        return -1;
+    printf("event %x of %s\n", event->mask, event->name);
+    return 0;
+}
+
+static int meet(const char *directory)
+{
+    int peer = socket(AF_UNIX, SOCK_STREAM, 0), fifo, grown, events;
+    char text[16] = {0};
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET}, found = all;
+    struct stat before, after;
+
+    if (chdir(directory) < 0)
+        return 1;
+    say("socket of the other", connect(peer, (struct sockaddr *)&meeting, sizeof meeting));
+    say("fifo of the other", fifo = open("fifo", O_WRONLY | O_NONBLOCK));
+    say("write to the fifo", write(fifo, "through", 7));
+    ask(peer, 'f');
+    char *map = mmap(0, 4096, PROT_READ, MAP_SHARED, open("held", O_RDONLY), 0);
+    if (map != MAP_FAILED) {
+        printf("mapping shows: %s\n", map);
+        ask(peer, 'm');
+        printf("mapping shows: %s\n", map);
+    }
+    say("file that grows", grown = open("grown", O_RDONLY));
+    fstat(grown, &before);
+    ask(peer, 'g');
+    fstat(grown, &after);
+    printf("grown by %ld, shows %s\n", (long)(after.st_size - before.st_size), pread(grown, text, 8, 0) == 8 ? text : "less");
+    say("flock", flock(open("flock", O_RDONLY), LOCK_EX | LOCK_NB));
+    say("POSIX lock", fcntl(open("posix", O_RDWR), F_SETLK, &all));
+    say("open file description lock", fcntl(open("ofd", O_RDWR), F_OFD_SETLK, &all));
+    say("who has the lock", fcntl(open("posix", O_RDONLY), F_GETLK, &found));
+    printf("lock of type %d\n", found.l_type);
+    events = inotify_init1(IN_CLOEXEC);
+    inotify_add_watch(events, ".", IN_CREATE | IN_MOVED_TO);
+    say("event of a creation", announced(peer, events, 'c'));
+    say("event of a renaming", announced(peer, events, 'r'));
+    say("new name", access("renamed", F_OK));
+    unlink("renamed");
+    return 0;
+}
+
 static int starve(unsigned int seconds)
 {
     FILE *limit = fopen("/proc/sys/kernel/sched_rt_runtime_us", "w");
@@ -544,6 +664,10 @@ int main(int argc, char **argv)
         options();
     else if (argc == 3 && !strcmp(argv[1], "files"))
         files(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "hold"))
+        return hold(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "meet"))
+        return meet(argv[2]);
     else if (argc == 3 && !strcmp(argv[1], "starve"))
         return starve(atoi(argv[2]));
     else

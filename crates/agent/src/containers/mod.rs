@@ -4,10 +4,10 @@
 //! their pids. Locks are held for look-ups only: never two at a time, never across an await.
 
 mod container;
-mod departed;
 pub mod error;
 mod home;
 mod process;
+mod share;
 mod spec;
 
 use std::collections::HashMap;
@@ -28,9 +28,9 @@ use crate::stdio::{Owner, Streams, ends};
 use crate::volumes::Volumes;
 pub use container::Container;
 use container::Phase;
-use departed::Departed;
 pub use error::ContainerError;
 pub use process::Process;
+use share::Share;
 use spec::Placement;
 
 /// Longest container or exec id: containerd's own limit.
@@ -50,7 +50,7 @@ pub struct Containers {
     /// The init of the shared pid namespace, made when the first container asks for it.
     pod_init: OnceCell<(u32, ExitWatch)>,
     exec_serial: AtomicU64,
-    departed: Departed,
+    share: Share,
 }
 
 impl Containers {
@@ -64,7 +64,7 @@ impl Containers {
             table: Mutex::default(),
             pod_init: OnceCell::new(),
             exec_serial: AtomicU64::new(0),
-            departed: Departed::default(),
+            share: Share::default(),
         }
     }
 
@@ -83,9 +83,9 @@ impl Containers {
         check_id(&request.container_id)?;
         let id = request.container_id.clone();
         let container = self.reserve(&id)?;
-        let departed = self.departed.clone();
+        let share = self.share.clone();
         // Beside the creation, which does not depend on it.
-        tokio::task::spawn_blocking(move || departed.look());
+        tokio::task::spawn_blocking(move || share.look());
         let created = self.create_reserved(&container, &request).await;
         if created.is_err() {
             self.forget(&container).await;
@@ -106,7 +106,9 @@ impl Containers {
             terminal: request.streams.terminal,
         };
         let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
+        let (share, owner) = (self.share.clone(), id.to_owned());
         let spec = blocking(move || {
+            share.enter(&owner);
             volumes.create(&copied)?;
             spec::adapt(&json, &placement)
         })
@@ -147,8 +149,8 @@ impl Containers {
         self.runtime.delete(id)?;
         Volumes::of(id).remove()?;
         self.streams.remove_container(id);
+        self.share.leave(id);
         self.table().remove(id);
-        self.departed.add(id);
         Ok(())
     }
 
@@ -282,6 +284,7 @@ impl Containers {
             tracing::warn!(id, %error, "a container that was not created leaves volumes behind");
         }
         self.streams.remove_container(id);
+        self.share.leave(id);
         self.table().remove(id);
     }
 

@@ -4,6 +4,8 @@
 //! what the guest kernel has no module for (AppArmor, SELinux) and what ran on the host (hooks). What libcontainer would
 //! otherwise look up through NSS or inherit from the agent is filled in.
 
+mod links;
+
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
@@ -54,6 +56,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
         kept
     });
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
+    links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
     directory::provide(&mut spec).map_err(|source| {
         let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
         ContainerError::WorkingDirectory { cwd, source }

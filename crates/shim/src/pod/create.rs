@@ -205,7 +205,7 @@ impl Pod {
                 refuse_link(&prepared)?;
             }
             share.add_rootfs(&id, &rootfs, &prepared)?;
-            volumes.iter().enumerate().try_for_each(|(index, volume)| share.add_volume(&id, index, volume))
+            share.add_volumes(&id, &volumes)
         })
         .await;
         mounted?;

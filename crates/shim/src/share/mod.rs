@@ -1,16 +1,18 @@
 //! The pod's share: the one directory of the host that the guest sees, through virtio-fs (DESIGN D5).
 //!
-//! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes. Everything in it
-//! is a mount: nothing is copied, and removing a container is unmounting. A read-only volume is a read-only mount here, never
-//! only in the guest; [`tree`] says why mounts are finished before they are attached.
+//! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes, most of them as links
+//! to what containers have in common ([`volumes`]). Nothing is copied, and removing a container is unmounting. What the pod
+//! may only read is mounted read-only here, never only in the guest; [`tree`] says why mounts are finished before they are
+//! attached.
 
 mod mountinfo;
 mod rootfs;
 mod tree;
+mod volumes;
 
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
@@ -18,14 +20,18 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
 
+use bulkhead_protocol::guest::SHARED_VOLUMES;
+
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
 use tree::{Propagation, Tree};
+use volumes::Volumes;
 
 /// A pod's share. Its methods block: mount(2) on a slow file system does.
 #[derive(Clone, Debug)]
 pub struct Share {
     dir: PathBuf,
+    volumes: Volumes,
 }
 
 impl Share {
@@ -39,12 +45,12 @@ impl Share {
         // Private first: the parent mount may be shared, and a peer of it must not see the pod.
         mount_change(&dir, MountPropagationFlags::PRIVATE).map_err(|e| failed("make private")(e.into()))?;
         mount_change(&dir, MountPropagationFlags::SHARED).map_err(|e| failed("make shared")(e.into()))?;
-        Ok(Self { dir })
+        Ok(Self { dir, volumes: Volumes::default() })
     }
 
     /// The share of a pod whose shim is gone, for cleaning up.
     pub fn of(run_dir: &RunDir) -> Self {
-        Self { dir: run_dir.share() }
+        Self { dir: run_dir.share(), volumes: Volumes::default() }
     }
 
     /// The directory as a descriptor, for the VMM.
@@ -68,28 +74,28 @@ impl Share {
         Ok(())
     }
 
-    /// Binds a volume of a container.
-    pub fn add_volume(&self, id: &str, index: usize, volume: &Volume) -> Result<(), ShareError> {
-        let source = &volume.source;
-        let kind = std::fs::metadata(source).map_err(|error| ShareError::volume(source, error))?.file_type();
-        let target = self.dir.join(id).join("mounts").join(index.to_string());
-        let parent = target.parent().unwrap_or(&self.dir);
-        make_dir(parent).map_err(|error| ShareError::at("make", parent, error))?;
-        if kind.is_dir() {
-            make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
-        } else if kind.is_file() {
-            File::create_new(&target).map(drop).map_err(|error| ShareError::at("make", &target, error))?;
-        } else if kind.is_socket() {
-            return Err(ShareError::Socket(source.clone()));
-        } else {
-            return Err(ShareError::Device(source.clone()));
+    /// Shows the volumes of a container. Those that it may write come first, so that it has the same ones to read.
+    pub fn add_volumes(&self, id: &str, volumes: &[Volume]) -> Result<(), ShareError> {
+        let (writable, others): (Vec<_>, Vec<_>) =
+            volumes.iter().enumerate().partition(|(_, volume)| volume.access == Access::ReadWrite);
+        writable.into_iter().chain(others).try_for_each(|(index, volume)| self.add_volume(id, index, volume))
+    }
+
+    fn add_volume(&self, id: &str, index: usize, volume: &Volume) -> Result<(), ShareError> {
+        let place = self.dir.join(id).join("mounts").join(index.to_string());
+        if volume.copied {
+            return volumes::show(volume, &place);
         }
-        show(volume, &target).map_err(|error| ShareError::volume(source, error.into()))
+        let number = self.volumes.add(&self.dir, id, volume)?;
+        let failed = |error| ShareError::at("make", &place, error);
+        place.parent().map_or(Ok(()), make_dir).map_err(failed)?;
+        symlink(Path::new("../..").join(SHARED_VOLUMES).join(number.to_string()), &place).map_err(failed)
     }
 
     /// Unmounts and removes what a container had. What is already gone is no error.
     pub fn remove_container(&self, id: &str) -> Result<(), ShareError> {
-        remove_tree(&self.dir.join(id))
+        remove_tree(&self.dir.join(id))?;
+        self.volumes.leave(&self.dir, id).iter().try_for_each(|path| remove_tree(path))
     }
 
     /// Unmounts and removes the share and the pod's directory.
@@ -109,17 +115,6 @@ fn make_dir(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-fn show(volume: &Volume, target: &Path) -> Result<(), Errno> {
-    let propagation = if volume.follows_host { Propagation::Slave } else { Propagation::Private };
-    let tree = Tree::copy(&volume.source, volume.recursive, propagation)?;
-    match volume.access {
-        Access::ReadWrite => {}
-        Access::ReadOnly => tree.make_read_only(false)?,
-        Access::RecursiveReadOnly => tree.make_read_only(true)?,
-    }
-    tree.attach(target)
-}
-
 /// Detaches every mount at or below `path`, the newest first, and removes the emptied directories.
 fn remove_tree(path: &Path) -> Result<(), ShareError> {
     let mounts = mountinfo::mounts_below(path).map_err(ShareError::MountTable)?;
@@ -133,7 +128,12 @@ fn remove_tree(path: &Path) -> Result<(), ShareError> {
     if !mountinfo::mounts_below(path).map_err(ShareError::MountTable)?.is_empty() {
         return Err(ShareError::at("unmount", path, Errno::BUSY.into()));
     }
-    ignore_absent(std::fs::remove_dir_all(path)).map_err(|error| ShareError::at("remove", path, error))
+    let removed = match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    ignore_absent(removed).map_err(|error| ShareError::at("remove", path, error))
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

@@ -28,6 +28,7 @@ fn volume(source: &Path) -> Volume {
         access: Access::ReadWrite,
         follows_host: false,
         copied: false,
+        scratch: false,
     }
 }
 
@@ -220,6 +221,98 @@ fn mount_of_the_host_reaches_the_jail_only_where_a_volume_follows() {
         assert!(dir.join("vol/late/from-1").exists());
         share.remove_container("c").unwrap();
         assert!(dir.join("vol/late/from-1").exists(), "the host's mount stays");
+        Share::destroy(&run).unwrap();
+    });
+}
+
+/// What a container's volume is in the share.
+fn shown(run: &RunDir, container: &str, index: usize) -> PathBuf {
+    run.share().join(container).join("mounts").join(index.to_string()).canonicalize().unwrap()
+}
+
+/// Shows the directory `vol` to a container, and answers what it is in the share.
+fn show(share: &Share, run: &RunDir, container: &str, volume: Volume) -> PathBuf {
+    share.add_volumes(container, &[volume]).unwrap();
+    shown(run, container, 0)
+}
+
+#[test]
+fn volume_of_two_containers_is_one_mount_until_both_have_gone() {
+    in_mount_namespace(|dir| {
+        std::fs::create_dir(dir.join("vol")).unwrap();
+        std::fs::create_dir(dir.join("other")).unwrap();
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let one = show(&share, &run, "one", volume(&dir.join("vol")));
+        // As the kubelet gives a subPath: by another mount of the same directory.
+        std::fs::create_dir(dir.join("again")).unwrap();
+        mount_bind(dir.join("vol"), dir.join("again")).unwrap();
+        assert_eq!(show(&share, &run, "two", volume(&dir.join("again"))), one);
+        assert_ne!(show(&share, &run, "three", volume(&dir.join("other"))), one);
+        share.remove_container("one").unwrap();
+        assert!(one.is_dir(), "the other one has it");
+        share.remove_container("two").unwrap();
+        assert!(!one.exists());
+        assert_ne!(show(&share, &run, "two", volume(&dir.join("vol"))), one, "the guest may still know the old number");
+        share.remove_container("two").unwrap();
+        share.remove_container("three").unwrap();
+        assert_eq!(std::fs::read_dir(run.share().join(SHARED_VOLUMES)).unwrap().count(), 0);
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
+    in_mount_namespace(|dir| {
+        let read_only = |source: &Path| Volume { access: Access::ReadOnly, ..volume(source) };
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        for name in ["vol", "scratch", "fixed"] {
+            std::fs::create_dir(dir.join(name)).unwrap();
+        }
+        let early = show(&share, &run, "early", read_only(&dir.join("vol")));
+        assert!(std::fs::write(early.join("x"), "").is_err(), "nobody may write yet");
+        let writer = show(&share, &run, "writer", volume(&dir.join("vol")));
+        assert_ne!(writer, early);
+        std::fs::write(writer.join("x"), "").unwrap();
+        assert!(std::fs::write(early.join("x"), "").is_err());
+        assert_eq!(show(&share, &run, "late", read_only(&dir.join("vol"))), writer);
+
+        let early = show(&share, &run, "scratch-early", Volume { scratch: true, ..read_only(&dir.join("scratch")) });
+        let writer = show(&share, &run, "scratch-writer", Volume { scratch: true, ..volume(&dir.join("scratch")) });
+        assert_eq!(writer, early, "the pod's own directory");
+
+        // One container with both: whatever their order.
+        share.add_volumes("both", &[read_only(&dir.join("fixed")), volume(&dir.join("fixed"))]).unwrap();
+        assert_eq!(shown(&run, "both", 0), shown(&run, "both", 1));
+        Share::destroy(&run).unwrap();
+    });
+}
+
+#[test]
+fn volumes_that_may_differ_are_not_one() {
+    in_mount_namespace(|dir| {
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        for name in ["vol/inner", "frozen", "plain"] {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        let with_mount_below = || volume(&dir.join("vol"));
+        assert_ne!(
+            show(&share, &run, "a", with_mount_below()),
+            show(&share, &run, "b", with_mount_below()),
+            "mounts below"
+        );
+        let follows = || Volume { follows_host: true, ..volume(&dir.join("plain")) };
+        assert_ne!(show(&share, &run, "c", follows()), show(&share, &run, "d", follows()));
+        let plain = show(&share, &run, "e", volume(&dir.join("plain")));
+        // The same directory by a mount that the host has made read-only.
+        mount_bind(dir.join("plain"), dir.join("frozen")).unwrap();
+        rustix::mount::mount_remount(dir.join("frozen"), MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
+        let frozen = show(&share, &run, "f", volume(&dir.join("frozen")));
+        assert_ne!(frozen, plain);
+        assert!(std::fs::write(frozen.join("x"), "").is_err());
         Share::destroy(&run).unwrap();
     });
 }

@@ -28,6 +28,13 @@ pub enum Propagation {
     Slave,
 }
 
+/// A file or directory, whichever name or mount leads to it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Inode {
+    device: u64,
+    number: u64,
+}
+
 /// A detached copy of a mount, or of the mounts below it as well.
 pub struct Tree(OwnedFd);
 
@@ -44,6 +51,17 @@ impl Tree {
     /// Makes it read-only, with what is mounted below it or without.
     pub fn make_read_only(&self, recursive: bool) -> Result<(), Errno> {
         self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None, recursive)
+    }
+
+    /// What it is a mount of.
+    pub fn inode(&self) -> Result<Inode, Errno> {
+        let stat = rustix::fs::fstat(&self.0)?;
+        Ok(Inode { device: stat.st_dev, number: stat.st_ino })
+    }
+
+    /// Whether it cannot be written to, for the mount's sake or the file system's.
+    pub fn is_read_only(&self) -> Result<bool, Errno> {
+        Ok(rustix::fs::fstatvfs(&self.0)?.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
     }
 
     /// Shows it at `target`.

@@ -6,6 +6,7 @@ use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{Mount, Spec};
 
 use super::{HugeVolume, SpecError};
+use crate::annotations;
 
 /// Devices that every kernel has and that behave the same: a bind of one means the guest's own.
 const COMMON_DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
@@ -23,6 +24,8 @@ pub struct Volume {
     pub follows_host: bool,
     /// The guest keeps a copy of it and is told of updates, which raise inotify(7) events in it then.
     pub copied: bool,
+    /// An emptyDir of this pod: the host has nothing in it that the pod may not change.
+    pub scratch: bool,
 }
 
 /// What the guest may do with a volume.
@@ -39,6 +42,7 @@ pub enum Access {
 /// Points the binds of a spec to the share and answers what belongs there.
 pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Volume>, SpecError> {
     let mut volumes = Vec::new();
+    let pod = spec.annotations().as_ref().and_then(annotations::pod_uid).map(str::to_owned);
     for mount in spec.mounts_mut().iter_mut().flatten().filter(|mount| is_bind(mount)) {
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| SpecError::NoSource(mount.destination().clone()))?;
@@ -47,7 +51,7 @@ pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Vol
         } else if let Some(volume) = huge.iter().find(|volume| volume.source == source) {
             mount.set_source(Some(volume.guest_path()));
         } else if !COMMON_DEVICES.iter().any(|device| source == Path::new(device)) {
-            let volume = volume(mount, source)?;
+            let volume = volume(mount, source, pod.as_deref())?;
             let index = volumes.len();
             let place = if volume.copied {
                 format!("{VOLUMES_DIR}/{id}/{index}")
@@ -77,13 +81,14 @@ fn is_pod_shm(mount: &Mount, source: &Path) -> bool {
         && !source.to_string_lossy().contains("kubernetes.io~")
 }
 
-fn volume(mount: &Mount, source: PathBuf) -> Result<Volume, SpecError> {
+fn volume(mount: &Mount, source: PathBuf, pod: Option<&str>) -> Result<Volume, SpecError> {
     if options(mount).any(|option| matches!(option, "shared" | "rshared")) {
         return Err(SpecError::Bidirectional(mount.destination().clone()));
     }
     let access = access(mount);
     Ok(Volume {
         copied: access != Access::ReadWrite && is_kept_by_kubelet(&source),
+        scratch: pod.is_some_and(|uid| is_empty_dir(&source, uid)),
         source,
         access,
         recursive: options(mount).any(|option| option == "rbind"),
@@ -98,6 +103,12 @@ fn access(mount: &Mount) -> Access {
         (false, true) => Access::ReadOnly,
         (false, false) => Access::ReadWrite,
     }
+}
+
+/// An emptyDir of the pod with this uid, by its place: `<root>/pods/<uid>/volumes/<plugin>/<name>`.
+fn is_empty_dir(source: &Path, uid: &str) -> bool {
+    let place = Path::new("pods").join(uid).join("volumes/kubernetes.io~empty-dir");
+    source.parent().is_some_and(|parent| parent.ends_with(place))
 }
 
 /// Volumes of small files that the kubelet writes and updates, by their place: `<pod>/volumes/<plugin>/<name>`

@@ -75,6 +75,7 @@ fn binds_come_through_the_share() {
         access: Access::ReadOnly,
         follows_host: false,
         copied: false,
+        scratch: false,
     };
     let data = Volume {
         source: "/srv/data".into(),
@@ -82,6 +83,7 @@ fn binds_come_through_the_share() {
         access: Access::ReadWrite,
         follows_host: true,
         copied: false,
+        scratch: false,
     };
     assert_eq!(guest.volumes, [hosts, data]);
 }
@@ -101,6 +103,23 @@ fn volumes_that_the_kubelet_updates_are_copied() {
         assert_eq!((guest.volumes[1].copied, guest.volumes[1].access), (copied, access), "{plugin}");
         let dir = if copied { "volumes/c/1" } else { "share/c/mounts/1" };
         assert_eq!(json["mounts"][3]["source"], format!("/run/bulkhead/{dir}"));
+    }
+}
+
+#[test]
+fn only_the_pods_own_empty_dirs_are_its_scratch() {
+    let place = |pod: &str, plugin: &str| format!("/var/lib/kubelet/pods/{pod}/volumes/kubernetes.io~{plugin}/v");
+    for (source, scratch) in [
+        (place("u-1", "empty-dir"), true),
+        (place("u-2", "empty-dir"), false),
+        (place("u-1", "csi"), false),
+        (place("u-1", "empty-dir") + "/below", false),
+    ] {
+        let mut value = container();
+        value["mounts"][3]["source"] = source.clone().into();
+        assert!(!translated(value.clone()).1.volumes[1].scratch, "nobody says whose pod it is: {source}");
+        value["annotations"] = json!({"io.kubernetes.cri.sandbox-uid": "u-1"});
+        assert_eq!(translated(value).1.volumes[1].scratch, scratch, "{source}");
     }
 }
 

@@ -196,6 +196,15 @@ fn stops() -> Vec<Act> {
             let (id, status) = stage.run_to_end(config).await?;
             Ok(ending(&status) + &stage.text(&id, "stdout").await?)
         }),
+        act!(Lifecycle, "DNS configuration where the image has a link to nothing", |stage| {
+            let mut config = shell("image-link", "");
+            config.image = Some(v1::ImageSpec { image: own_image(stage).await?, ..Default::default() });
+            config.command = Vec::new();
+            let script = "readlink /etc/resolv.conf; cat /etc/resolv.conf; cd /run/systemd/resolve; cat stub-resolv.conf; stat -c '%F %a %u' . stub-resolv.conf";
+            config.args = vec![script.into()];
+            let (id, status) = stage.run_to_end(config).await?;
+            Ok(ending(&status) + &stage.tagged_log(&id).await?)
+        }),
         act!(Lifecycle, "preStop runs before the stop signal", |stage| {
             let script = "trap 'echo stopped; exit 0' TERM; echo ready; while :; do sleep 0.2; done";
             let config = shell("pre-stop", script);

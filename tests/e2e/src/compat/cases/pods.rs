@@ -56,6 +56,11 @@ async fn shared(stage: &Stage, name: &str, script: &str) -> Result<(v1::Containe
     Ok((config, id))
 }
 
+/// In a script: the pid of the process with these arguments.
+fn pid_of(args: &str) -> String {
+    format!("$(ps -o pid,args | awk '$2 \" \" $3 == \"{args}\" {{ print $1 }}')")
+}
+
 fn shared_pids() -> Group {
     let acts = shared_pid_acts();
     Group::new("shared-pids")
@@ -71,7 +76,7 @@ fn shared_pid_acts() -> Vec<Act> {
             let (_, one) = shared(stage, "one", "exec sleep 1111").await?;
             let (_, two) = shared(stage, "two", "exec sleep 2222").await?;
             let seen = stage.shell(&two, "ps -o user,args | grep -c '[s]leep [12][12]'; [ $(cat /proc/1/comm) != sh ] && echo pid 1 is the pod; [ $$ != 1 ] && echo own pid").await?;
-            let other = stage.shell(&one, "pkill -f 'sleep 2222'; echo $?").await?;
+            let other = stage.shell(&one, &format!("kill {}; echo $?", pid_of("sleep 2222"))).await?;
             let ended = stage.wait_exit(&two, crate::PATIENCE).await?;
             Ok(format!("{seen:?} {other:?} {}", ended.exit_code))
         }),
@@ -79,9 +84,10 @@ fn shared_pid_acts() -> Vec<Act> {
             let (config, one) = shared(stage, "owner", "echo secret > /only-here; echo ready; exec sleep 3333").await?;
             stage.wait_log(&config, "ready").await?;
             let (_, two) = shared(stage, "reader", "exec sleep 4444").await?;
-            let seen =
-                stage.shell(&two, "cd /proc/$(pgrep -f 'sleep 3333')/root && cat only-here; ls /only-here").await?;
-            let signal = stage.shell(&one, "kill -0 $(pgrep -f 'sleep 4444') && echo may signal").await?;
+            let seen = stage
+                .shell(&two, &format!("cd /proc/{}/root && cat only-here; ls /only-here", pid_of("sleep 3333")))
+                .await?;
+            let signal = stage.shell(&one, &format!("kill -0 {} && echo may signal", pid_of("sleep 4444"))).await?;
             Ok(format!("{seen:?} {signal:?}"))
         }),
         act!(Security, "orphans in a shared pid namespace", |stage| {

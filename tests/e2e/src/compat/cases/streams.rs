@@ -130,7 +130,8 @@ fn attachments() -> Vec<Act> {
             Ok(format!("{code} {}", shell.output))
         }),
         act!(Lifecycle, "terminal of an exec", |stage| {
-            let id = stage.sleeper().await?;
+            // Its own: the number of a terminal depends on what others there are in the container.
+            let id = stage.run(shell("terminal", "exec sleep 3600")).await?;
             let mut shell = Terminal::exec(&stage.pod, &id, &["/bin/sh", "-c", "tty; test -t 0 && test -t 2 && echo all; stat -c '%F %u %g %a' $(tty); env | sort; ps -o tty >/tmp/ttys; sort -u /tmp/ttys; stty -a | grep -oE '(isig|icanon|opost|onlcr)'"], true).await?;
             let code = shell.finish().await?;
             Ok(format!("{code}\n{}", shell.output))

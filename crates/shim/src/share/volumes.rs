@@ -1,0 +1,146 @@
+//! Volumes of a pod, each in the share once, whichever containers have it.
+//!
+//! Containers that have a volume in common must have its inodes in common in the guest: unix(7) sockets, fifos, locks,
+//! mappings and cached pages are the guest kernel's, by inode. The file server takes what is reached through two mounts for
+//! two inodes. So a volume is one mount, `.volumes/<n>`, and `<container id>/mounts/<n>` is a link to it.
+//!
+//! What a container has to itself: a volume with mounts below it or that follows the host, where two copies need not be
+//! the same, and a read-only one that another container later gets to write. A read-only volume that the pod may write
+//! by another container's mount is read-only in the guest alone; the guest could write to it anyway.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bulkhead_protocol::guest::SHARED_VOLUMES;
+use rustix::io::Errno;
+
+use super::mountinfo::mounts_below;
+use super::tree::{Inode, Propagation, Tree};
+use super::{ShareError, make_dir};
+use crate::spec::{Access, Volume};
+
+/// The volumes that the share shows.
+#[derive(Clone, Debug, Default)]
+pub struct Volumes(Arc<Mutex<Table>>);
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Numbers are not used again: the guest may still know what had one.
+    next: u64,
+    shown: Vec<Shown>,
+}
+
+/// A mount in the share.
+#[derive(Debug)]
+struct Shown {
+    number: u64,
+    /// `None` if nobody else may have it.
+    inode: Option<Inode>,
+    writable: bool,
+    containers: BTreeSet<String>,
+}
+
+impl Volumes {
+    /// Shows a container's volume in the share `dir`, and answers below which number.
+    pub fn add(&self, dir: &Path, container: &str, volume: &Volume) -> Result<u64, ShareError> {
+        let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
+        let tree = copy(volume).map_err(failed)?;
+        let alone = volume.follows_host || (volume.recursive && has_mounts_below(&volume.source)?);
+        let inode = if alone { None } else { Some(tree.inode().map_err(failed)?) };
+        let source_writable = !tree.is_read_only().map_err(failed)?;
+        if let Some(number) = self.lock().join(container, volume.access, inode, source_writable) {
+            return Ok(number);
+        }
+        let access = if volume.scratch && !alone { Access::ReadWrite } else { volume.access };
+        restrict(&tree, access).map_err(failed)?;
+        // Nothing that may wait for a file system of the host happens under the lock.
+        let number = self.lock().number();
+        let target = dir.join(SHARED_VOLUMES).join(number.to_string());
+        make_target(&volume.source, &target)?;
+        tree.attach(&target).map_err(failed)?;
+        let writable = access == Access::ReadWrite && source_writable;
+        let containers = BTreeSet::from([container.to_owned()]);
+        self.lock().shown.push(Shown { number, inode, writable, containers });
+        Ok(number)
+    }
+
+    /// A container has gone. Answers what nobody has any more.
+    pub fn leave(&self, dir: &Path, container: &str) -> Vec<PathBuf> {
+        let mut table = self.lock();
+        for shown in &mut table.shown {
+            shown.containers.remove(container);
+        }
+        let unused = table.shown.extract_if(.., |shown| shown.containers.is_empty());
+        unused.map(|shown| dir.join(SHARED_VOLUMES).join(shown.number.to_string())).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Finds what is shown already, preferably where it can be written, and takes part in it.
+    fn join(&mut self, container: &str, access: Access, inode: Option<Inode>, source_writable: bool) -> Option<u64> {
+        let same = self.shown.iter_mut().filter(|shown| inode.is_some() && shown.inode == inode);
+        // A container that may write must meet what its own mount on the host would do.
+        let fits = same.filter(|shown| access != Access::ReadWrite || shown.writable == source_writable);
+        let shown = fits.max_by_key(|shown| shown.writable)?;
+        shown.containers.insert(container.to_owned());
+        Some(shown.number)
+    }
+}
+
+/// Shows a volume at a place of its own.
+pub fn show(volume: &Volume, target: &Path) -> Result<(), ShareError> {
+    let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
+    let tree = copy(volume).map_err(failed)?;
+    restrict(&tree, volume.access).map_err(failed)?;
+    make_target(&volume.source, target)?;
+    tree.attach(target).map_err(failed)
+}
+
+fn copy(volume: &Volume) -> Result<Tree, Errno> {
+    let propagation = if volume.follows_host { Propagation::Slave } else { Propagation::Private };
+    Tree::copy(&volume.source, volume.recursive, propagation)
+}
+
+fn restrict(tree: &Tree, access: Access) -> Result<(), Errno> {
+    match access {
+        Access::ReadWrite => Ok(()),
+        Access::ReadOnly => tree.make_read_only(false),
+        Access::RecursiveReadOnly => tree.make_read_only(true),
+    }
+}
+
+/// Makes what a volume is mounted on: it has the kind of its source.
+fn make_target(source: &Path, target: &Path) -> Result<(), ShareError> {
+    let kind = std::fs::metadata(source).map_err(|error| ShareError::volume(source, error))?.file_type();
+    let failed = |path: &Path, error| ShareError::at("make", path, error);
+    if let Some(parent) = target.parent() {
+        make_dir(parent).map_err(|error| failed(parent, error))?;
+    }
+    if kind.is_dir() {
+        make_dir(target).map_err(|error| failed(target, error))
+    } else if kind.is_file() {
+        File::create_new(target).map(drop).map_err(|error| failed(target, error))
+    } else if kind.is_socket() {
+        Err(ShareError::Socket(source.to_path_buf()))
+    } else {
+        Err(ShareError::Device(source.to_path_buf()))
+    }
+}
+
+fn has_mounts_below(source: &Path) -> Result<bool, ShareError> {
+    let place = source.canonicalize().map_err(|error| ShareError::volume(source, error))?;
+    let mounts = mounts_below(&place).map_err(ShareError::MountTable)?;
+    Ok(mounts.iter().any(|mount| *mount != place))
+}
