@@ -9,10 +9,10 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
+use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -92,8 +92,11 @@ impl Vm {
         let (vm, ready) = Self::supervise(ours, child, pid)?;
         match tokio::time::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
+            Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
+                Err(vm.fail(VmError::DiedEarly { how, last_words: tail.last_line() }).await)
+            }
             Ok(Ok(Err(error))) => Err(vm.fail(error).await),
-            Ok(Err(_)) => Err(vm.fail(VmError::DiedEarly(tail.last_line())).await),
+            Ok(Err(_)) => Err(vm.fail(VmError::Ended).await),
             Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
         }
     }
@@ -121,6 +124,7 @@ impl Vm {
             deaf: false,
             over: None,
             ends: false,
+            reason: None,
         };
         tokio::spawn(supervisor.run(orders, tell_end));
         Ok((Self { pid, requests, ended }, ready))
@@ -235,6 +239,8 @@ struct Supervisor {
     over: Option<tokio::time::Instant>,
     /// `over` has been set once.
     ends: bool,
+    /// Why the guest has ended.
+    reason: Option<ExitReason>,
 }
 
 impl Supervisor {
@@ -243,9 +249,7 @@ impl Supervisor {
             tokio::select! {
                 status = self.child.wait() => {
                     tracing::info!(?status, "the VMM has ended");
-                    if let Some(signal) = status.ok().and_then(|status| status.signal()) {
-                        self.tell_ready(Err(VmError::Killed(signal)));
-                    }
+                    self.tell_ready(Err(early_end(status.ok(), self.reason)));
                     break;
                 }
                 received = receive(&self.socket), if !self.deaf => self.take(received),
@@ -297,6 +301,7 @@ impl Supervisor {
             Reply::GuestExited { reason } => {
                 if self.over() {
                     tracing::info!(?reason, "the guest has ended");
+                    self.reason = Some(reason);
                 }
             }
             Reply::Done { id: 0 } => self.built = Instant::now(),
@@ -352,6 +357,19 @@ impl Supervisor {
             Err(error) => drop(answer.send(Err(VmError::Control(error)))),
         }
     }
+}
+
+/// Why there is no guest, when the VMM's process has ended before it was ready.
+fn early_end(status: Option<ExitStatus>, reason: Option<ExitReason>) -> VmError {
+    if let Some(signal) = status.and_then(|status| status.signal()) {
+        return VmError::Killed(signal);
+    }
+    let how = match reason {
+        Some(ExitReason::Reset) => "it reset itself, as its kernel does when it panics",
+        Some(ExitReason::VcpuFault) => "its vCPU met something that KVM cannot go on from",
+        None => "the VMM ended",
+    };
+    VmError::DiedEarly { how, last_words: String::new() }
 }
 
 async fn until(time: Option<tokio::time::Instant>) {
@@ -439,9 +457,14 @@ pub enum VmError {
     /// The VMM says no.
     #[error("the VMM refused: {0}")]
     Refused(String),
-    /// The VMM ended while booting.
-    #[error("the VMM ended before the guest was ready; its last words: {0:?}")]
-    DiedEarly(String),
+    /// The guest or the VMM ended while booting.
+    #[error("the guest ended before it was ready: {how}; last words: {last_words:?}")]
+    DiedEarly {
+        /// How.
+        how: &'static str,
+        /// Of the guest's console, or of the VMM.
+        last_words: String,
+    },
     /// A signal ended the VMM while booting, the out-of-memory killer's above all.
     #[error(
         "signal {0} ended the VMM before the guest was ready; if it was SIGKILL, raise the pod's memory limit, which has to \

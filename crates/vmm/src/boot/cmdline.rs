@@ -9,12 +9,13 @@ use crate::layout::{self, CMDLINE_MAX};
 
 /// Parameters that every guest gets (Documentation/admin-guide/kernel-parameters.txt):
 ///
-/// - `reboot=t panic=-1`: the guest ends by a triple fault, and so it does at once after a panic;
+/// - `reboot=k panic=-1`: the guest ends by the keyboard controller's reset, and so it does at once after a panic; a triple
+///   fault is an accident then, and told;
 /// - `tsc=reliable`: KVM keeps the vCPUs' TSCs in step, so no watchdog wakes an idle guest, and a vCPU comes online
 ///   without measuring its TSC against another one that may not even be running;
 /// - `memory_hotplug.online_policy=auto-movable`: as much of the plugged memory as is safe holds only what can be moved out
 ///   of it, so that it can be unplugged (Documentation/admin-guide/mm/memory-hotplug.rst).
-const MACHINE: &str = "reboot=t panic=-1 tsc=reliable memory_hotplug.online_policy=auto-movable";
+const MACHINE: &str = "reboot=k panic=-1 tsc=reliable memory_hotplug.online_policy=auto-movable";
 
 /// Builds the command line.
 pub fn build(spec: &VmSpec) -> Result<CString, CmdlineError> {

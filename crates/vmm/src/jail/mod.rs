@@ -17,7 +17,6 @@ pub mod seccomp;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::CStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
@@ -140,14 +139,14 @@ fn change_root(share: Option<OwnedFd>) -> Result<(), JailError> {
     pivot_root(c".", c".").map_err(step("make the share the root"))?;
     unmount(c".", UnmountFlags::DETACH).map_err(step("unmount the host's root"))?;
     rustix::process::chdir(c"/").map_err(step("enter the new root"))?;
-    harden(c"/").map_err(step("take devices and programs out of the root"))
+    harden_root().map_err(step("take devices and programs out of the root"))
 }
 
 /// No device, no set-user-id, no program; and nothing to write but in what is mounted below. The directories between belong to
 /// the shim: a link that a guest planted there would be one for the shim's next mount.
-fn harden(mount_point: &CStr) -> Result<(), Errno> {
+fn harden_root() -> Result<(), Errno> {
     let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount_remount(mount_point, flags, c"")
+    mount_remount(c"/", flags, c"")
 }
 
 /// The guest's memory is in this process: no core file and no crash handler of the host's gets it.

@@ -127,8 +127,11 @@ impl Vcpu {
 /// Why an exit that has no answer ends the guest.
 fn last_exit(id: u8, exit: &VcpuExit<'_>) -> ExitReason {
     match exit {
-        // A triple fault is how the guest resets (`reboot=t`).
-        VcpuExit::Shutdown => ExitReason::Reset,
+        // Our guests reset by the keyboard controller; this one met a fault that it could not handle, and could not say so.
+        VcpuExit::Shutdown => {
+            eprintln!("bulkhead-vmm: vcpu{id}: triple fault");
+            ExitReason::Reset
+        }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET, _) => ExitReason::Reset,
         fault => {
             eprintln!("bulkhead-vmm: vcpu{id}: KVM cannot run the guest any further: {fault:?}");

@@ -323,7 +323,7 @@ impl Case<'_> {
         let refused = self.node.refused_pod("chaos", |pod| small(pod, 0)).await;
         std::fs::write(CONFIG, good)?;
         let message = refused?;
-        ensure!(message.contains("ended before the guest was ready"), "{message}");
+        ensure!(message.contains("the guest ended before it was ready"), "{message}");
         Ok(())
     }
 
