@@ -1,6 +1,7 @@
 //! The machine on a real /dev/kvm, with payloads of a few instructions.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::control::ExitReason;
@@ -74,6 +75,41 @@ fn keyboard_reset_ends_the_guest_and_stop_ends_a_vcpu_that_spins() {
     assert_eq!(wait(&machine), ExitReason::Reset);
     machine.stop();
     machine.stop();
+}
+
+/// Threads of this process with a vCPU; those of other tests too, which must not mind either.
+fn vcpu_threads() -> Vec<i32> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let vcpus = tasks.filter(|task| {
+        // A thread may have ended meanwhile.
+        std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("vcpu"))
+    });
+    vcpus.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect()
+}
+
+#[test]
+fn hostile_27_signals_that_interrupt_kvm_change_nothing() {
+    // mov ecx, 100000; in al, 0x99; loop back
+    let mut code = vec![0xb9, 0xa0, 0x86, 0x01, 0x00, 0xe4, 0x99, 0xe2, 0xfc];
+    code.extend(print(b'.'));
+    code.extend(TRIPLE_FAULT);
+    let (mut machine, mut serial) = build(&spec(), kernel(Start::Pvh, &code, &[])).unwrap();
+    machine.start().unwrap();
+    let mut sent = 0;
+    while machine.exit().reason().is_none() {
+        for thread in vcpu_threads() {
+            // SAFETY: the call takes numbers only. A handler that does nothing was installed for the signal when the machine
+            // was built, and a thread that has ended is an error.
+            #[allow(unsafe_code)]
+            let outcome = unsafe { libc::tgkill(libc::getpid(), thread, libc::SIGRTMIN()) };
+            sent += i32::from(outcome == 0);
+        }
+    }
+    assert!(sent > 100, "only {sent} signals");
+    drop(machine);
+    let mut text = String::new();
+    serial.read_to_string(&mut text).unwrap();
+    assert_eq!(text, ".");
 }
 
 #[test]
