@@ -22,6 +22,9 @@ const MEMORY_NOISE: u64 = 512;
 /// Growth of the number of open descriptors that is taken for noise: a connection that is about to be closed has two.
 const DESCRIPTOR_NOISE: usize = 8;
 
+/// Files that each container reads from its volume: a leak of one cycle's is more than noise.
+const VOLUME_FILES: usize = 20;
+
 /// The annotation that makes a guest small, and half of the default memory, in MiB: 20 of them fit into the test node.
 const SMALL: (&str, &str) = ("io.bulkhead.memory-mib", "128");
 
@@ -93,7 +96,7 @@ pub async fn cycles(node: &Node, pods: usize, cycles: usize) -> Result<()> {
     for cycle in 0..cycles {
         let index = cycle % pods;
         let pod = &running[index];
-        one_cycle(pod, cycle).await.with_context(|| format!("cycle {cycle}"))?;
+        one_cycle(node, pod, cycle).await.with_context(|| format!("cycle {cycle}"))?;
         if cycle / pods + 1 == WARM_UP {
             first.insert(index, Cost::of(pod)?);
         }
@@ -109,12 +112,23 @@ pub async fn cycles(node: &Node, pods: usize, cycles: usize) -> Result<()> {
     Ok(())
 }
 
-async fn one_cycle(pod: &TestPod, cycle: usize) -> Result<()> {
-    let container = pod.run(sh(&format!("cycle-{cycle}"), "exec sleep 3600")).await?;
-    let answer = pod.sh(&container, &format!("echo {cycle}")).await?;
-    ensure!(answer == cycle.to_string(), "the exec says {answer:?}");
+/// With a volume of its own, whose files the VMM must not hold when the container is gone.
+async fn one_cycle(node: &Node, pod: &TestPod, cycle: usize) -> Result<()> {
+    let volume = node.logs.join(format!("soak-volume-{cycle}"));
+    fs::create_dir(&volume)?;
+    (0..VOLUME_FILES).try_for_each(|number| fs::write(volume.join(number.to_string()), "x"))?;
+    let mut config = sh(&format!("cycle-{cycle}"), "exec sleep 3600");
+    config.mounts = vec![v1::Mount {
+        container_path: "/volume".into(),
+        host_path: volume.to_string_lossy().into_owned(),
+        ..Default::default()
+    }];
+    let container = pod.run(config).await?;
+    let answer = pod.sh(&container, "cat /volume/* | wc -c").await?;
+    ensure!(answer == VOLUME_FILES.to_string(), "the exec says {answer:?}");
     pod.stop(&container, Duration::ZERO).await?;
-    pod.remove_container(&container).await
+    pod.remove_container(&container).await?;
+    Ok(fs::remove_dir_all(&volume)?)
 }
 
 /// Runs that many pods at once, with a container and an exec in each.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
 
 use super::VmError;
 
@@ -33,12 +34,11 @@ impl Tail {
     }
 }
 
-/// Makes a pipe and follows it; the other end is the VMM's.
-pub fn follow(source: &'static str, tail: &Tail) -> Result<OwnedFd, VmError> {
+/// Makes a pipe and follows it to its end, which is the task's; the other end of the pipe is the VMM's.
+pub fn follow(source: &'static str, tail: &Tail) -> Result<(OwnedFd, JoinHandle<()>), VmError> {
     let (sender, receiver) = pipe::pipe().map_err(VmError::Socket)?;
-    let tail = tail.clone();
-    tokio::spawn(async move { read_lines(source, receiver, tail).await });
-    sender.into_nonblocking_fd().map_err(VmError::Socket)
+    let task = tokio::spawn(read_lines(source, receiver, tail.clone()));
+    Ok((sender.into_nonblocking_fd().map_err(VmError::Socket)?, task))
 }
 
 async fn read_lines(source: &'static str, mut pipe: pipe::Receiver, tail: Tail) {

@@ -71,7 +71,8 @@ impl Vm {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(io_error)?;
         let tail = Tail::default();
-        let (console, stderr) = (console::follow("guest", &tail)?, console::follow("vmm", &tail)?);
+        let (console, console_task) = console::follow("guest", &tail)?;
+        let (stderr, stderr_task) = console::follow("vmm", &tail)?;
         let mut command = tokio::process::Command::new(&config.vmm);
         command.args(["--control-fd", "0"]).stdin(theirs).stdout(Stdio::null()).stderr(stderr);
         command.env_clear().current_dir("/").kill_on_drop(true);
@@ -93,6 +94,9 @@ impl Vm {
         match tokio::time::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
+                // The process is gone; what it has said may still be in the pipes.
+                let said = async { tokio::join!(console_task, stderr_task) };
+                let _ = tokio::time::timeout(AFTERWORD, said).await;
                 Err(vm.fail(VmError::DiedEarly { how, last_words: tail.last_line() }).await)
             }
             Ok(Ok(Err(error))) => Err(vm.fail(error).await),

@@ -323,7 +323,8 @@ impl Case<'_> {
         let refused = self.node.refused_pod("chaos", |pod| small(pod, 0)).await;
         std::fs::write(CONFIG, good)?;
         let message = refused?;
-        ensure!(message.contains("the guest ended before it was ready"), "{message}");
+        ensure!(message.contains("the guest ended before it was ready: it reset itself"), "{message}");
+        ensure!(message.contains("init reached"), "without the guest's last words: {message}");
         Ok(())
     }
 

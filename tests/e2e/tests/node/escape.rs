@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
 use bulkhead_e2e::guest_root::{self, ESCAPE, privileged};
 use bulkhead_e2e::{Node, PATIENCE, TestPod, on_node, sh};
+use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 /// Where the guest's root has the pod's share.
 const SHARE: &str = "/run/bulkhead/share";
@@ -252,7 +253,7 @@ fn swaps_of_directories_and_links_do_not_lead_anyone_out() {
         let mut walker = with_volume(sh("walker", ""), &volume, false);
         walker.command[2] =
             "i=0; while [ $i -lt 300 ]; do for way in inside link; do l=; read -r l < /volume/$way/host-secret; \
-                             echo $l; done 2> /dev/null; i=$((i+1)); done; find /volume"
+                             echo $l; done 2> /dev/null; i=$((i+1)); done; find /volume || true" // it meets swaps as well
                 .into();
         let walker = pod.run(walker).await?;
         for number in 0..2 {
@@ -453,12 +454,23 @@ fn directories_of_a_container_that_guest_root_moves_away_leave_no_mount() {
 fn guest_root_cannot_fill_the_hosts_run_directory_through_the_share() {
     on_node(async |node| {
         let (pod, container) = hostile(node, "fill").await?;
-        let fill = format!("$run dd if=/dev/zero of={SHARE}/ballast bs=64k count=16; $run mkdir {SHARE}/directory");
+        let fill = format!(
+            "for at in {SHARE} {SHARE}/{SHARED_VOLUMES} {SHARE}/{container}/mounts; do
+               $run dd if=/dev/zero of=$at/ballast bs=64k count=16; $run mkdir $at/directory; $run ln -s / $at/0
+             done"
+        );
         guest_root::sh(&pod, &container, &fill).await?;
         let share = Path::new("/run/bulkhead/k8s.io").join(&pod.id).join("share");
-        for entry in fs::read_dir(&share)?.flatten() {
-            let name = entry.file_name();
-            ensure!(name.to_str() == Some(&*container), "the guest has made {} on the host", entry.path().display());
+        let names = |at: PathBuf| -> Result<Vec<String>> {
+            Ok(fs::read_dir(at)?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+        };
+        let mut found = names(share.clone())?;
+        found.sort();
+        ensure!(found == [SHARED_VOLUMES, &container], "the guest has made something of {found:?} on the host");
+        let numbered =
+            names(share.join(SHARED_VOLUMES))?.into_iter().chain(names(share.join(&container).join("mounts"))?);
+        for name in numbered {
+            ensure!(name.parse::<u32>().is_ok(), "the guest has made {name} on the host");
         }
         Ok(())
     });

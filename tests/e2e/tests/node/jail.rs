@@ -1,11 +1,12 @@
 //! The jail around a running pod's VMM, as an operator sees it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
 use bulkhead_e2e::{TestPod, node_command, on_node, sh};
+use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 /// The VMM's process of a pod.
 fn vmm(pod: &TestPod) -> Result<String> {
@@ -51,9 +52,9 @@ fn hostile_19_vmm_has_no_network_and_no_files_but_the_pods() {
         let vmm = vmm(&pod)?;
         let interfaces = node_command("nsenter", &["-t", &vmm, "-n", "ip", "-o", "link"])?;
         ensure!(interfaces.lines().count() == 1 && interfaces.contains("lo:"), "{interfaces}");
-        let root: Vec<_> =
-            fs::read_dir(format!("/proc/{vmm}/root"))?.flatten().map(|entry| entry.file_name()).collect();
-        ensure!(root == [id.as_str()], "{root:?}");
+        let root = fs::read_dir(format!("/proc/{vmm}/root"))?.flatten().map(|entry| entry.file_name());
+        let root: BTreeSet<_> = root.map(|name| name.to_string_lossy().into_owned()).collect();
+        ensure!(root.iter().eq([SHARED_VOLUMES, &id]), "{root:?}");
         Ok(())
     });
 }
@@ -62,28 +63,33 @@ fn hostile_19_vmm_has_no_network_and_no_files_but_the_pods() {
 fn hostile_19_volumes_are_as_read_only_in_the_jail_as_in_the_spec() {
     on_node(async |node| {
         let pod = node.pod("jailed-volumes").await?;
-        let volume = std::env::temp_dir().join("bulkhead-jail-volume");
-        fs::create_dir_all(&volume)?;
+        let place = std::env::temp_dir().join("bulkhead-jail");
         let mut config = sh("main", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done");
-        let mount = |path: &str, readonly| v1::Mount {
-            container_path: path.into(),
-            host_path: volume.display().to_string(),
-            readonly,
-            ..v1::Mount::default()
-        };
-        config.mounts = vec![mount("/rw", false), mount("/ro", true)];
-        pod.run(config).await?;
+        for (name, read_only) in [("written", [false, false]), ("read", [true, true]), ("both", [true, false])] {
+            fs::create_dir_all(place.join(name))?;
+            for (number, readonly) in read_only.into_iter().enumerate() {
+                config.mounts.push(v1::Mount {
+                    container_path: format!("/{name}-{number}"),
+                    host_path: place.join(name).display().to_string(),
+                    readonly,
+                    ..v1::Mount::default()
+                });
+            }
+        }
+        let main = pod.run(config).await?;
         let table = fs::read_to_string(format!("/proc/{}/mountinfo", vmm(&pod)?))?;
-        let of_the_volume = table.lines().filter(|line| line.contains("bulkhead-jail-volume"));
-        let options: BTreeMap<_, _> = of_the_volume
-            .filter_map(|line| {
-                let fields: Vec<_> = line.split(' ').collect();
-                Some((fields.get(5)?.split(',').next()?.to_owned(), fields.get(5)?.to_string()))
-            })
-            .collect();
-        ensure!(options.keys().eq(["ro", "rw"]), "{table}");
-        ensure!(options.values().all(|options| options.contains("nosuid,nodev,noexec")), "{options:?}");
-        fs::remove_dir_all(&volume)?;
+        for (name, access) in [("written", "rw"), ("read", "ro"), ("both", "rw")] {
+            let is_it = |line: &&str| line.contains(&format!("/bulkhead-jail/{name} "));
+            let options: Vec<_> = table.lines().filter(is_it).filter_map(|line| line.split(' ').nth(5)).collect();
+            // One mount, whatever the number of places in the pod.
+            ensure!(options.len() == 1, "{name}: {table}");
+            ensure!(options[0].starts_with(&format!("{access},nosuid,nodev,noexec")), "{name}: {options:?}");
+        }
+        // What the pod may write elsewhere is read-only in the guest.
+        let writable = "for at in /*-?; do touch $at/x 2>/dev/null && echo $at; done; true";
+        let writable = pod.sh(&main, writable).await?;
+        ensure!(writable.split_whitespace().eq(["/both-1", "/written-0", "/written-1"]), "{writable}");
+        fs::remove_dir_all(&place)?;
         Ok(())
     });
 }
