@@ -267,7 +267,7 @@ fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
         let read_only = |source: &Path| Volume { access: Access::ReadOnly, ..volume(source) };
         let run = RunDir::new(&dir.join("run"), "ns", "pod");
         let share = Share::create(&run).unwrap();
-        for name in ["vol", "scratch", "fixed"] {
+        for name in ["vol", "fixed"] {
             std::fs::create_dir(dir.join(name)).unwrap();
         }
         let early = show(&share, &run, "early", read_only(&dir.join("vol")));
@@ -278,9 +278,15 @@ fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
         assert!(std::fs::write(early.join("x"), "").is_err());
         assert_eq!(show(&share, &run, "late", read_only(&dir.join("vol"))), writer);
 
-        let early = show(&share, &run, "scratch-early", Volume { scratch: true, ..read_only(&dir.join("scratch")) });
-        let writer = show(&share, &run, "scratch-writer", Volume { scratch: true, ..volume(&dir.join("scratch")) });
+        let scratch = dir.join("pods/u/volumes/kubernetes.io~empty-dir/v");
+        std::fs::create_dir_all(&scratch).unwrap();
+        let early = show(&share, &run, "scratch-early", Volume { scratch: true, ..read_only(&scratch) });
+        let writer = show(&share, &run, "scratch-writer", Volume { scratch: true, ..volume(&scratch) });
         assert_eq!(writer, early, "the pod's own directory");
+        let link = dir.join("pods/u/volumes/kubernetes.io~empty-dir/link");
+        std::os::unix::fs::symlink(dir.join("fixed"), &link).unwrap();
+        let linked = show(&share, &run, "linked", Volume { scratch: true, ..read_only(&link) });
+        assert!(std::fs::write(linked.join("x"), "").is_err(), "a link with the name of one");
 
         // One container with both: whatever their order.
         share.add_volumes("both", &[read_only(&dir.join("fixed")), volume(&dir.join("fixed"))]).unwrap();

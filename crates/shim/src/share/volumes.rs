@@ -6,7 +6,8 @@
 //!
 //! What a container has to itself: a volume with mounts below it or that follows the host, where two copies need not be
 //! the same, and a read-only one that another container later gets to write. A read-only volume that the pod may write
-//! by another container's mount is read-only in the guest alone; the guest could write to it anyway.
+//! by another container's mount is read-only in the guest alone; the guest could write to it anyway. So is an emptyDir of
+//! the pod's, which has its writers sooner or later.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,8 +20,8 @@ use rustix::io::Errno;
 
 use super::mountinfo::mounts_below;
 use super::tree::{Inode, Propagation, Tree};
-use super::{ShareError, make_dir};
-use crate::spec::{Access, Volume};
+use super::{ShareError, make_dir, remove_tree};
+use crate::spec::{Access, SCRATCH_DEPTH, Volume};
 
 /// The volumes that the share shows.
 #[derive(Clone, Debug, Default)]
@@ -48,19 +49,24 @@ impl Volumes {
     pub fn add(&self, dir: &Path, container: &str, volume: &Volume) -> Result<u64, ShareError> {
         let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
         let tree = copy(volume).map_err(failed)?;
-        let alone = volume.follows_host || (volume.recursive && has_mounts_below(&volume.source)?);
+        let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
+        let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
         let inode = if alone { None } else { Some(tree.inode().map_err(failed)?) };
         let source_writable = !tree.is_read_only().map_err(failed)?;
         if let Some(number) = self.lock().join(container, volume.access, inode, source_writable) {
             return Ok(number);
         }
-        let access = if volume.scratch && !alone { Access::ReadWrite } else { volume.access };
+        let access = if !alone && is_scratch(volume, &place) { Access::ReadWrite } else { volume.access };
         restrict(&tree, access).map_err(failed)?;
         // Nothing that may wait for a file system of the host happens under the lock.
         let number = self.lock().number();
         let target = dir.join(SHARED_VOLUMES).join(number.to_string());
-        make_target(&volume.source, &target)?;
-        tree.attach(&target).map_err(failed)?;
+        let attached = make_target(&volume.source, &target).and_then(|()| tree.attach(&target).map_err(failed));
+        if attached.is_err() {
+            // Nobody else knows of it.
+            let _ = remove_tree(&target);
+        }
+        attached?;
         let writable = access == Access::ReadWrite && source_writable;
         let containers = BTreeSet::from([container.to_owned()]);
         self.lock().shown.push(Shown { number, inode, writable, containers });
@@ -139,8 +145,13 @@ fn make_target(source: &Path, target: &Path) -> Result<(), ShareError> {
     }
 }
 
-fn has_mounts_below(source: &Path) -> Result<bool, ShareError> {
-    let place = source.canonicalize().map_err(|error| ShareError::volume(source, error))?;
-    let mounts = mounts_below(&place).map_err(ShareError::MountTable)?;
-    Ok(mounts.iter().any(|mount| *mount != place))
+fn has_mounts_below(place: &Path) -> Result<bool, ShareError> {
+    let mounts = mounts_below(place).map_err(ShareError::MountTable)?;
+    Ok(mounts.iter().any(|mount| mount != place))
+}
+
+/// Whether it is one of the pod's own directories, and no link of the host's that has the name of one.
+fn is_scratch(volume: &Volume, place: &Path) -> bool {
+    let ends = place.components().rev().zip(volume.source.components().rev());
+    volume.scratch && ends.take(SCRATCH_DEPTH).all(|(there, named)| there == named)
 }

@@ -21,7 +21,7 @@ use crate::sizing::Limits;
 pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
 pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
-pub use mounts::{Access, Volume};
+pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
 pub use sandbox::{SandboxSpec, sandbox};
 

@@ -105,6 +105,9 @@ fn access(mount: &Mount) -> Access {
     }
 }
 
+/// Components of a path that say that it is an emptyDir of a pod.
+pub const SCRATCH_DEPTH: usize = 5;
+
 /// An emptyDir of the pod with this uid, by its place: `<root>/pods/<uid>/volumes/<plugin>/<name>`.
 fn is_empty_dir(source: &Path, uid: &str) -> bool {
     let place = Path::new("pods").join(uid).join("volumes/kubernetes.io~empty-dir");
