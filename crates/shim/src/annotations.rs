@@ -47,8 +47,12 @@ pub fn role(annotations: &HashMap<String, String>) -> Result<Role, AnnotationErr
     }
 }
 
-/// The uid of the pod's object in the API server, by which the kubelet names the pod's directory. CRI-O does not say it.
+/// The uid of the pod's object in the API server, by which the kubelet names the pod's directory. CRI-O does not say it, and
+/// passes on whatever the pod's author says.
 pub fn pod_uid(annotations: &HashMap<String, String>) -> Option<&str> {
+    if annotations.contains_key(CRIO_TYPE) {
+        return None;
+    }
     annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| crate::cli::flags::is_identifier(uid))
 }
 

@@ -253,6 +253,7 @@ impl Supervisor {
             tokio::select! {
                 status = self.child.wait() => {
                     tracing::info!(?status, "the VMM has ended");
+                    self.hear_the_end();
                     self.tell_ready(Err(early_end(status.ok(), self.reason)));
                     break;
                 }
@@ -276,6 +277,17 @@ impl Supervisor {
             }
         }
         ended.send_replace(true);
+    }
+
+    /// What the VMM has sent and this task has not read when the process is gone. As nobody sends any more, it ends.
+    fn hear_the_end(&mut self) {
+        while !self.deaf
+            && let Ok(Some((reply, _))) = control::receive::<Reply>(&self.socket)
+        {
+            if matches!(reply, Reply::GuestExited { .. } | Reply::Failed { .. }) {
+                self.answer(reply);
+            }
+        }
     }
 
     fn kill(&mut self) {

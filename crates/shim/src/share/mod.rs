@@ -94,8 +94,8 @@ impl Share {
 
     /// Unmounts and removes what a container had. What is already gone is no error.
     pub fn remove_container(&self, id: &str) -> Result<(), ShareError> {
-        remove_tree(&self.dir.join(id))?;
-        self.volumes.leave(&self.dir, id).iter().try_for_each(|path| remove_tree(path))
+        let own = remove_tree(&self.dir.join(id));
+        own.and(self.volumes.leave(&self.dir, id))
     }
 
     /// Unmounts and removes the share and the pod's directory.

@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::guest::SHARED_VOLUMES;
@@ -52,7 +52,11 @@ impl Volumes {
         let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
         let inode = if alone { None } else { Some(tree.inode().map_err(failed)?) };
-        let source_writable = !tree.is_read_only().map_err(failed)?;
+        let source_writable = match tree.is_read_only() {
+            // A file system in user space may not say.
+            Err(Errno::NOSYS) => true,
+            said => !said.map_err(failed)?,
+        };
         if let Some(number) = self.lock().join(container, volume.access, inode, source_writable) {
             return Ok(number);
         }
@@ -69,18 +73,29 @@ impl Volumes {
         attached?;
         let writable = access == Access::ReadWrite && source_writable;
         let containers = BTreeSet::from([container.to_owned()]);
-        self.lock().shown.push(Shown { number, inode, writable, containers });
+        let mut table = self.lock();
+        // Another container may have come with it meanwhile.
+        if let Some(other) = table.join(container, volume.access, inode, source_writable) {
+            drop(table);
+            let _ = remove_tree(&target);
+            return Ok(other);
+        }
+        table.shown.push(Shown { number, inode, writable, containers });
         Ok(number)
     }
 
-    /// A container has gone. Answers what nobody has any more.
-    pub fn leave(&self, dir: &Path, container: &str) -> Vec<PathBuf> {
-        let mut table = self.lock();
-        for shown in &mut table.shown {
-            shown.containers.remove(container);
+    /// A container has gone: unmounts what nobody has any more. What cannot be unmounted is tried again with the next one.
+    pub fn leave(&self, dir: &Path, container: &str) -> Result<(), ShareError> {
+        let unused = self.lock().leave(container);
+        let mut outcome = Ok(());
+        for number in unused {
+            let removed = remove_tree(&dir.join(SHARED_VOLUMES).join(number.to_string()));
+            if removed.is_ok() {
+                self.lock().shown.retain(|shown| shown.number != number);
+            }
+            outcome = outcome.and(removed);
         }
-        let unused = table.shown.extract_if(.., |shown| shown.containers.is_empty());
-        unused.map(|shown| dir.join(SHARED_VOLUMES).join(shown.number.to_string())).collect()
+        outcome
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -92,6 +107,19 @@ impl Table {
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
+    }
+
+    /// Takes a container out, and answers what has none now. Nobody can join that any more.
+    fn leave(&mut self, container: &str) -> Vec<u64> {
+        for shown in &mut self.shown {
+            shown.containers.remove(container);
+        }
+        let unused = self.shown.iter_mut().filter(|shown| shown.containers.is_empty());
+        let forget = |shown: &mut Shown| {
+            shown.inode = None;
+            shown.number
+        };
+        unused.map(forget).collect()
     }
 
     /// Finds what is shown already, preferably where it can be written, and takes part in it.

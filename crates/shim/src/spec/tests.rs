@@ -119,7 +119,9 @@ fn only_the_pods_own_empty_dirs_are_its_scratch() {
         value["mounts"][3]["source"] = source.clone().into();
         assert!(!translated(value.clone()).1.volumes[1].scratch, "nobody says whose pod it is: {source}");
         value["annotations"] = json!({"io.kubernetes.cri.sandbox-uid": "u-1"});
-        assert_eq!(translated(value).1.volumes[1].scratch, scratch, "{source}");
+        assert_eq!(translated(value.clone()).1.volumes[1].scratch, scratch, "{source}");
+        value["annotations"]["io.kubernetes.cri-o.ContainerType"] = "container".into();
+        assert!(!translated(value).1.volumes[1].scratch, "under CRI-O the pod's author says it: {source}");
     }
 }
 
