@@ -12,13 +12,13 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::io::Errno;
 
-use super::mountinfo::mounts_below;
+use super::mountinfo::{mounts_below, place_in_file_system};
 use super::tree::{Inode, Propagation, Tree};
 use super::{ShareError, make_dir, remove_tree};
 use crate::spec::{Access, SCRATCH_DEPTH, Volume};
@@ -34,12 +34,20 @@ struct Table {
     shown: Vec<Shown>,
 }
 
+/// A volume, whichever mount of the host leads to it. The inode alone would do, but for file systems whose numbers are not
+/// unique.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct What {
+    inode: Inode,
+    place_in_file_system: PathBuf,
+}
+
 /// A mount in the share.
 #[derive(Debug)]
 struct Shown {
     number: u64,
     /// `None` if nobody else may have it.
-    inode: Option<Inode>,
+    what: Option<What>,
     writable: bool,
     containers: BTreeSet<String>,
 }
@@ -51,13 +59,13 @@ impl Volumes {
         let tree = copy(volume).map_err(failed)?;
         let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
-        let inode = if alone { None } else { Some(tree.inode().map_err(failed)?) };
+        let what = if alone { None } else { what(&tree, &place).map_err(failed)? };
         let source_writable = match tree.is_read_only() {
             // A file system in user space may not say.
             Err(Errno::NOSYS) => true,
             said => !said.map_err(failed)?,
         };
-        if let Some(number) = self.lock().join(container, volume.access, inode, source_writable) {
+        if let Some(number) = self.lock().join(container, volume.access, what.as_ref(), source_writable) {
             return Ok(number);
         }
         let access = if !alone && is_scratch(volume, &place) { Access::ReadWrite } else { volume.access };
@@ -75,12 +83,12 @@ impl Volumes {
         let containers = BTreeSet::from([container.to_owned()]);
         let mut table = self.lock();
         // Another container may have come with it meanwhile.
-        if let Some(other) = table.join(container, volume.access, inode, source_writable) {
+        if let Some(other) = table.join(container, volume.access, what.as_ref(), source_writable) {
             drop(table);
             let _ = remove_tree(&target);
             return Ok(other);
         }
-        table.shown.push(Shown { number, inode, writable, containers });
+        table.shown.push(Shown { number, what, writable, containers });
         Ok(number)
     }
 
@@ -116,15 +124,15 @@ impl Table {
         }
         let unused = self.shown.iter_mut().filter(|shown| shown.containers.is_empty());
         let forget = |shown: &mut Shown| {
-            shown.inode = None;
+            shown.what = None;
             shown.number
         };
         unused.map(forget).collect()
     }
 
     /// Finds what is shown already, preferably where it can be written, and takes part in it.
-    fn join(&mut self, container: &str, access: Access, inode: Option<Inode>, source_writable: bool) -> Option<u64> {
-        let same = self.shown.iter_mut().filter(|shown| inode.is_some() && shown.inode == inode);
+    fn join(&mut self, container: &str, access: Access, what: Option<&What>, source_writable: bool) -> Option<u64> {
+        let same = self.shown.iter_mut().filter(|shown| what.is_some() && shown.what.as_ref() == what);
         // A container that may write must meet what its own mount on the host would do.
         let fits = same.filter(|shown| access != Access::ReadWrite || shown.writable == source_writable);
         let shown = fits.max_by_key(|shown| shown.writable)?;
@@ -171,6 +179,13 @@ fn make_target(source: &Path, target: &Path) -> Result<(), ShareError> {
     } else {
         Err(ShareError::Device(source.to_path_buf()))
     }
+}
+
+fn what(tree: &Tree, place: &Path) -> Result<Option<What>, Errno> {
+    let inode = tree.inode()?;
+    // Without it the container has the volume to itself.
+    let place_in_file_system = place_in_file_system(place).unwrap_or_default();
+    Ok(place_in_file_system.map(|place_in_file_system| What { inode, place_in_file_system }))
 }
 
 fn has_mounts_below(place: &Path) -> Result<bool, ShareError> {

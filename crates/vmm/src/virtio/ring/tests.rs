@@ -134,7 +134,8 @@ fn hostile_06_used_index_is_never_seen_torn() {
                 if pushed_meanwhile < 0x8000 {
                     looks += 1;
                     // Half of a new index and half of an old one is less than what was there, by 256 at most.
-                    torn += u32::from(u32::from(now.wrapping_sub(before as u16)) > pushed_meanwhile);
+                    let before = u16::try_from(before & 0xffff).unwrap();
+                    torn += u32::from(u32::from(now.wrapping_sub(before)) > pushed_meanwhile);
                 }
             }
             (looks, torn)
