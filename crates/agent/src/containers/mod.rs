@@ -177,7 +177,10 @@ impl Containers {
             (request.process.clone(), request.streams.terminal, container.rootfs().to_owned());
         let process = blocking(move || spec::adapt_process(&json, terminal, &rootfs)).await?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
-        let group = container.process("").ok().and_then(|init| container.cgroup().group_for_exec(init.pid()));
+        let init = container.process("")?;
+        // Until it has, nobody may look at the namespaces that it has joined (ptrace(2), access mode checks).
+        init.executed().await;
+        let group = container.cgroup().group_for_exec(init.pid());
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
         let created = self.runtime.exec(container.id(), group, serial, &process, stdio).await?;
         Ok(self.adopt(container, &request.exec_id, created, ours, &request.streams)?.pid())

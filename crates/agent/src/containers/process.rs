@@ -1,12 +1,18 @@
 //! One process of a container: its init or an exec.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::termios::{Winsize, tcsetwinsize};
+use tokio::net::unix::pipe;
 
 use crate::reaper::{Exit, ExitWatch};
 use crate::runtime::Created;
 use crate::runtime::message::WindowSize;
+
+/// How long an init that was started may take to its program. It runs the container's own startContainer hooks on its way,
+/// and reads the program from the host.
+const TO_PROGRAM: Duration = Duration::from_secs(10);
 
 /// A process, running or ended.
 #[derive(Debug)]
@@ -14,11 +20,17 @@ pub struct Process {
     pid: u32,
     exit: ExitWatch,
     terminal: Option<OwnedFd>,
+    until_executed: Option<pipe::Receiver>,
 }
 
 impl Process {
     pub(super) fn new(created: Created) -> Self {
-        Self { pid: created.pid, exit: created.exit, terminal: created.terminal }
+        Self {
+            pid: created.pid,
+            exit: created.exit,
+            terminal: created.terminal,
+            until_executed: created.until_executed,
+        }
     }
 
     /// Its pid in the guest's root pid namespace.
@@ -29,6 +41,14 @@ impl Process {
     /// Whether it has ended.
     pub fn ended(&self) -> bool {
         self.exit.ended()
+    }
+
+    /// Waits until an init that was started executes its program or has ended, in bounded time.
+    pub async fn executed(&self) {
+        if let Some(pipe) = &self.until_executed {
+            // Nobody writes: readable is at its end.
+            let _ = tokio::time::timeout(TO_PROGRAM, pipe.readable()).await;
+        }
     }
 
     /// Waits for its end.

@@ -23,6 +23,9 @@ use super::executor::{AgentExecutor, Confinement};
 use super::message::{Action, Reply, Request};
 use crate::sys;
 
+/// Standard streams of a process.
+const STREAMS: usize = 3;
+
 /// Runs a helper; the socket to the agent is standard input. Answers the exit status.
 pub fn main() -> i32 {
     let agent = io::stdin();
@@ -37,10 +40,12 @@ pub fn main() -> i32 {
     i32::from(sent.is_err())
 }
 
-fn perform(request: Request, stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
+fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
     if request.action == Action::PidNamespace {
         return spawn_pid_namespace().map(|pid| (pid, None));
     }
+    // What comes with the streams is only held.
+    let _held = stdio.split_off(stdio.len().min(STREAMS));
     give_streams(&stdio, request.uid)?;
     let console = request.terminal.map(|_| Console::listen()).transpose()?;
     let console_path = console.as_ref().map(|console| console.path.clone());
@@ -85,7 +90,7 @@ fn builder(
     stdio: Vec<OwnedFd>,
     executor: AgentExecutor,
 ) -> Result<ContainerBuilder, HelperError> {
-    let [stdin, stdout, stderr] = <[OwnedFd; 3]>::try_from(stdio).map_err(|_| HelperError::Streams)?;
+    let [stdin, stdout, stderr] = <[OwnedFd; STREAMS]>::try_from(stdio).map_err(|_| HelperError::Streams)?;
     Ok(ContainerBuilder::new(id, SyscallType::default())
         .validate_id()?
         .with_root_path(state)?

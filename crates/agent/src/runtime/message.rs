@@ -1,5 +1,6 @@
 //! What the agent sends a helper and gets back: one message each way, framed as those of
-//! [`bulkhead_protocol::control`]. The request carries the new process's stdin, stdout and stderr, the reply the master of
+//! [`bulkhead_protocol::control`]. The request carries the new process's stdin, stdout and stderr and what it shall hold up to its
+//! program, the reply the master of
 //! its terminal.
 
 use std::path::PathBuf;

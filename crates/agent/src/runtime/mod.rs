@@ -21,9 +21,11 @@ use std::sync::Arc;
 use bulkhead_protocol::control::{self, ControlError};
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 use crate::reaper::{Exit, ExitWatch, Reaper};
 use crate::sys;
@@ -69,6 +71,8 @@ pub struct Created {
     pub exit: ExitWatch,
     /// Its terminal's master.
     pub terminal: Option<OwnedFd>,
+    /// Of a container's init: a pipe that ends when the process executes its program, or ends.
+    pub until_executed: Option<pipe::Receiver>,
 }
 
 impl Runtime {
@@ -85,7 +89,13 @@ impl Runtime {
             .map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let action = Action::Create { id: id.into(), bundle, state: STATE.into() };
-        self.run(Request { action, uid, terminal: stdio.terminal }, Some(stdio)).await
+        // The helper hands its end down by fork(2); execve(2) closes it.
+        let (ends, held) =
+            pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|error| RuntimeError::Spawn(error.into()))?;
+        let ends = pipe::Receiver::from_owned_fd(ends).map_err(RuntimeError::Spawn)?;
+        let request = Request { action, uid, terminal: stdio.terminal };
+        let created = self.run(request, Some(stdio), Some(held)).await?;
+        Ok(Created { until_executed: Some(ends), ..created })
     }
 
     /// Lets a created container's init go on to its program.
@@ -116,14 +126,14 @@ impl Runtime {
         let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists());
         let action = Action::Exec { id: id.into(), state: STATE.into(), process: path.clone(), seccomp, cgroup };
         let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
-        let created = self.run(request, Some(stdio)).await;
+        let created = self.run(request, Some(stdio), None).await;
         let _ = std::fs::remove_file(path);
         created
     }
 
     /// Creates a pid namespace with an init that does nothing but reap. It lives as long as that process.
     pub async fn pid_namespace(&self) -> Result<Created, RuntimeError> {
-        self.run(Request { action: Action::PidNamespace, uid: 0, terminal: None }, None).await
+        self.run(Request { action: Action::PidNamespace, uid: 0, terminal: None }, None, None).await
     }
 
     /// Removes what the creation of a container has left in files.
@@ -139,15 +149,21 @@ impl Runtime {
         Ok(())
     }
 
-    /// Runs one helper to its answer.
-    async fn run(&self, request: Request, stdio: Option<ProcessStdio>) -> Result<Created, RuntimeError> {
+    /// Runs one helper to its answer. `held` stays open as long as the helper, and what it creates up to its program.
+    async fn run(
+        &self,
+        request: Request,
+        stdio: Option<ProcessStdio>,
+        held: Option<OwnedFd>,
+    ) -> Result<Created, RuntimeError> {
         let birth = self.reaper.expect();
         let (ours, theirs) = control_pair().map_err(|error| RuntimeError::Spawn(error.into()))?;
-        let fds: Vec<_> = stdio.iter().flat_map(|s| [s.stdin.as_fd(), s.stdout.as_fd(), s.stderr.as_fd()]).collect();
+        let streams = stdio.iter().flat_map(|s| [s.stdin.as_fd(), s.stdout.as_fd(), s.stderr.as_fd()]);
+        let fds: Vec<_> = streams.chain(held.iter().map(AsFd::as_fd)).collect();
         control::send(&ours, &request, &fds).map_err(RuntimeError::Talk)?;
         drop(fds);
         // The process must be the only one to hold its ends of the streams, or their end would never be seen.
-        drop(stdio);
+        drop((stdio, held));
         let helper = Command::new("/proc/self/exe")
             .arg(HELPER_ARG)
             .env_clear()
@@ -162,7 +178,9 @@ impl Runtime {
             exit = helper_exit.wait() => last_words(&channel, exit)?,
         };
         match reply {
-            Reply::Created { pid } => Ok(Created { pid, exit: birth.claim(pid), terminal: fds.pop() }),
+            Reply::Created { pid } => {
+                Ok(Created { pid, exit: birth.claim(pid), terminal: fds.pop(), until_executed: None })
+            }
             Reply::Failed { message } => Err(RuntimeError::Refused(message)),
         }
     }

@@ -58,8 +58,8 @@ async fn exec_joins_a_running_container() {
     guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
     assert_eq!(code_of(guest.exec("c", "e0", &["true"], streams("")).await), Code::FAILED_PRECONDITION);
     guest.start_container("c").await.unwrap();
-    // A container that has been started is about to execute its program.
-    let script = "cat; until grep -q ^sleep /proc/1/cmdline; do :; done; tr '\\0' ' ' < /proc/1/cmdline; exit 3";
+    // At once: what has been started is on its way to its program.
+    let script = "cat; tr '\\0' ' ' < /proc/1/cmdline; exit 3";
     guest.exec("c", "e1", &["sh", "-c", script], streams("io")).await.unwrap();
     assert_eq!(code_of(guest.exec("c", "e1", &["true"], streams("")).await), Code::ALREADY_EXISTS);
     guest.write("c", "e1", b"hello ").await;
@@ -137,8 +137,7 @@ async fn user_namespace_confines_root() {
     });
     guest.create_with("c", spec, streams("oe"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
     guest.start_container("c").await.unwrap();
-    // Not before the container's program runs: until then its process is nobody's to look at (ptrace(2), access mode checks).
-    let output = fixture::read_until(&mut guest.attach("c", "", Stream::Stdout).await, "said\n").await;
+    // At once, as a postStart hook does: the container may not have come to its program.
     guest
         .exec("c", "e", &["sh", "-c", "readlink /proc/self/ns/user; cat /proc/self/uid_map"], streams("o"))
         .await
@@ -147,6 +146,7 @@ async fn user_namespace_confines_root() {
     let inside = guest.read("c", "e", Stream::Stdout).await;
     let own = std::fs::read_link("/proc/self/ns/user").unwrap();
     assert!(!inside.contains(own.to_str().unwrap()) && inside.trim_end().ends_with("65536"), "{inside}");
+    let output = fixture::read_until(&mut guest.attach("c", "", Stream::Stdout).await, "said\n").await;
     guest.signal("c", "", 9, true).await.unwrap();
     guest.wait("c", "").await.unwrap();
     assert!(output.starts_with("0 0 0 65536\n") && output.contains("lo"), "{output}");
