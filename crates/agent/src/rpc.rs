@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse,
-    DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse, ProcessId,
-    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+    AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
+    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse,
+    ProcessId, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
     UpdateVolumeRequest,
 };
 use ttrpc::Code;
@@ -17,8 +17,9 @@ use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
+use crate::netns::Netns;
 use crate::reaper::Reaper;
-use crate::sandbox::{self, Sandbox, SandboxError};
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
 use crate::{events, sys};
 
@@ -35,10 +36,10 @@ pub struct Service {
 
 impl Service {
     /// A guest without a pod.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, kernel_boot: Duration) -> Self {
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
         let containers = Arc::new(Containers::new(reaper, streams, sender));
-        Self { sandbox: Arc::default(), containers, events, kernel_boot }
+        Self { sandbox: Arc::new(Sandbox::new(netns)), containers, events, kernel_boot }
     }
 }
 
@@ -49,8 +50,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
-        let sandbox = Arc::clone(&self.sandbox);
-        whole(async move { sandbox.create(request).await }).await?.map_err(status)?;
+        let (sandbox, containers) = (Arc::clone(&self.sandbox), Arc::clone(&self.containers));
+        let namespaces = async move |maps| Ok(containers.create_user_namespace(maps).await?);
+        let created = async move { sandbox.create::<ServiceError>(request, namespaces).await };
+        whole(created).await?.map_err(status)?;
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         Ok(CreateSandboxResponse { kernel_boot_ns, ..CreateSandboxResponse::new() })
     }
@@ -58,6 +61,13 @@ impl Agent for Service {
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         let sandbox = Arc::clone(&self.sandbox);
         done(whole(async move { sandbox.destroy().await }).await?)
+    }
+
+    async fn add_network(&self, _: &TtrpcContext, request: AddNetworkRequest) -> ttrpc::Result<Empty> {
+        let slots = request.slots.clone();
+        beside(move || devices::bind_all(&slots)).await?.map_err(status)?;
+        let sandbox = Arc::clone(&self.sandbox);
+        done(whole(async move { sandbox.add_network(request).await }).await?)
     }
 
     async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {
@@ -120,7 +130,7 @@ impl Agent for Service {
     async fn get_stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Stats> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
         let mut stats = container.cgroup().stats();
-        stats.network = sandbox::interface_stats();
+        stats.network = self.sandbox.interface_stats();
         Ok(stats)
     }
 
@@ -205,6 +215,7 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => {
             Code::FAILED_PRECONDITION
         }
+        ServiceError::Container(C::NoUserNamespace) => Code::INVALID_ARGUMENT,
         ServiceError::Container(C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. }) => {
             Code::INVALID_ARGUMENT
         }

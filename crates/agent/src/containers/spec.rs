@@ -1,6 +1,7 @@
 //! From the shim's OCI spec to the one that libcontainer gets.
 //!
-//! The guest is the pod's network, IPC and UTS namespace, so what would set those up in a container is taken out; so is
+//! The guest is the pod's IPC and UTS namespace, and its network namespace unless the pod has a user namespace, so what would
+//! set those up in a container is taken out; so is
 //! what the guest kernel has no module for (AppArmor, SELinux) and what ran on the host (hooks). What libcontainer would
 //! otherwise look up through NSS or inherit from the agent is filled in.
 
@@ -24,6 +25,8 @@ pub struct Placement {
     pub cgroup: PathBuf,
     /// A process of the pid namespace that it joins; `None` for one of its own.
     pub pid_namespace: Option<u32>,
+    /// A process in the pod's user and network namespaces; `None` if these are the guest's.
+    pub holder: Option<u32>,
     /// Whether init gets a terminal.
     pub terminal: bool,
 }
@@ -42,8 +45,10 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     if linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
         bind_what_a_user_namespace_cannot_mount(spec.mounts_mut().as_deref_mut().unwrap_or_default());
     }
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement)?;
     linux
+        .set_uid_mappings(None)
+        .set_gid_mappings(None)
         .set_cgroups_path(Some(placement.cgroup.clone()))
         .set_namespaces(Some(namespaces))
         .set_sysctl(None)
@@ -80,18 +85,13 @@ pub fn adapt_resources(json: &[u8]) -> Result<LinuxResources, ContainerError> {
     Ok(resources)
 }
 
-/// sysfs and mqueue show the network and IPC namespace, which are the guest's and not the container's user namespace's, so
-/// the kernel lets it mount neither (user_namespaces(7)). The guest's own show the same.
+/// mqueue shows the IPC namespace, which is the guest's and not the pod's user namespace's, so the kernel does not let it be
+/// mounted from there (user_namespaces(7)). The guest's own shows the same.
 fn bind_what_a_user_namespace_cannot_mount(mounts: &mut [Mount]) {
-    for mount in mounts {
-        let source = match mount.typ().as_deref() {
-            Some("sysfs") => "/sys",
-            Some("mqueue") => "/dev/mqueue",
-            _ => continue,
-        };
+    for mount in mounts.iter_mut().filter(|mount| mount.typ().as_deref() == Some("mqueue")) {
         let mut options = mount.options().clone().unwrap_or_default();
         options.push("rbind".into());
-        mount.set_typ(Some("bind".into())).set_source(Some(source.into())).set_options(Some(options));
+        mount.set_typ(Some("bind".into())).set_source(Some("/dev/mqueue".into())).set_options(Some(options));
     }
 }
 
@@ -157,12 +157,13 @@ fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {
     process.set_env(Some(env));
 }
 
-/// The container's namespaces: those of the spec that are not the guest's, and the pid namespace that was asked for.
-fn namespaces(wanted: &[LinuxNamespace], pid: Option<u32>) -> Result<Vec<LinuxNamespace>, ContainerError> {
-    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, Uts};
+/// The container's namespaces: those of the spec that are not the pod's, those of the pod that are not the guest's, and the
+/// pid namespace that was asked for.
+fn namespaces(wanted: &[LinuxNamespace], placement: &Placement) -> Result<Vec<LinuxNamespace>, ContainerError> {
+    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, User, Uts};
     let mut kept: Vec<LinuxNamespace> = wanted
         .iter()
-        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid))
+        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid | User))
         .filter(|namespace| namespace.path().is_none())
         .cloned()
         .collect();
@@ -170,7 +171,15 @@ fn namespaces(wanted: &[LinuxNamespace], pid: Option<u32>) -> Result<Vec<LinuxNa
     if !kept.iter().any(|namespace| namespace.typ() == Mount) {
         kept.push(namespace(Mount, None)?);
     }
-    kept.push(namespace(Pid, pid.map(|pid| format!("/proc/{pid}/ns/pid").into()))?);
+    let of = |pid: u32, kind: &str| Some(format!("/proc/{pid}/ns/{kind}").into());
+    if wanted.iter().any(|namespace| namespace.typ() == User) {
+        let holder = placement.holder.ok_or(ContainerError::NoUserNamespace)?;
+        kept.push(namespace(User, of(holder, "user"))?);
+    }
+    if let Some(holder) = placement.holder {
+        kept.push(namespace(Network, of(holder, "net"))?);
+    }
+    kept.push(namespace(Pid, placement.pid_namespace.and_then(|pid| of(pid, "pid")))?);
     Ok(kept)
 }
 

@@ -9,6 +9,7 @@
 pub mod directory;
 mod executor;
 pub mod helper;
+pub mod id_maps;
 pub mod message;
 pub mod pid_namespace;
 
@@ -29,10 +30,12 @@ use tokio::net::unix::pipe;
 
 use crate::reaper::{Exit, ExitWatch, Reaper};
 use crate::sys;
-use message::{Action, Reply, Request, WindowSize};
+use message::{Action, IdMaps, Reply, Request, WindowSize};
 
 /// First argument of a helper.
 pub const HELPER_ARG: &str = "runtime-helper";
+/// First argument of what maps the ids of a user namespace.
+pub const ID_MAPS_ARG: &str = "id-maps";
 /// First argument of a pid namespace's init.
 pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
 
@@ -131,9 +134,11 @@ impl Runtime {
         created
     }
 
-    /// Creates a pid namespace with an init that does nothing but reap. It lives as long as that process.
-    pub async fn pid_namespace(&self) -> Result<Created, RuntimeError> {
-        self.run(Request { action: Action::PidNamespace, uid: 0, terminal: None }, None, None).await
+    /// Creates a pid namespace with an init that does nothing but reap, in a user and a network namespace of its own if ids
+    /// are given to map. They live as long as that process.
+    pub async fn pod_namespaces(&self, user: Option<IdMaps>) -> Result<Created, RuntimeError> {
+        let action = Action::PidNamespace { user };
+        self.run(Request { action, uid: 0, terminal: None }, None, None).await
     }
 
     /// Removes what the creation of a container has left in files.

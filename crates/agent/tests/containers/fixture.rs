@@ -339,8 +339,8 @@ pub fn make_rootfs(rootfs: &Path) {
     }
     std::fs::copy("/bin/busybox", &busybox).expect("these tests need busybox-static");
     for applet in [
-        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "readlink", "sleep", "stty",
-        "tail", "test", "tr", "true", "tty", "wc", "yes",
+        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "ping", "readlink", "sleep",
+        "stty", "tail", "test", "tr", "true", "tty", "wc", "yes",
     ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

@@ -18,7 +18,7 @@ const SPEC: &str = r#"{
 }"#;
 
 fn adapted(pid_namespace: Option<u32>) -> Spec {
-    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, holder: None, terminal: false };
     adapt(SPEC.as_bytes(), &placement).unwrap()
 }
 
@@ -84,8 +84,20 @@ fn exec_keeps_its_home() {
 }
 
 #[test]
+fn namespaces_of_a_pod_with_a_user_namespace_are_joined() {
+    use LinuxNamespaceType::{Mount, Network, Pid, User};
+    let with_user = SPEC.replace(r#"{"type": "cgroup"}"#, r#"{"type": "user"}"#);
+    let placement = |holder| Placement { cgroup: "/pod/c".into(), pid_namespace: None, holder, terminal: false };
+    let of = |kind: &str| Some(format!("/proc/7/ns/{kind}"));
+    let spec = adapt(with_user.as_bytes(), &placement(Some(7))).unwrap();
+    assert_eq!(kinds(&spec), [(Mount, None), (User, of("user")), (Network, of("net")), (Pid, None)]);
+    let refused = adapt(with_user.as_bytes(), &placement(None));
+    assert!(matches!(refused, Err(ContainerError::NoUserNamespace)));
+}
+
+#[test]
 fn specs_that_lack_something_are_refused() {
-    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, holder: None, terminal: false };
     assert!(matches!(adapt(b"{", &placement), Err(ContainerError::Json { .. })));
     let bare = br#"{"ociVersion": "1.0.2", "root": {"path": "/x"}}"#;
     assert!(matches!(adapt(bare, &placement), Err(ContainerError::Incomplete { what: "process" })));
