@@ -223,7 +223,7 @@ impl Guest {
     /// What the agent's directories and control groups hold of containers, in its mount namespace.
     pub fn leftovers(&self) -> Vec<String> {
         let root = self.agent_root();
-        ["run/bulkhead/bundles", "run/bulkhead/c", "sys/fs/cgroup/pod"]
+        ["run/bulkhead/bundles", "run/bulkhead/c", "run/bulkhead/x", "sys/fs/cgroup/pod"]
             .iter()
             .flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten())
             .map(|entry| entry.unwrap().path())

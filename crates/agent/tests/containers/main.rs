@@ -68,6 +68,12 @@ async fn exec_joins_a_running_container() {
     assert_eq!(guest.wait("c", "e1").await.unwrap().code, 3);
     assert_eq!(guest.read("c", "e1", Stream::Stdout).await, "hello sleep 100 ");
     guest.delete_process("c", "e1").await.unwrap();
+    let files = || guest.run("find /run -mindepth 1 | sort");
+    let before = files();
+    guest.exec("c", "e3", &["true"], streams("t")).await.unwrap();
+    guest.wait("c", "e3").await.unwrap();
+    guest.delete_process("c", "e3").await.unwrap();
+    assert_eq!(files(), before, "an exec leaves files in the guest");
     let error = message_of(guest.exec("c", "e2", &["nonesuch"], streams("")).await);
     assert!(error.contains("exec: \"nonesuch\": executable file not found in $PATH"), "{error}");
     // The process that could not execute it has told why, and may still be on its way out.
