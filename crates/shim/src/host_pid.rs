@@ -20,7 +20,7 @@ pub struct HostPid {
 }
 
 impl HostPid {
-    /// Starts the thread, in a network namespace if there is one: a sandbox's `/proc/<pid>/ns/net` is the pod's.
+    /// Starts the thread, in a network namespace if there is one: `/proc/<pid>/ns/net` is the pod's.
     pub fn new(netns: Option<&Path>) -> std::io::Result<Self> {
         let (alive, parked) = channel::<()>();
         let (tell, told) = channel();

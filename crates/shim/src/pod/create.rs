@@ -26,7 +26,7 @@ use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
-use crate::spec::{self, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
+use crate::spec::{self, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -77,15 +77,18 @@ impl Pod {
         let init = Arc::new(Process::new(key, task.stdio.clone()));
         match kind {
             Kind::Sandbox => {
-                let sandbox_spec = spec::sandbox(&spec)?;
-                let netns = sandbox_spec.netns.clone();
-                self.boot(sandbox_spec, config_path(&task)).await?;
-                self.or_teardown(init.assign_pid(netns.as_deref()).map(drop)).await?;
+                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
+                self.or_teardown(init.assign_pid(sandbox.netns().as_deref()).map(drop)).await?;
                 self.or_teardown(hooks.created(init.pid()).await).await?;
             }
             Kind::Member => self.create_in(&*self.sandbox()?, spec, &task, &init, &hooks).await?,
             Kind::Standalone => {
-                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
+                let mut own = spec::sandbox(&spec)?;
+                if own.netns == Netns::New {
+                    // Nobody gives it to CNI.
+                    own.netns = Netns::None;
+                }
+                let sandbox = self.boot(own, config_path(&task)).await?;
                 self.or_teardown(self.create_in(&sandbox, spec, &task, &init, &hooks).await).await?;
             }
         }
@@ -188,6 +191,7 @@ impl Pod {
         task: &CreateTask,
         init: &Process,
     ) -> Result<(), TaskError> {
+        sandbox.attach_network().await?;
         let prepared = task.bundle.join(spec::root_path(&spec));
         let wanted = spec::disks(&spec)?;
         let mut limits = spec::limits(&spec);
@@ -213,7 +217,7 @@ impl Pod {
         let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
         sandbox.volumes.activate(&task.id);
-        init.assign_pid(None)?;
+        init.assign_pid(sandbox.netns().as_deref())?;
         init.set_io(ProcessIo::connect(&sandbox.agent, &init.key, &task.stdio).await?);
         Ok(())
     }

@@ -68,7 +68,7 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the process a pid of its own on the host, a sandbox's in the pod's network namespace.
+    /// Gives the process a pid of its own on the host, in the pod's network namespace.
     pub fn assign_pid(&self, netns: Option<&Path>) -> Result<u32, TaskError> {
         let host_pid = HostPid::new(netns).map_err(TaskError::HostPid)?;
         let pid = host_pid.get();

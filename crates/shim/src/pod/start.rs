@@ -59,7 +59,7 @@ impl Pod {
         process.expect("start", &[Status::CREATED])?;
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
-        let pid = process.assign_pid(None)?;
+        let pid = process.assign_pid(sandbox.netns().as_deref())?;
         let request = ExecRequest {
             container_id: container.id.clone(),
             exec_id: exec.to_owned(),

@@ -104,6 +104,11 @@ impl Agent {
         Ok(Duration::from_nanos(answer.kernel_boot_ns))
     }
 
+    /// See `Agent.AddNetwork`.
+    pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.add_network(Context::default(), &request)).await.map(drop)
+    }
+
     /// See `Agent.DestroySandbox`.
     pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
         within(SHORT_DEADLINE, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)

@@ -25,6 +25,7 @@ use super::console::{self, Tail};
 use super::hypervisor::Machine;
 use super::pid_namespace;
 use crate::config::Config;
+use crate::network::NetDevice;
 
 /// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
 /// a second is much on hardware; emulated CI nodes are some fifty times slower.
@@ -175,8 +176,17 @@ impl Vm {
 
     /// Puts a disk into a slot of the machine and answers which.
     pub async fn add_disk(&self, file: OwnedFd, read_only: bool, serial: String) -> Result<u8, VmError> {
-        let device = DeviceSpec::Block { file: FdIndex(0), read_only, serial };
-        match self.ask(Command::AddDevice(device), vec![file], SLOT_DEADLINE).await? {
+        self.add_device(DeviceSpec::Block { file: FdIndex(0), read_only, serial }, file).await
+    }
+
+    /// Puts a network device into a slot of the machine and answers which.
+    pub async fn add_net(&self, device: NetDevice) -> Result<u8, VmError> {
+        let NetDevice { tap, mac, mtu } = device;
+        self.add_device(DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, tap).await
+    }
+
+    async fn add_device(&self, device: DeviceSpec, fd: OwnedFd) -> Result<u8, VmError> {
+        match self.ask(Command::AddDevice(device), vec![fd], SLOT_DEADLINE).await? {
             Reply::Added { slot, .. } => Ok(slot),
             _ => Err(VmError::Unexpected),
         }

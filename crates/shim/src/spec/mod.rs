@@ -23,7 +23,7 @@ pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
-pub use sandbox::{SandboxSpec, sandbox};
+pub use sandbox::{Netns, SandboxSpec, UserIds, sandbox};
 
 /// A container as the agent is asked to create it.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ pub struct Given {
 pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, SpecError> {
     devices::renumber(&mut spec, &given.disks);
     let pid = namespaces::strip(&mut spec)?;
-    users::rewrite(&mut spec, pid)?;
+    users::rewrite(&mut spec);
     let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes)?;
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
@@ -160,12 +160,11 @@ pub enum SpecError {
         "hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod or run it with runc"
     )]
     HostIpc,
-    /// containerd makes the network of a pod with user namespaces only after the sandbox was started, in the namespace of
-    /// its process (containerd: internal/cri/server/sandbox_run.go), which the VM would never see.
+    /// The pod wants to see the host's processes.
     #[error(
-        "the pod's network namespace does not exist yet, as with hostUsers: false; remove that from the pod or run it with runc"
+        "hostPID is not possible in a VM, whose processes are not the host's; remove hostPID from the pod or run it with runc"
     )]
-    UserNetwork,
+    HostPid,
     /// A mount shall propagate into the host.
     #[error(
         "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"
@@ -181,11 +180,6 @@ pub enum SpecError {
         "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible (is privileged_without_host_devices = true set for the runtime in containerd's configuration?)"
     )]
     Device(std::path::PathBuf),
-    /// A user namespace in a pod that shares a pid namespace.
-    #[error(
-        "a container with a user namespace (hostUsers: false) cannot share a pid namespace inside a VM; turn off one of the two for the pod"
-    )]
-    UserAndPid,
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),

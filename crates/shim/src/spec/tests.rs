@@ -176,7 +176,7 @@ fn hooks_run_where_their_programs_are() {
 }
 
 #[test]
-fn user_namespace_maps_ids_to_themselves() {
+fn ids_are_left_to_the_pods_user_namespace() {
     let map = |host: u32| json!([{"containerID": 0, "hostID": host, "size": 65536}]);
     let mut value = container();
     value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "user", "path": "/proc/7/ns/user"}]);
@@ -184,22 +184,32 @@ fn user_namespace_maps_ids_to_themselves() {
     value["linux"]["gidMappings"] = map(131_072);
     value["mounts"][3]["uidMappings"] = map(131_072);
     value["mounts"][3]["gidMappings"] = map(131_072);
-    let (json, _) = translated(value.clone());
+    let (json, _) = translated(value);
     assert_eq!(json["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "user"}]));
-    assert_eq!((&json["linux"]["uidMappings"], &json["linux"]["gidMappings"]), (&map(0), &map(0)));
+    assert!(json["linux"]["uidMappings"].is_null() && json["linux"]["gidMappings"].is_null());
     assert!(json["mounts"][3]["uidMappings"].is_null());
-    value["linux"]["namespaces"] = json!([{"type": "user"}]);
-    assert!(matches!(translate(spec(value), "c", &Given::default()), Err(SpecError::UserAndPid)));
 }
 
 #[test]
 fn sandbox_says_what_the_vm_is() {
     let mut value = container();
     value["hostname"] = "pod-1".into();
+    value["domainname"] = "corp".into();
     value["linux"]["namespaces"][3]["path"] = "/var/run/netns/cni-1".into();
     let got = sandbox(&spec(value)).unwrap();
-    assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Some("/var/run/netns/cni-1".into())));
-    assert_eq!(got.sysctls["net.core.somaxconn"], "1");
+    assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Netns::At("/var/run/netns/cni-1".into())));
+    assert_eq!((got.sysctls["net.core.somaxconn"].as_str(), got.domainname.as_str(), got.user), ("1", "corp", None));
+}
+
+#[test]
+fn network_of_a_sandbox_with_a_user_namespace_comes_later() {
+    let mut value = container();
+    value["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "network"}, {"type": "ipc"}, {"type": "pid"}]);
+    value["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+    value["linux"]["gidMappings"] = json!([{"containerID": 1, "hostID": 65536, "size": 2}]);
+    let got = sandbox(&spec(value)).unwrap();
+    let user = UserIds { uids: vec![(0, 65536)], gids: vec![(1, 2)] };
+    assert_eq!((got.netns, got.user), (Netns::New, Some(user)));
 }
 
 #[test]

@@ -13,7 +13,7 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A tap with a name that the kernel chooses; it goes with its descriptor.
 #[allow(unsafe_code)] // ioctl(2)
-fn tap(flags: libc::c_int) -> File {
+pub fn tap(flags: libc::c_int) -> File {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("no tap device; run as root");
     // SAFETY: all zeroes is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
