@@ -1,4 +1,4 @@
-//! `Kill` and `Delete`: both end in bounded time, whatever the guest does (DESIGN D9).
+//! `Kill` and `Delete`: both end in bounded time, whatever the guest does (ARCHITECTURE.md, D9).
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The VMM's process and its control socket (DESIGN D1, D2).
+//! The VMM's process and its control socket (ARCHITECTURE.md, D1, D2).
 //!
 //! One task owns both ([`supervisor`]). The socket is the process's stdin: inherited without clearing close-on-exec on any
 //! descriptor of the shim.
