@@ -1,7 +1,7 @@
 //! The first moments of a guest: mounts, the root that containers can leave, the cgroup hierarchy.
 //!
-//! Nothing here depends on the pod (DESIGN D7): a template is made of a guest that has come through this and waits.
-//! Everything here is paid before the guest is ready, so it does no more than it must.
+//! Nothing here depends on the pod (ARCHITECTURE.md, D7): a template is made of a guest that has come through this and
+//! waits. Everything here is paid before the guest is ready, so it does no more than it must.
 
 use std::convert::Infallible;
 use std::io;

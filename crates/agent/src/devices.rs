@@ -1,4 +1,5 @@
-//! Devices that come while the guest runs: the VMM fills a slot, and the driver is told to look at it (DESIGN D3).
+//! Devices that come while the guest runs: the VMM fills a slot, and the driver is told to look at it (ARCHITECTURE.md,
+//! D3).
 //!
 //! The kernel names the slots of its command line `virtio-mmio.<n>` in their order (drivers/virtio/virtio_mmio.c). Binding
 //! returns when the driver has looked, and by then a disk and its node in /dev, or an interface, exist: nothing has to be

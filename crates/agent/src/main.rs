@@ -1,4 +1,4 @@
-//! `bulkhead-agent`: PID 1 of the guest (DESIGN D6, D8).
+//! `bulkhead-agent`: PID 1 of the guest (ARCHITECTURE.md, D6, D8).
 //!
 //! The shim asks over vsock (ttrpc for control, one connection for each standard stream), the agent answers. What it asks
 //! of the kernel it does itself, except for the creation of containers: libcontainer forks and blocks, so the agent

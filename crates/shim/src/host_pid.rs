@@ -1,4 +1,5 @@
-//! A pid on the host for a process in a guest (DESIGN D10): a parked thread, whose id is in /proc as long as it lives.
+//! A pid on the host for a process in a guest (ARCHITECTURE.md, D10): a parked thread, whose id is in /proc as long as it
+//! lives.
 //!
 //! containerd builds `/proc/<pid>/ns/...` paths from the pids that a shim reports, and tells containers apart by them.
 

@@ -1,7 +1,7 @@
 //! HOME of a process whose environment has none.
 //!
-//! The C library would ask NSS, and a static one would load the container's own libraries for that (DESIGN D6). So this
-//! reads the container's passwd(5) file, and never leaves the root file system in doing so: the image may have made
+//! The C library would ask NSS, and a static one would load the container's own libraries for that (ARCHITECTURE.md, D6). So
+//! this reads the container's passwd(5) file, and never leaves the root file system in doing so: the image may have made
 //! /etc or the file a symbolic link.
 
 use std::io::Read;

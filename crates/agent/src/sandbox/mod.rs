@@ -1,4 +1,4 @@
-//! CreateSandbox: makes the guest, which until then is like every other (DESIGN D7), a pod's.
+//! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
 mod network;
 pub mod size;

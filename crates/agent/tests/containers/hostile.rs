@@ -1,4 +1,4 @@
-//! What has been an escape elsewhere (HOSTILE.md, negative tests 22 and 25: the runc class of faults). A container reaches
+//! What has been an escape elsewhere (docs/negative-tests.md, 22 and 25: the runc class of faults). A container reaches
 //! nothing of the guest outside of it, whether the host's request, the image or the program in it is what tries.
 
 use std::os::unix::fs::symlink;

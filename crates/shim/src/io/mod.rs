@@ -1,4 +1,4 @@
-//! Standard streams: containerd's fifos on one side, a vsock connection for each stream on the other (DESIGN D8).
+//! Standard streams: containerd's fifos on one side, a vsock connection for each stream on the other (ARCHITECTURE.md, D8).
 //!
 //! Bytes are copied with backpressure: a reader that does not read stops the writer in the guest. A fifo is opened for
 //! reading and writing at once where the contract asks for it, so that neither open blocks nor a restart of containerd

@@ -1,6 +1,6 @@
 //! One process as containerd sees it: a container's init, an exec, or the sandbox, which ends with its VM.
 //!
-//! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (DESIGN D9).
+//! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (ARCHITECTURE.md, D9).
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,5 @@
 //! What the guest's console and the VMM's stderr say, into the shim's log: a line at a time, bounded and rate limited,
-//! since the guest decides how much it is (HOSTILE.md, negative test 14).
+//! since the guest decides how much it is (docs/negative-tests.md, 14).
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};

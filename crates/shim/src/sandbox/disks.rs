@@ -1,5 +1,5 @@
 //! Block devices of the host that containers of the pod have (raw block volumes): each is a disk in a slot of the VM, one
-//! for all containers that name the device, and gone with the last of them (DESIGN D3).
+//! for all containers that name the device, and gone with the last of them (ARCHITECTURE.md, D3).
 //!
 //! A device that nobody may write is opened for reading alone: that the guest keeps to it is not trusted.
 

@@ -1,4 +1,4 @@
-//! The machine that a pod gets, as the VMM is told: descriptors, devices and kernel parameters (DESIGN D1).
+//! The machine that a pod gets, as the VMM is told: descriptors, devices and kernel parameters (ARCHITECTURE.md, D1).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! The pod's share: the one directory of the host that the guest sees, through virtio-fs (DESIGN D5).
+//! The pod's share: the one directory of the host that the guest sees, through virtio-fs (ARCHITECTURE.md, D5).
 //!
 //! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes, most of them as links
 //! to what containers have in common ([`volumes`]). Nothing is copied, and removing a container is unmounting. What the pod

@@ -1,4 +1,4 @@
-//! The jail: what a shim's VMM gives up before its guest runs (DESIGN D1).
+//! The jail: what a shim's VMM gives up before its guest runs (ARCHITECTURE.md, D1).
 //!
 //! [`enter`] is called once, before there is a second thread and before a byte of the guest's is looked at. From then on the
 //! process has namespaces of its own (mount, network, IPC, UTS and cgroup; the shim has given it a pid namespace), its root is

@@ -1,7 +1,6 @@
 //! A guest that is hostile to the whole path: the real binary in service mode, with one of every device, boots a small
 //! kernel of ours (`hostile_guest/*.c`) instead of Linux. It programs the devices by hand, wrongly, and reports on the
-//! serial port how they took it. The numbers in the tests' names are those of the list of what has gone wrong in other
-//! virtual machine monitors, which these tests follow.
+//! serial port how they took it. The numbers in the tests' names are those of docs/negative-tests.md.
 
 mod machine;
 mod memory;

@@ -1,4 +1,4 @@
-//! A guest's agent and a VMM that lie (HOSTILE.md, negative test 21): the shim keeps its time, its memory and its word to
+//! A guest's agent and a VMM that lie (docs/negative-tests.md, 21): the shim keeps its time, its memory and its word to
 //! containerd, and other pods notice nothing.
 //!
 //! No guest is booted: the shim starts [`bulkhead_e2e::liar`] in place of the VMM, which says what its script says. Each

@@ -1,5 +1,5 @@
 //! virtio-net (section 5.1) over a tap, in this process: no vhost-net, whose kernel code the guest would reach
-//! (DESIGN section 4).
+//! (ARCHITECTURE.md, D5).
 //!
 //! One queue pair, no control queue: the guest's MAC address is given, and it sees every frame that the tap delivers.
 //! Frames go between guest memory and tap without a copy of ours; [`header`] checks what the guest asks to be done with
