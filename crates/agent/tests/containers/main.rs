@@ -6,6 +6,7 @@
 
 mod fixture;
 mod hostile;
+mod process;
 
 use std::time::Duration;
 
