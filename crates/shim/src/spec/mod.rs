@@ -171,6 +171,11 @@ pub enum SpecError {
         "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"
     )]
     Bidirectional(std::path::PathBuf),
+    /// The container's devices shall be those of a directory of the host.
+    #[error(
+        "the mount at /dev would replace the container's devices by those of the host, which a VM cannot reach; mount it elsewhere, or run the pod with runc"
+    )]
+    Dev,
     /// A `createContainer` hook.
     #[error(
         "the container has an OCI hook createContainer, a program of the host that cannot run inside a VM; remove what adds it, or run the pod with runc"

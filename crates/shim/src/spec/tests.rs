@@ -89,6 +89,26 @@ fn binds_come_through_the_share() {
 }
 
 #[test]
+fn device_bound_onto_another_becomes_its_node() {
+    let mut value = container();
+    let bind = |source: &str, at: &str| json!({"destination": at, "type": "bind", "source": source, "options": ["ro"]});
+    value["mounts"] = json!([
+        bind("/dev/zero", "/dev/random"),
+        bind("/dev/urandom", "/dev/random/"),
+        bind("/dev/null", "/etc/motd"),
+        bind("/srv/data", "/data")
+    ]);
+    let node =
+        |path: &str, minor: u32| json!({"path": path, "type": "c", "major": 1, "minor": minor, "fileMode": 0o666});
+    value["linux"]["devices"] = json!([node("/dev/random", 8), node("/dev/own", 3)]);
+    let (json, guest) = translated(value);
+    let places: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].clone()).collect();
+    assert_eq!(places, ["/etc/motd", "/data"]);
+    assert_eq!(json["linux"]["devices"], json!([node("/dev/own", 3), node("/dev/random", 9)]));
+    assert_eq!((guest.volumes.len(), &json["mounts"][0]["source"]), (1, &json!("/dev/null")));
+}
+
+#[test]
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
@@ -148,6 +168,9 @@ fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
     assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
+    let mut devices = container();
+    devices["mounts"][3]["destination"] = "/dev/".into();
+    assert!(matches!(translate(spec(devices), "c", &Given::default()), Err(SpecError::Dev)));
     let mut hooked = container();
     hooked["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
     assert!(matches!(take_hooks(&mut spec(hooked)), Err(SpecError::CreateContainerHook)));
