@@ -77,7 +77,7 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
     spec.set_root(Some(root));
     if let Some(process) = spec.process_mut() {
-        strip_labels(process);
+        strip_process(process);
     }
     if let Some(linux) = spec.linux_mut() {
         strip_linux(linux);
@@ -94,7 +94,7 @@ pub fn root_path(spec: &Spec) -> std::path::PathBuf {
 /// Rewrites an exec's process: JSON in, JSON out.
 pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
     let mut process: Process = serde_json::from_slice(json).map_err(SpecError::Process)?;
-    strip_labels(&mut process);
+    strip_process(&mut process);
     serde_json::to_vec(&process).map_err(SpecError::Encode)
 }
 
@@ -115,10 +115,11 @@ pub fn limits(spec: &Spec) -> Limits {
     resources.map(Limits::of).unwrap_or_default()
 }
 
-/// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement.
-fn strip_labels(process: &mut Process) {
+/// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement. Nor has it the host's CPUs.
+fn strip_process(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
+    process.set_exec_cpu_affinity(None);
 }
 
 fn strip_linux(linux: &mut Linux) {

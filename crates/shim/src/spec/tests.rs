@@ -227,9 +227,12 @@ fn sandbox_says_what_the_vm_is() {
 
 #[test]
 fn process_and_resources_are_rewritten_alone() {
-    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p"});
+    let process = json!({
+        "user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p",
+        "execCPUAffinity": {"initial": "30-31", "final": "31"}
+    });
     let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
-    assert!(out["apparmorProfile"].is_null());
+    assert!(out["apparmorProfile"].is_null() && out["execCPUAffinity"].is_null());
     let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
     let out: Value =
         serde_json::from_slice(&translate_resources(serde_json::from_value(resources).unwrap()).unwrap()).unwrap();
