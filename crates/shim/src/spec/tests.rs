@@ -168,6 +168,12 @@ fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
     assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
+    let mut interface = container();
+    interface["linux"]["netDevices"] = json!({"eth7": {"name": "eth1"}});
+    assert!(matches!(translate(spec(interface), "c", &Given::default()), Err(SpecError::NetDevices)));
+    let mut listener = container();
+    listener["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock"});
+    assert!(matches!(translate(spec(listener), "c", &Given::default()), Err(SpecError::SeccompListener)));
     let mut devices = container();
     devices["mounts"][3]["destination"] = "/dev/".into();
     assert!(matches!(translate(spec(devices), "c", &Given::default()), Err(SpecError::Dev)));
@@ -231,7 +237,12 @@ fn process_and_resources_are_rewritten_alone() {
         "user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p",
         "execCPUAffinity": {"initial": "30-31", "final": "31"}
     });
-    let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
+    let translated = |process: &Value| translate_process(process.to_string().as_bytes()).unwrap();
+    let (out, size) = translated(&process);
+    let out: Value = serde_json::from_slice(&out).unwrap();
+    assert_eq!(size, ConsoleSize::default());
+    let sized = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "consoleSize": {"height": 23, "width": 1_u64 << 40}});
+    assert_eq!(translated(&sized).1, ConsoleSize { width: u32::MAX, height: 23 });
     assert!(out["apparmorProfile"].is_null() && out["execCPUAffinity"].is_null());
     let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
     let out: Value =
