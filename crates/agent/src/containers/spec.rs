@@ -123,15 +123,20 @@ fn set_unified(resources: &mut LinuxResources, file: &str, value: String) {
 }
 
 /// Says CPU shares as the weight that runc of the same generation as containerd 1.6 to 2.1 makes of them: a line through
-/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back.
+/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back. A group
+/// that is to be idle has no weight: the kernel refuses one (cgroup-v2.rst, cpu.idle).
 fn fit_shares(resources: &mut LinuxResources) {
     let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()).filter(|shares| *shares != 0) else {
         return;
     };
+    let mut idle = false;
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_shares(None);
+        idle = cpu.idle() == Some(1);
     }
-    set_unified(resources, "cpu.weight", weight(shares).to_string());
+    if !idle {
+        set_unified(resources, "cpu.weight", weight(shares).to_string());
+    }
 }
 
 /// A weight of 1 to 10000 for shares of 2 to 262144.
