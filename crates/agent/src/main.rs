@@ -36,6 +36,8 @@ enum Mode {
     PidNamespace,
     /// Makes a container's working directory, as a hook of libcontainer's.
     Directory { rootfs: PathBuf, cwd: PathBuf },
+    /// Copies directories of the image into what is mounted on them, as a hook of libcontainer's.
+    CopyUp { rootfs: PathBuf, places: Vec<PathBuf> },
     /// Serves on Unix sockets in a directory, outside of a guest: for developers and tests.
     Serve(PathBuf),
 }
@@ -48,6 +50,9 @@ impl Mode {
             (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
             (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
                 args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
+            }
+            (Some(runtime::tmpfs::COPY_UP_ARG), Some(rootfs)) => {
+                Some(Self::CopyUp { rootfs: rootfs.into(), places: args.map(PathBuf::from).collect() })
             }
             (Some("serve"), Some(dir)) => Some(Self::Serve(dir.into())),
             _ if pid == 1 => Some(Self::Init),
@@ -63,6 +68,7 @@ fn run() -> i32 {
         Some(Mode::Helper) => runtime::helper::main(),
         Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
         Some(Mode::Directory { rootfs, cwd }) => runtime::directory::main(&rootfs, &cwd),
+        Some(Mode::CopyUp { rootfs, places }) => runtime::tmpfs::main(&rootfs, &places),
         Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
         Some(Mode::Init) => report(power::reboot_after(boot::init)),
         None => {
@@ -98,6 +104,8 @@ mod tests {
         assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
         let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
         assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
+        let copy_up = Mode::CopyUp { rootfs: "/r".into(), places: vec!["/a".into(), "/b".into()] };
+        assert_eq!(mode(&[runtime::tmpfs::COPY_UP_ARG, "/r", "/a", "/b"], 1), Some(copy_up));
         assert_eq!(mode(&["serve", "/run/x"], 7), Some(Mode::Serve("/run/x".into())));
         assert_eq!(mode(&[], 7), None);
     }

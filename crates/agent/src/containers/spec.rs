@@ -14,7 +14,7 @@ use oci_spec::runtime::{
 
 use super::error::ContainerError;
 use super::home;
-use crate::runtime::directory;
+use crate::runtime::{directory, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -57,6 +57,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     });
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
     links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
+    tmpfs::provide(&mut spec);
     directory::provide(&mut spec).map_err(|source| {
         let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
         ContainerError::WorkingDirectory { cwd, source }

@@ -6,6 +6,7 @@
 
 mod fixture;
 mod hostile;
+mod mounts;
 
 use std::time::Duration;
 
