@@ -41,6 +41,8 @@ enum Mode {
     IdMaps { pid: String, maps: IdMaps },
     /// Makes a container's working directory, as a hook of libcontainer's.
     Directory { rootfs: PathBuf, cwd: PathBuf },
+    /// Copies directories of the image into what is mounted on them, as a hook of libcontainer's.
+    CopyUp { rootfs: PathBuf, places: Vec<PathBuf> },
     /// Serves on Unix sockets in a directory, outside of a guest: for developers and tests.
     Serve(PathBuf),
 }
@@ -58,6 +60,9 @@ impl Mode {
             (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
                 args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
             }
+            (Some(runtime::tmpfs::COPY_UP_ARG), Some(rootfs)) => {
+                Some(Self::CopyUp { rootfs: rootfs.into(), places: args.map(PathBuf::from).collect() })
+            }
             (Some("serve"), Some(dir)) => Some(Self::Serve(dir.into())),
             _ if pid == 1 => Some(Self::Init),
             _ => None,
@@ -73,6 +78,7 @@ fn run() -> i32 {
         Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
         Some(Mode::IdMaps { pid, maps }) => runtime::id_maps::main(&pid, &maps),
         Some(Mode::Directory { rootfs, cwd }) => runtime::directory::main(&rootfs, &cwd),
+        Some(Mode::CopyUp { rootfs, places }) => runtime::tmpfs::main(&rootfs, &places),
         Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
         Some(Mode::Init) => report(power::reboot_after(boot::init)),
         None => {
@@ -111,6 +117,8 @@ mod tests {
         assert_eq!(mode(&words, 8), Some(Mode::IdMaps { pid: "7".into(), maps }));
         let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
         assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
+        let copy_up = Mode::CopyUp { rootfs: "/r".into(), places: vec!["/a".into(), "/b".into()] };
+        assert_eq!(mode(&[runtime::tmpfs::COPY_UP_ARG, "/r", "/a", "/b"], 1), Some(copy_up));
         assert_eq!(mode(&["serve", "/run/x"], 7), Some(Mode::Serve("/run/x".into())));
         assert_eq!(mode(&[], 7), None);
     }

@@ -26,6 +26,10 @@ use crate::{events, sys};
 /// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
 const MAX_TEXT: usize = 4096;
 
+/// Most pids of a list: a container may have as many as the kernel, and a pid takes up to four bytes of the 32 KiB that an
+/// answer may have.
+const MAX_PIDS: usize = 4096;
+
 /// Implements the protocol's service.
 pub struct Service {
     sandbox: Arc<Sandbox>,
@@ -123,7 +127,8 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
-        let pids = container.pids().map_err(status)?;
+        let mut pids = container.pids().map_err(status)?;
+        pids.truncate(MAX_PIDS);
         Ok(ListProcessesResponse { pids, ..Default::default() })
     }
 
@@ -238,6 +243,46 @@ fn bounded(mut text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_protocol::agent::{HugeTlbStats, InterfaceStats, IoStats, MemoryStats};
+    use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
+    use protobuf::Message;
+
+    /// What the shim takes.
+    const MAX_ANSWER: u64 = 32 << 10;
+
+    #[test]
+    fn longest_answers_are_short_enough() {
+        const MOST: u64 = u64::MAX;
+        let (major, minor, rbytes, wbytes, rios, wios) = (MOST, MOST, MOST, MOST, MOST, MOST);
+        let disk = IoStats { major, minor, rbytes, wbytes, rios, wios, ..Default::default() };
+        let interface = InterfaceStats {
+            name: "x".repeat(15),
+            rx_bytes: MOST,
+            rx_packets: MOST,
+            rx_errors: MOST,
+            rx_dropped: MOST,
+            tx_bytes: MOST,
+            tx_packets: MOST,
+            tx_errors: MOST,
+            tx_dropped: MOST,
+            ..Default::default()
+        };
+        let pool =
+            HugeTlbStats { page_size: "2MB".into(), current: MOST, max: MOST, fail_count: MOST, ..Default::default() };
+        // More than twice the keys that Linux 6.12 has.
+        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MOST)).collect();
+        let stats = Stats {
+            memory: Some(MemoryStats { stat, ..Default::default() }).into(),
+            io: vec![disk; MAX_STATS_ENTRIES],
+            network: vec![interface; MAX_STATS_ENTRIES],
+            huge_tlb: vec![pool; 8],
+            ..Default::default()
+        };
+        let processes = ListProcessesResponse { pids: vec![1 << 22; MAX_PIDS], ..Default::default() };
+        for size in [stats.compute_size(), processes.compute_size()] {
+            assert!(size < MAX_ANSWER - 1024, "{size}");
+        }
+    }
 
     #[test]
     fn codes_are_those_of_the_protocol() {

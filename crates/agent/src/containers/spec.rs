@@ -15,7 +15,7 @@ use oci_spec::runtime::{
 
 use super::error::ContainerError;
 use super::home;
-use crate::runtime::directory;
+use crate::runtime::{directory, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -62,6 +62,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     });
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
     links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
+    tmpfs::provide(&mut spec);
     directory::provide(&mut spec).map_err(|source| {
         let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
         ContainerError::WorkingDirectory { cwd, source }
@@ -123,15 +124,20 @@ fn set_unified(resources: &mut LinuxResources, file: &str, value: String) {
 }
 
 /// Says CPU shares as the weight that runc of the same generation as containerd 1.6 to 2.1 makes of them: a line through
-/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back.
+/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back. A group
+/// that is to be idle has no weight: the kernel refuses one (cgroup-v2.rst, cpu.idle).
 fn fit_shares(resources: &mut LinuxResources) {
     let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()).filter(|shares| *shares != 0) else {
         return;
     };
+    let mut idle = false;
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_shares(None);
+        idle = cpu.idle() == Some(1);
     }
-    set_unified(resources, "cpu.weight", weight(shares).to_string());
+    if !idle {
+        set_unified(resources, "cpu.weight", weight(shares).to_string());
+    }
 }
 
 /// A weight of 1 to 10000 for shares of 2 to 262144.

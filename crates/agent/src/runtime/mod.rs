@@ -12,6 +12,7 @@ pub mod helper;
 pub mod id_maps;
 pub mod message;
 pub mod pid_namespace;
+pub mod tmpfs;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

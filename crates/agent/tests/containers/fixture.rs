@@ -1,6 +1,7 @@
 //! An agent in namespaces of its own, and what a shim would say to it.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -333,6 +334,7 @@ pub fn make_rootfs(rootfs: &Path) {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
         std::fs::create_dir_all(rootfs.join(dir)).unwrap();
     }
+    std::fs::set_permissions(rootfs.join("tmp"), std::fs::Permissions::from_mode(0o1777)).unwrap();
     let busybox = rootfs.join("bin/busybox");
     if busybox.exists() {
         return;

@@ -6,6 +6,7 @@
 
 mod fixture;
 mod hostile;
+mod mounts;
 mod process;
 
 use std::time::Duration;

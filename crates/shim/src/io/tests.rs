@@ -79,10 +79,12 @@ async fn a_stream_that_never_ends_is_given_up_after_its_process() {
 }
 
 #[test]
-fn a_terminal_has_no_stderr() {
-    let stdio = Stdio { stdin: "i".into(), stdout: "o".into(), stderr: "e".into(), terminal: true };
+fn a_terminal_has_a_size_and_no_stderr() {
+    let console = ConsoleSize { width: 91, height: 23 };
+    let stdio = Stdio { stdin: "i".into(), stdout: "o".into(), stderr: "e".into(), terminal: true, console };
     let streams = stdio.streams();
     assert!(streams.terminal && streams.stdin && streams.stdout && !streams.stderr);
+    assert_eq!((streams.width, streams.height), (91, 23));
 }
 
 /// A shim that did not run for a while finds the silence over and bytes in the stream at once: the bytes come first.

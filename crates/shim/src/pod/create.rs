@@ -26,7 +26,7 @@ use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
-use crate::spec::{self, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
+use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -61,8 +61,9 @@ fn config_path(task: &CreateTask) -> Option<PathBuf> {
 
 impl Pod {
     /// Creates a task and answers its pid.
-    pub async fn create(self: Arc<Self>, task: CreateTask) -> Result<u32, TaskError> {
+    pub async fn create(self: Arc<Self>, mut task: CreateTask) -> Result<u32, TaskError> {
         let mut spec = bundle::read_spec(&task.bundle)?;
+        task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
         let kind = match bundle::spec_role(&spec)? {
             Role::Sandbox => Kind::Sandbox,

@@ -93,9 +93,9 @@ impl Pod {
             return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
         }
         container.init.expect("execute in", &[Status::CREATED, Status::RUNNING])?;
-        let spec = spec::translate_process(&task.process)?;
+        let (spec, console) = spec::translate_process(&task.process)?;
         let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
-        container.add_exec(Arc::new(Process::new(key, task.stdio)), spec)?;
+        container.add_exec(Arc::new(Process::new(key, Stdio { console, ..task.stdio })), spec)?;
         let (container_id, exec_id) = (task.id, task.exec_id);
         self.publisher.publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
         Ok(())

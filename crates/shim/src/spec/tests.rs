@@ -89,6 +89,26 @@ fn binds_come_through_the_share() {
 }
 
 #[test]
+fn device_bound_onto_another_becomes_its_node() {
+    let mut value = container();
+    let bind = |source: &str, at: &str| json!({"destination": at, "type": "bind", "source": source, "options": ["ro"]});
+    value["mounts"] = json!([
+        bind("/dev/zero", "/dev/random"),
+        bind("/dev/urandom", "/dev/random/"),
+        bind("/dev/null", "/etc/motd"),
+        bind("/srv/data", "/data")
+    ]);
+    let node =
+        |path: &str, minor: u32| json!({"path": path, "type": "c", "major": 1, "minor": minor, "fileMode": 0o666});
+    value["linux"]["devices"] = json!([node("/dev/random", 8), node("/dev/own", 3)]);
+    let (json, guest) = translated(value);
+    let places: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].clone()).collect();
+    assert_eq!(places, ["/etc/motd", "/data"]);
+    assert_eq!(json["linux"]["devices"], json!([node("/dev/own", 3), node("/dev/random", 9)]));
+    assert_eq!((guest.volumes.len(), &json["mounts"][0]["source"]), (1, &json!("/dev/null")));
+}
+
+#[test]
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
@@ -148,6 +168,15 @@ fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
     assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
+    let mut interface = container();
+    interface["linux"]["netDevices"] = json!({"eth7": {"name": "eth1"}});
+    assert!(matches!(translate(spec(interface), "c", &Given::default()), Err(SpecError::NetDevices)));
+    let mut listener = container();
+    listener["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock"});
+    assert!(matches!(translate(spec(listener), "c", &Given::default()), Err(SpecError::SeccompListener)));
+    let mut devices = container();
+    devices["mounts"][3]["destination"] = "/dev/".into();
+    assert!(matches!(translate(spec(devices), "c", &Given::default()), Err(SpecError::Dev)));
     let mut hooked = container();
     hooked["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
     assert!(matches!(take_hooks(&mut spec(hooked)), Err(SpecError::CreateContainerHook)));
@@ -214,9 +243,17 @@ fn network_of_a_sandbox_with_a_user_namespace_comes_later() {
 
 #[test]
 fn process_and_resources_are_rewritten_alone() {
-    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p"});
-    let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
-    assert!(out["apparmorProfile"].is_null());
+    let process = json!({
+        "user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p",
+        "execCPUAffinity": {"initial": "30-31", "final": "31"}
+    });
+    let translated = |process: &Value| translate_process(process.to_string().as_bytes()).unwrap();
+    let (out, size) = translated(&process);
+    let out: Value = serde_json::from_slice(&out).unwrap();
+    assert_eq!(size, ConsoleSize::default());
+    let sized = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "consoleSize": {"height": 23, "width": 1_u64 << 40}});
+    assert_eq!(translated(&sized).1, ConsoleSize { width: u32::MAX, height: 23 });
+    assert!(out["apparmorProfile"].is_null() && out["execCPUAffinity"].is_null());
     let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
     let out: Value =
         serde_json::from_slice(&translate_resources(serde_json::from_value(resources).unwrap()).unwrap()).unwrap();

@@ -69,6 +69,16 @@ fn shares_become_the_weight_that_runc_makes_of_them() {
 }
 
 #[test]
+fn group_that_is_to_be_idle_gets_no_weight() {
+    let adapted = |idle: i64| adapt_resources(format!(r#"{{"cpu": {{"shares": 512, "idle": {idle}}}}}"#).as_bytes());
+    let idle = adapted(1).unwrap();
+    assert!(idle.unified().is_none());
+    let cpu = idle.cpu().as_ref().unwrap();
+    assert_eq!((cpu.shares(), cpu.idle()), (None, Some(1)));
+    assert!(adapted(0).unwrap().unified().is_some());
+}
+
+#[test]
 fn swap_equal_to_memory_means_no_swap() {
     let resources = adapt_resources(br#"{"memory": {"limit": 4096, "swap": 4096}}"#).unwrap();
     assert_eq!(resources.unified().as_ref().unwrap().get("memory.swap.max").map(String::as_str), Some("0"));

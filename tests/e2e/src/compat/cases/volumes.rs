@@ -14,7 +14,7 @@ use crate::compat::{Act, Group, Probe, act, shell};
 
 /// A pod with volumes on a disk.
 pub fn group() -> Group {
-    Group::new("volumes").on_disk().probes([root(), bind(), memory(), read_only()]).acts(acts())
+    Group::new("volumes").on_disk().probes([root(), bind(), memory(), read_only(), device()]).acts(acts())
 }
 
 fn root() -> Probe {
@@ -71,6 +71,15 @@ fn read_only() -> Probe {
         })
         .case(Volumes, "read-only volume", "touch /ro/x; mkdir /ro/y; chmod 700 /ro; echo x > /etc/single; cat /etc/single; mount -o remount,rw /ro; rm /etc/single")
         .case(Volumes, "file as a volume", "echo more >> /etc/written; cat /etc/single; rm /etc/written; mv /etc/single /tmp/; stat -c '%F %s' /etc/written")
+}
+
+/// The usual way around a random that blocks.
+fn device() -> Probe {
+    Probe::new("device-on-device")
+        .config(|config, place| {
+            config.mounts = vec![v1::Mount { host_path: "/dev/urandom".into(), ..place.mount("", "/dev/random") }];
+        })
+        .case(Volumes, "urandom in the place of random", "stat -c '%F %t:%T %a %u:%g' /dev/random; head -c 4 /dev/random | wc -c; echo x > /dev/random && echo written")
 }
 
 /// Every entry below a directory in one line each, sorted. With times of files only, in whole seconds: busybox's tar keeps no
