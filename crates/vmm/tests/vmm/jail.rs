@@ -1,5 +1,8 @@
 //! The jail of service mode: what a VMM with a guest has left. These tests take root.
 
+mod child;
+mod filters;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
