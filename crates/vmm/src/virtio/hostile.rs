@@ -37,6 +37,11 @@ const REPLY: u64 = 0x50_0000;
 const WILD: u64 = 0x80_0000;
 const TABLE: u64 = 0x60_0000;
 
+const NET: DeviceSpec = DeviceSpec::Net { tap: FdIndex(0), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+
+/// The header before each frame (section 5.1.6).
+const NET_HEADER: usize = 12;
+
 /// One of each. What the machine can be built of is this and nothing else: [`rig`] would not compile without an arm for it.
 fn every_spec() -> Vec<DeviceSpec> {
     vec![
@@ -45,7 +50,7 @@ fn every_spec() -> Vec<DeviceSpec> {
         DeviceSpec::Console { output: FdIndex(0) },
         DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0) },
         DeviceSpec::Memory { requested_mib: 0 },
-        DeviceSpec::Net { tap: FdIndex(0), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
+        NET,
         DeviceSpec::Rng,
         DeviceSpec::Vsock,
     ]
@@ -61,7 +66,7 @@ struct Rig {
     request: Vec<u8>,
     reply: u32,
     /// The host's side.
-    _host: Box<dyn Any>,
+    host: Box<dyn Any>,
 }
 
 struct NoBacking;
@@ -89,7 +94,7 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
         queue,
         request,
         reply,
-        _host: host,
+        host,
     };
     match spec {
         DeviceSpec::Balloon => rig("balloon", Box::new(Balloon::new(event_loop)), 2, vec![], 0x1000, Box::new(())),
@@ -572,6 +577,7 @@ impl Interrupt for Stuck {
 #[test]
 fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
     let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
+    let device_loop = builder.event_loop();
     let mut build = |spec: DeviceSpec, file: Option<File>| {
         let fds = file.into_iter().map(OwnedFd::from).collect();
         let device = builder.build(&spec, &mut Descriptors::new(fds)).unwrap();
@@ -595,8 +601,18 @@ fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
     queue.add(&disk.buffers());
     queue.kick();
 
+    // With a frame that is one, so that it reaches the wire.
+    let mut net = Rig { request: vec![0; NET_HEADER + 60], ..rig(&NET, device_loop) };
+    let mut session = net.start();
+    assert!(net.ask(&mut session).is_some());
+    let wire = net.host.downcast_ref::<OwnedFd>().unwrap();
+    let crossed = rustix::net::recv(wire, &mut [0; 128][..], rustix::net::RecvFlags::empty());
+    assert_eq!(crossed.unwrap().1, NET_HEADER + 60);
+    net.device.reset();
+
     let share = tempfile::tempdir().unwrap();
     for mut other in [
+        net,
         build(DeviceSpec::Rng, None),
         build(DeviceSpec::Vsock, None),
         build(DeviceSpec::Balloon, None),
