@@ -6,6 +6,8 @@ mod cpuid;
 mod hotplug;
 mod memory;
 mod registers;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -59,7 +61,7 @@ impl Vm {
             return Err(KvmError::Missing(name));
         }
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
-        let fd = create_vm(&kvm)?;
+        let fd = create_vm(|| kvm.create_vm())?;
         // Only Intel hosts without unrestricted guests use it, but it must come before the vCPUs everywhere.
         fd.set_tss_address(layout::KVM_TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
@@ -113,9 +115,9 @@ impl Vm {
 }
 
 /// KVM_CREATE_VM, which a pending signal interrupts.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+fn create_vm<T>(mut create: impl FnMut() -> Result<T, errno::Error>) -> Result<T, KvmError> {
     loop {
-        match kvm.create_vm() {
+        match create() {
             Err(error) if error.errno() == libc::EINTR => {}
             result => return result.map_err(call("KVM_CREATE_VM")),
         }

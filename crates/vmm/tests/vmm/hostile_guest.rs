@@ -129,7 +129,7 @@ fn hostile_14_output_that_nobody_reads_neither_stalls_nor_grows_the_vmm() {
     guest.process_ends_well();
 }
 
-/// A few seconds; `BULKHEAD_FLOOD_SECONDS=60` for a measurement.
+/// A few seconds; tools/hostile makes it a minute (`BULKHEAD_FLOOD_SECONDS=60`) and reads the line that is printed.
 #[test]
 fn hostile_07_flood_of_every_queue_leaves_memory_flat() {
     const MOST_KIB: u64 = 8 << 10;

@@ -1,5 +1,9 @@
 //! The jail of service mode: what a VMM with a guest has left. These tests take root.
 
+mod child;
+mod filters;
+mod landlock;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -122,13 +126,31 @@ fn hostile_19_descriptors_that_the_parent_left_open_are_closed() {
     assert!(vmm.end());
 }
 
+/// Soft and hard limits of a process by name (proc_pid_limits(5)).
+fn limits(process: &str) -> BTreeMap<String, [String; 2]> {
+    let text = fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
+    // Columns of words that are parted by two spaces at least.
+    let rows = text.lines().skip(1).map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()));
+    rows.map(|mut cells| {
+        let mut next = || cells.next().unwrap().to_owned();
+        (next(), [next(), next()])
+    })
+    .collect()
+}
+
 #[test]
-fn hostile_19_core_files_and_crash_handlers_get_nothing() {
+fn hostile_19_core_files_locked_memory_and_message_queues_are_limited_to_nothing() {
     let share = tempfile::tempdir().unwrap();
     let vmm = jailed(share.path());
-    let limits = fs::read_to_string(format!("/proc/{}/limits", vmm.pid())).unwrap();
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    let mut expected = limits("self");
+    for nothing in ["Max core file size", "Max locked memory", "Max msgqueue size"] {
+        expected.insert(nothing.to_owned(), ["0", "0"].map(str::to_owned));
+    }
+    let mut found = limits(&vmm.pid().to_string());
+    // The file server raises its soft limit as far as it needs; the hard one stays.
+    let [own, jailed] = [&mut expected, &mut found].map(|limits| limits.remove("Max open files").unwrap());
+    assert_eq!(own[1], jailed[1]);
+    assert_eq!(found, expected);
     assert!(vmm.end());
 }
 
