@@ -44,13 +44,13 @@ impl Tree {
         let all = if recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | all;
         let tree = Self(open_tree(CWD, source, flags)?);
-        tree.set(ONLY_DATA, Some(propagation), true)?;
+        tree.set(ONLY_DATA, Some(propagation))?;
         Ok(tree)
     }
 
-    /// Makes it read-only, with what is mounted below it or without.
-    pub fn make_read_only(&self, recursive: bool) -> Result<(), Errno> {
-        self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None, recursive)
+    /// Makes it read-only, and all that was copied with it from below.
+    pub fn make_read_only(&self) -> Result<(), Errno> {
+        self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None)
     }
 
     /// What it is a mount of.
@@ -69,7 +69,7 @@ impl Tree {
         move_mount(&self.0, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
     }
 
-    fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>, recursive: bool) -> Result<(), Errno> {
+    fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>) -> Result<(), Errno> {
         let attr = libc::mount_attr {
             attr_set: attributes.bits().into(),
             attr_clr: 0,
@@ -80,14 +80,13 @@ impl Tree {
             },
             userns_fd: 0,
         };
-        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
         // SAFETY: the path is empty and terminated, and the structure as large as said.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_mount_setattr,
                 self.0.as_raw_fd(),
                 c"".as_ptr(),
-                flags,
+                libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
                 &raw const attr,
                 size_of::<libc::mount_attr>(),
             )

@@ -92,7 +92,7 @@ fn binds_come_through_the_share() {
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
-        ("projected", json!(["rbind", "rro"]), true, Access::RecursiveReadOnly),
+        ("projected", json!(["rbind", "rro"]), true, Access::ReadOnly),
         ("secret", json!(["rbind", "rw"]), false, Access::ReadWrite),
         ("empty-dir", json!(["rbind", "ro"]), false, Access::ReadOnly),
     ] {

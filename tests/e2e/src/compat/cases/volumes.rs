@@ -222,6 +222,20 @@ fn shared() -> Vec<Act> {
         .differs(
             "the guest's kernel knows files of the mount until it forgets them, so the host unmounts it with umount -l",
         ),
+        act!(Volumes, "mount below a read-only volume", |stage| {
+            let below = stage.place.directory("fixed/below").to_string_lossy().into_owned();
+            let mounted = stage.on_node(format!("mount -t tmpfs compat {below} && echo x > {below}/there")).await?;
+            let mut config = shell("fixed", "exec sleep 1000");
+            config.mounts = vec![v1::Mount { readonly: true, ..stage.place.mount("fixed", "/fixed") }];
+            let id = stage.run(config).await?;
+            let seen = stage.shell(&id, "cat /fixed/below/there; touch /fixed/new; touch /fixed/below/new").await?;
+            stage.remove_container(&id).await?;
+            let end = stage.on_node(format!("umount {below}")).await?;
+            Ok(format!("{mounted}{seen:?}{end}"))
+        })
+        .differs(
+            "a read-only volume is read-only with all that is mounted below it: the guest's kernel is the pod's, and no mode of a file on the host would stop it",
+        ),
         act!(Volumes, "change on the node is seen in the container and the other way round", |stage| {
             let mut config = shell("both-ways", "exec sleep 1000");
             config.mounts = vec![stage.place.mount("both", "/both")];
