@@ -46,8 +46,8 @@ impl RateLimit {
     /// Writes a line to standard error if the limit admits it.
     pub fn log(&self, line: fmt::Arguments<'_>) {
         match self.admit(Instant::now()) {
-            Some(0) => eprintln!("bulkhead-vmm: guest: {line}"),
-            Some(dropped) => eprintln!("bulkhead-vmm: guest: {line} ({dropped} lines like this were dropped)"),
+            Some(0) => crate::vmm_log!("guest: {line}"),
+            Some(dropped) => crate::vmm_log!("guest: {line} ({dropped} lines like this were dropped)"),
             None => {}
         }
     }
@@ -109,7 +109,8 @@ mod tests {
                 .any(|part| ["tests", "tests.rs", "hostile.rs"].contains(&part.as_os_str().to_str().unwrap()))
             {
                 let text = std::fs::read_to_string(&path).unwrap();
-                let found = ["println!", "print!", "dbg!", "stderr()"].into_iter().find(|word| text.contains(word));
+                let found =
+                    ["println!", "print!", "dbg!", "stderr()", "vmm_log!"].into_iter().find(|word| text.contains(word));
                 assert_eq!(found, None, "{path:?}");
                 seen += 1;
             }
