@@ -89,6 +89,15 @@ fn binds_come_through_the_share() {
 }
 
 #[test]
+fn hostile_11_read_only_volume_gets_no_mounts_that_the_host_makes_later() {
+    for (access, follows) in [("rw", true), ("ro", false), ("rro", false)] {
+        let mut value = container();
+        value["mounts"][3]["options"] = json!(["rbind", "rslave", access]);
+        assert_eq!(translated(value).1.volumes[1].follows_host, follows, "{access}");
+    }
+}
+
+#[test]
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
