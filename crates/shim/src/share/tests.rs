@@ -319,3 +319,18 @@ fn volumes_that_may_differ_are_not_one() {
         Share::destroy(&run).unwrap();
     });
 }
+
+#[test]
+fn hostile_19_device_that_was_opened_for_reading_cannot_be_opened_again_for_writing() {
+    in_mount_namespace(|_| {
+        let file = open_device(Path::new("/dev"), Path::new("null"), OFlags::RDONLY).unwrap();
+        let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        for write in [true, false] {
+            let error = std::fs::OpenOptions::new().read(!write).write(write).open(&again).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+        }
+        assert_eq!(rustix::io::read(&file, &mut [0; 1]), Ok(0), "what is open stays open");
+        assert!(std::fs::write("/dev/null", "x").is_ok(), "the host's own node stays as it is");
+        assert!(open_device(Path::new("/dev"), Path::new("fd/0"), OFlags::RDONLY).is_err(), "a link");
+    });
+}

@@ -11,7 +11,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
@@ -26,6 +26,20 @@ pub enum Propagation {
     Private,
     /// It does, and not the other way round.
     Slave,
+}
+
+/// Opens the device `name` below the directory `dir`, so that who gets the descriptor can do no more with it than it says.
+///
+/// /proc/self/fd leads from a descriptor to the mount by which its file was opened, and there it can be opened again, with other
+/// rights, as far as the node's owner and mode allow. So this is opened by a copy of the mount that allows no devices
+/// afterwards: that open fails (EACCES).
+pub fn open_device(dir: &Path, name: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let tree = Tree(open_tree(CWD, dir, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?);
+    // A link could lead out of the copy.
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let device = rustix::fs::openat2(&tree.0, name, flags | OFlags::CLOEXEC, Mode::empty(), inside)?;
+    tree.set(ONLY_DATA, None)?;
+    Ok(device)
 }
 
 /// A file or directory, whichever name or mount leads to it.
