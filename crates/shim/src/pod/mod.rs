@@ -11,6 +11,7 @@ mod end;
 pub mod error;
 pub mod files;
 mod hooks;
+mod numbers;
 pub mod options;
 pub mod process;
 mod sandbox_api;

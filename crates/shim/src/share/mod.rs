@@ -24,6 +24,7 @@ use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
+pub use tree::open_device;
 use tree::{Propagation, Tree};
 use volumes::Volumes;
 

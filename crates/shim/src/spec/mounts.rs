@@ -28,7 +28,8 @@ pub struct Volume {
     pub recursive: bool,
     /// Whether the guest may write.
     pub access: Access,
-    /// What the host mounts below it later appears as well (HostToContainer).
+    /// What the host mounts below it later appears as well (HostToContainer). Never in what the guest may only read: such a
+    /// mount comes with the host's flags, and would be writable.
     pub follows_host: bool,
     /// The guest keeps a copy of it and is told of updates, which raise inotify(7) events in it then.
     pub copied: bool,
@@ -41,10 +42,10 @@ pub struct Volume {
 pub enum Access {
     /// Read and write.
     ReadWrite,
-    /// Read. What is mounted below the volume has a say of its own, as with every bind mount (mount(8)).
+    /// Read, also what is mounted below it, whether the mount says `ro` or `rro` (`recursiveReadOnly` of Kubernetes). A bind
+    /// mount leaves mounts below it writable (mount(8)), and runc goes by that: there the modes of files stop a container.
+    /// Here the file server is root, and a guest's kernel would write what it likes in the host's /proc and /sys.
     ReadOnly,
-    /// Read, also what is mounted below it (`rro`, `recursiveReadOnly` of Kubernetes).
-    RecursiveReadOnly,
 }
 
 /// Points the binds of a spec to the share and answers what belongs there.
@@ -137,17 +138,13 @@ fn volume(mount: &Mount, source: PathBuf, pod: Option<&str>) -> Result<Volume, S
         source,
         access,
         recursive: options(mount).any(|option| option == "rbind"),
-        follows_host: options(mount).any(|option| matches!(option, "slave" | "rslave")),
+        follows_host: access == Access::ReadWrite && options(mount).any(|option| matches!(option, "slave" | "rslave")),
     })
 }
 
 fn access(mount: &Mount) -> Access {
-    let has = |wanted| options(mount).any(|option| option == wanted);
-    match (has("rro"), has("ro")) {
-        (true, _) => Access::RecursiveReadOnly,
-        (false, true) => Access::ReadOnly,
-        (false, false) => Access::ReadWrite,
-    }
+    let read_only = options(mount).any(|option| matches!(option, "ro" | "rro"));
+    if read_only { Access::ReadOnly } else { Access::ReadWrite }
 }
 
 /// Components of a path that say that it is an emptyDir of a pod.

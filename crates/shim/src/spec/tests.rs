@@ -109,10 +109,19 @@ fn device_bound_onto_another_becomes_its_node() {
 }
 
 #[test]
+fn hostile_11_read_only_volume_gets_no_mounts_that_the_host_makes_later() {
+    for (access, follows) in [("rw", true), ("ro", false), ("rro", false)] {
+        let mut value = container();
+        value["mounts"][3]["options"] = json!(["rbind", "rslave", access]);
+        assert_eq!(translated(value).1.volumes[1].follows_host, follows, "{access}");
+    }
+}
+
+#[test]
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
-        ("projected", json!(["rbind", "rro"]), true, Access::RecursiveReadOnly),
+        ("projected", json!(["rbind", "rro"]), true, Access::ReadOnly),
         ("secret", json!(["rbind", "rw"]), false, Access::ReadWrite),
         ("empty-dir", json!(["rbind", "ro"]), false, Access::ReadOnly),
     ] {

@@ -1,4 +1,4 @@
-//! What KVM answers only under signals and memory pressure. The machine itself is tested with a real /dev/kvm, tests/vmm.
+//! What KVM answers only under signals and memory pressure, or on other hosts. The machine itself is tested with a real /dev/kvm, tests/vmm.
 
 use super::*;
 
@@ -27,4 +27,12 @@ fn hostile_27_creation_without_memory_is_reported_with_its_reason_and_not_repeat
         assert_eq!(text, "KVM refused KVM_CREATE_VM: Cannot allocate memory (os error 12)");
         assert_eq!(taken, answers.len() - 1);
     }
+}
+
+#[test]
+fn performance_counters_are_turned_off_where_kvm_can() {
+    let switch = pmu_switch(1).unwrap();
+    assert_eq!((switch.cap, switch.args, switch.flags), (212, [1, 0, 0, 0], 0));
+    // An older KVM, one without counters, and one with switches of another kind.
+    assert!([-1, 0, 2].into_iter().all(|switches| pmu_switch(switches).is_none()));
 }

@@ -6,11 +6,14 @@ mod landlock;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::process::Stdio;
 
 use bulkhead_protocol::control::{Command, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::common::{Start, kernel, kvm, spec};
 use crate::control::{SPIN, Vmm};
@@ -172,4 +175,30 @@ fn hostile_19_filters_are_printed_with_their_size() {
         assert_eq!(words[1].parse::<usize>().unwrap(), words.len() - 2, "{line}");
     }
     assert_eq!(text.lines().count(), 6, "{text}");
+}
+
+#[test]
+fn kernel_without_landlock_is_named_once() {
+    let absent = SeccompFilter::new(
+        [(libc::SYS_landlock_create_ruleset, vec![])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
+        TargetArch::x86_64,
+    );
+    let absent: BpfProgram = absent.unwrap().try_into().unwrap();
+    let mut log = tempfile::tempfile().unwrap();
+    let stderr = Stdio::from(log.try_clone().unwrap());
+    // A filter is a thread's, and that of the processes that it starts.
+    let start = || {
+        seccompiler::apply_filter(&absent).unwrap();
+        Vmm::start_with(stderr)
+    };
+    let vmm = std::thread::scope(|scope| scope.spawn(start).join().unwrap());
+    vmm.boot(1, spec(), &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    assert!(vmm.end());
+    let mut said = String::new();
+    log.seek(SeekFrom::Start(0)).unwrap();
+    log.read_to_string(&mut said).unwrap();
+    assert_eq!(said.matches("has no Landlock").count(), 1, "{said}");
 }

@@ -231,6 +231,37 @@ fn shared() -> Vec<Act> {
         .differs(
             "the guest's kernel knows files of the mount until it forgets them, so the host unmounts it with umount -l",
         ),
+        act!(Volumes, "mount below a read-only volume", |stage| {
+            let below = stage.place.directory("fixed/below").to_string_lossy().into_owned();
+            let mounted = stage.on_node(format!("mount -t tmpfs compat {below} && echo x > {below}/there")).await?;
+            let mut config = shell("fixed", "exec sleep 1000");
+            config.mounts = vec![v1::Mount { readonly: true, ..stage.place.mount("fixed", "/fixed") }];
+            let id = stage.run(config).await?;
+            let seen = stage.shell(&id, "cat /fixed/below/there; touch /fixed/new; touch /fixed/below/new").await?;
+            stage.remove_container(&id).await?;
+            let end = stage.on_node(format!("umount {below}")).await?;
+            Ok(format!("{mounted}{seen:?}{end}"))
+        })
+        .differs(
+            "a read-only volume is read-only with all that is mounted below it: the guest's kernel is the pod's, and no mode of a file on the host would stop it",
+        ),
+        act!(Volumes, "mount on the node below a read-only volume with HostToContainer", |stage| {
+            let propagation = v1::MountPropagation::PropagationHostToContainer.into();
+            let at = stage.place.directory("fixed-slave").to_string_lossy().into_owned();
+            let mounted = stage
+                .on_node(format!("mount --bind {at} {at} && mount --make-rshared {at} && mkdir -p {at}/sub"))
+                .await?;
+            let mut config = shell("fixed-slave", "exec sleep 1000");
+            let mount = stage.place.mount("fixed-slave", "/slave");
+            config.mounts = vec![v1::Mount { readonly: true, propagation, ..mount }];
+            let id = stage.run(config).await?;
+            let come = stage.on_node(format!("mount -t tmpfs compat {at}/sub && echo x > {at}/sub/there")).await?;
+            let after = stage.shell(&id, "ls /slave/sub").await?;
+            stage.remove_container(&id).await?;
+            let end = stage.on_node(format!("umount {at}/sub; umount {at}")).await?;
+            Ok(format!("{mounted}{come}{after:?}{end}"))
+        })
+        .differs("such a mount would come with the host's flags and be writable for the guest's kernel, so it does not come"),
         act!(Volumes, "change on the node is seen in the container and the other way round", |stage| {
             let mut config = shell("both-ways", "exec sleep 1000");
             config.mounts = vec![stage.place.mount("both", "/both")];
