@@ -7,8 +7,8 @@ use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecRequest, ExitStatus, PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams,
-    UpdateContainerRequest,
+    ExecRequest, ExitStatus, IdRange, PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams,
+    UpdateContainerRequest, UserNamespace,
 };
 use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -259,6 +259,13 @@ impl Drop for Guest {
             eprintln!("the control group {} is left behind", self.group);
         }
     }
+}
+
+/// A pod with a user namespace.
+pub fn with_user_namespace() -> CreateSandboxRequest {
+    let ids = || vec![IdRange { first: 0, count: 65536, ..Default::default() }];
+    let user = UserNamespace { uids: ids(), gids: ids(), ..Default::default() };
+    CreateSandboxRequest { user_namespace: Some(user).into(), ..Default::default() }
 }
 
 /// The code of a call that must have failed.

@@ -11,9 +11,7 @@ mod process;
 
 use std::time::Duration;
 
-use bulkhead_protocol::agent::{
-    CreateSandboxRequest, IdRange, Interface, Neighbour, PidNamespace, Route, UserNamespace,
-};
+use bulkhead_protocol::agent::{CreateSandboxRequest, Interface, Neighbour, PidNamespace, Route};
 use bulkhead_protocol::stdio::Stream;
 use fixture::{Guest, code_of, message_of, streams};
 use ttrpc::Code;
@@ -133,10 +131,8 @@ async fn start_container_hook_runs_in_the_container_before_its_program() {
 #[tokio::test]
 async fn user_namespace_confines_root_and_owns_the_pods_network() {
     let guest = Guest::start().await;
-    let ids = || vec![IdRange { first: 0, count: 65536, ..Default::default() }];
-    let user = UserNamespace { uids: ids(), gids: ids(), ..Default::default() };
     let sysctls = [("net.ipv4.ip_unprivileged_port_start".to_owned(), "77".to_owned())].into();
-    let request = CreateSandboxRequest { user_namespace: Some(user).into(), sysctls, ..Default::default() };
+    let request = CreateSandboxRequest { sysctls, ..fixture::with_user_namespace() };
     guest.create_sandbox(&request).await.unwrap();
     let script = "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map) $(ls /sys/class/net); \
                   cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ping -c 1 -W 5 127.0.0.1 | grep -c ' 0% packet loss'; \
