@@ -11,8 +11,7 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
-use super::start::SIGKILL;
-use crate::sandbox::agent::AgentError;
+use crate::sandbox::agent::{AgentError, SIGKILL};
 use crate::sandbox::{Sandbox, blocking};
 use crate::share::ShareError;
 
@@ -40,6 +39,10 @@ impl Pod {
     pub async fn kill(self: Arc<Self>, id: String, exec: String, signal: u32, all: bool) -> Result<(), TaskError> {
         let container = self.container(&id)?;
         let process = self.process(&id, &exec)?;
+        if !exec.is_empty() && process.status() == Status::CREATED {
+            // A start that is under way comes first: what it makes is what is to be killed.
+            drop(process.order.lock().await);
+        }
         match process.status() {
             Status::STOPPED => return Err(TaskError::Finished),
             Status::CREATED if !exec.is_empty() => {
@@ -83,10 +86,15 @@ impl Pod {
 
     async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {
         let process = container.exec(exec)?;
+        // A start that is under way says whether there is a process to forget.
+        let _order = process.order.lock().await;
+        container.exec(exec)?;
         process.expect("delete", &[Status::STOPPED, Status::CREATED])?;
+        // One that was never started: whoever waits for it is told, and no start may come any more.
+        process.ended(Exit::now(Exit::KILLED));
         finish_io(&process).await;
         if let Ok(sandbox) = self.sandbox()
-            && process.pid() != 0
+            && process.io().is_some()
         {
             tolerate(&sandbox, sandbox.agent.delete_process(&process.key).await).await;
         }
@@ -111,6 +119,7 @@ impl Pod {
             self.remove_member(container).await?;
         }
         self.containers().remove(&container.id);
+        container.end_unstarted_execs();
         let deleted = deleted(init);
         self.publisher.publish(&TaskDelete {
             container_id: container.id.clone(),

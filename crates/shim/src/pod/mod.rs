@@ -124,3 +124,6 @@ impl Pod {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,8 @@ mod answers;
 mod cgroup;
 mod console;
 mod disks;
+#[cfg(test)]
+pub mod fake;
 mod hypervisor;
 mod pid_namespace;
 mod process;

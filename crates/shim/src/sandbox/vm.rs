@@ -105,7 +105,7 @@ impl Vm {
         }
     }
 
-    fn supervise(
+    pub(super) fn supervise(
         socket: OwnedFd,
         child: Child,
         pid: u32,
