@@ -76,12 +76,24 @@ impl Pod {
 
     /// Deletes an ended process, with all that is left of it.
     pub async fn delete(self: Arc<Self>, id: String, exec: String) -> Result<Deleted, TaskError> {
-        let container = self.container(&id)?;
         if exec.is_empty() {
-            self.delete_container(&container).await
+            self.delete_container(&*self.created(&id)?).await
         } else {
-            self.delete_exec(&container, &exec).await
+            self.delete_exec(&*self.container(&id)?, &exec).await
         }
+    }
+
+    /// A container that is to be deleted. One that is still being created is not there, and is not going to be: containerd
+    /// deletes what it has not waited for, and then forgets it.
+    fn created(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let mut creating = self.creating();
+        let found = self.container(id);
+        if found.is_err()
+            && let Some(deleted) = creating.get_mut(id)
+        {
+            *deleted = true;
+        }
+        found
     }
 
     async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {
@@ -155,7 +167,11 @@ impl Pod {
 
     /// A created container has a process that waits to be started; it is killed first.
     async fn end_unstarted(&self, container: &Container) {
-        let Ok(sandbox) = self.sandbox() else { return };
+        let Ok(sandbox) = self.sandbox() else {
+            // The VM has ended, and with it the container as soon as its output has been copied.
+            let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
+            return;
+        };
         if container.kind == Kind::Sandbox {
             sandbox.stop().await;
         } else {

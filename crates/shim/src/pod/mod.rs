@@ -47,6 +47,8 @@ pub struct Pod {
     identity: PodIdentity,
     publisher: Publisher,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Ids for which a Create runs, and whether a Delete has come meanwhile. Taken before `containers`.
+    creating: Mutex<HashMap<String, bool>>,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     /// Set if containerd made the sandbox by the Sandbox API.
     api: Mutex<Option<Arc<ApiSandbox>>>,
@@ -62,6 +64,7 @@ impl Pod {
             identity,
             publisher,
             containers: Mutex::default(),
+            creating: Mutex::default(),
             sandbox: Mutex::default(),
             api: Mutex::default(),
             gate: tokio::sync::Mutex::new(()),
@@ -71,6 +74,10 @@ impl Pod {
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn creating(&self) -> MutexGuard<'_, HashMap<String, bool>> {
+        self.creating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sandbox_slot(&self) -> MutexGuard<'_, Option<Arc<Sandbox>>> {

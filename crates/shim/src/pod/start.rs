@@ -92,14 +92,12 @@ impl Pod {
     }
 
     /// Waits for a created container's init from now on: it may be killed before it is started.
-    pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>) -> Result<(), TaskError> {
-        let sandbox = self.sandbox_slot().clone().ok_or(TaskError::NoSandbox)?;
+    pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         let init = container.init.clone();
         match container.kind {
             Kind::Sandbox => tokio::spawn(self.clone().follow_vm(container, sandbox)),
             Kind::Member | Kind::Standalone => tokio::spawn(self.clone().follow(container, init, sandbox)),
         };
-        Ok(())
     }
 
     async fn follow_vm(self: Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {

@@ -1,9 +1,12 @@
 //! Calls of containerd's on a pod whose VM and agent are fakes ([`crate::sandbox::fake`]).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::types::task::Status;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
 use super::container::Kind;
@@ -12,29 +15,90 @@ use super::*;
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::fake::FakeAgent;
+use crate::share::tests::in_mount_namespace;
+use crate::sizing::Limits;
 use crate::spec::HostHooks;
 
 /// A pod with a running container, `c`.
 struct Fixture {
     pod: Arc<Pod>,
+    sandbox: Arc<Sandbox>,
     agent: Arc<FakeAgent>,
-    _dir: tempfile::TempDir,
-}
-
-fn identity(dir: &Path) -> PodIdentity {
-    PodIdentity { sandbox_id: "s".into(), run_dir: RunDir::new(&dir.join("run"), "k8s.io", "s") }
+    _dir: Option<tempfile::TempDir>,
 }
 
 async fn pod() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
+    let fixture = pod_in(dir.path()).await;
+    Fixture { _dir: Some(dir), ..fixture }
+}
+
+async fn pod_in(dir: &Path) -> Fixture {
     let (publisher, _) = Publisher::start("k8s.io".into(), None);
-    let pod = Arc::new(Pod::new(identity(dir.path()), publisher));
-    let (sandbox, agent) = Sandbox::fake(dir.path()).await;
-    *pod.sandbox_slot() = Some(sandbox);
-    let fixture = Fixture { pod, agent, _dir: dir };
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir: RunDir::new(&dir.join("run"), "k8s.io", "s") };
+    let pod = Arc::new(Pod::new(identity, publisher));
+    let (sandbox, agent) = Sandbox::fake(dir).await;
+    *pod.sandbox_slot() = Some(sandbox.clone());
+    let fixture = Fixture { pod, sandbox, agent, _dir: None };
     fixture.agent.run("c", "");
     fixture.add("c", Kind::Member).init.set_status(Status::RUNNING);
     fixture
+}
+
+/// Runs a test that mounts.
+fn with_mounts<F: Future<Output = ()>>(test: impl FnOnce(PathBuf) -> F + Send + 'static) {
+    in_mount_namespace(|dir| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test(dir.to_path_buf()));
+    });
+}
+
+/// The bundle of a container whose creation waits for us at its end, in a hook.
+struct SlowBundle {
+    path: PathBuf,
+    begun: pipe::Receiver,
+    go_on: pipe::Sender,
+}
+
+impl SlowBundle {
+    fn new(path: PathBuf) -> Self {
+        std::fs::create_dir_all(path.join("rootfs")).unwrap();
+        let fifo = |name: &str| {
+            mknodat(CWD, path.join(name), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+            path.join(name)
+        };
+        let (begun, go_on) = (fifo("begun"), fifo("go-on"));
+        let hook = serde_json::json!({ "path": "/bin/sh", "args": ["sh", "-c", "echo > begun; read line < go-on"] });
+        let spec = serde_json::json!({
+            "ociVersion": "1.1.0",
+            "root": { "path": "rootfs" },
+            "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+            "annotations": {
+                "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "s",
+            },
+            "hooks": { "createRuntime": [hook] },
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }] },
+        });
+        std::fs::write(path.join("config.json"), spec.to_string()).unwrap();
+        Self {
+            path,
+            begun: pipe::OpenOptions::new().read_write(true).open_receiver(begun).unwrap(),
+            go_on: pipe::OpenOptions::new().read_write(true).open_sender(go_on).unwrap(),
+        }
+    }
+
+    fn task(&self, id: &str) -> CreateTask {
+        CreateTask { id: id.into(), bundle: self.path.clone(), ..CreateTask::default() }
+    }
+
+    /// Returns when everything but the hook is done.
+    async fn begun(&mut self) {
+        self.begun.read_u8().await.unwrap();
+    }
+
+    async fn go_on(&mut self) {
+        self.go_on.write_all(b"\n").await.unwrap();
+    }
 }
 
 impl Fixture {
@@ -46,7 +110,7 @@ impl Fixture {
         let hooks = ContainerHooks::new(HostHooks::default(), &spec, id, Path::new("/"));
         let container = Arc::new(Container::new(id.into(), kind, "/".into(), Arc::new(init), hooks));
         self.pod.containers().insert(id.into(), container.clone());
-        self.pod.watch_init(container.clone()).unwrap();
+        self.pod.watch_init(container.clone(), self.sandbox.clone());
         container
     }
 
@@ -133,4 +197,42 @@ async fn exec_that_the_guest_makes_too_late_is_killed() {
     fixture.agent.release("Exec");
     fixture.agent.called("SignalProcess c/e 9", 1).await;
     fixture.agent.called("DeleteProcess c/e", 1).await;
+}
+
+#[test]
+fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
+    with_mounts(async |dir| {
+        let fixture = pod_in(&dir).await;
+        let mut bundle = SlowBundle::new(dir.join("bundle"));
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        let second = fixture.pod.clone().create(bundle.task("late")).await;
+        assert_eq!(second.unwrap_err().code(), ttrpc::Code::ALREADY_EXISTS);
+        assert_eq!(fixture.delete("late", "").await.unwrap().unwrap_err().code(), ttrpc::Code::NOT_FOUND);
+        bundle.go_on().await;
+        assert!(matches!(create.await.unwrap(), Err(TaskError::Deleted(_))));
+        assert!(fixture.pod.container("late").is_err() && !fixture.agent.has("late", ""));
+        assert_eq!(fixture.sandbox.limits("late"), Limits::default());
+        assert!(!fixture.pod.identity.run_dir.share().join("late").exists());
+        // Its id is free again.
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        bundle.go_on().await;
+        create.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
+    with_mounts(async |dir| {
+        let fixture = pod_in(&dir).await;
+        let mut bundle = SlowBundle::new(dir.join("bundle"));
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        fixture.sandbox.vm.kill().await;
+        fixture.pod.teardown().await;
+        bundle.go_on().await;
+        create.await.unwrap().unwrap();
+        assert_eq!(fixture.delete("late", "").await.unwrap().unwrap().exit.code, 137);
+    });
 }

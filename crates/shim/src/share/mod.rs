@@ -205,4 +205,4 @@ impl ShareError {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;
