@@ -141,6 +141,7 @@ impl Pod {
             ..TaskDelete::default()
         });
         container.hooks.deleted().await;
+        self.end_if_empty();
         Ok(deleted)
     }
 

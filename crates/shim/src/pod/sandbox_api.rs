@@ -169,7 +169,7 @@ impl Pod {
                 .await;
             }
         }
-        self.finished.send_replace(true);
+        self.finish();
     }
 }
 

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::types::task::Status;
+use futures::FutureExt;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
-use super::container::Kind;
 use super::hooks::ContainerHooks;
 use super::*;
 use crate::io::Stdio;
@@ -35,7 +35,11 @@ async fn pod() -> Fixture {
 
 async fn pod_in(dir: &Path) -> Fixture {
     let (publisher, _) = Publisher::start("k8s.io".into(), None);
-    let identity = PodIdentity { sandbox_id: "s".into(), run_dir: RunDir::new(&dir.join("run"), "k8s.io", "s") };
+    let endpoint = Arc::new(Endpoint::new(dir.join("socket")));
+    std::fs::write(endpoint.socket(), "").unwrap();
+    std::fs::write(endpoint.record(), "").unwrap();
+    let run_dir = RunDir::new(&dir.join("run"), "k8s.io", "s");
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
     let pod = Arc::new(Pod::new(identity, publisher));
     let (sandbox, agent) = Sandbox::fake(dir).await;
     *pod.sandbox_slot() = Some(sandbox.clone());
@@ -235,4 +239,28 @@ fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
         create.await.unwrap().unwrap();
         assert_eq!(fixture.delete("late", "").await.unwrap().unwrap().exit.code, 137);
     });
+}
+
+#[tokio::test]
+async fn daemon_that_was_asked_to_end_with_its_sandbox_ends_with_the_last_member() {
+    for asked in [true, false] {
+        let fixture = pod().await;
+        let (pod, endpoint) = (&fixture.pod, &fixture.pod.identity.endpoint);
+        fixture.add("s", Kind::Sandbox);
+        pod.shutdown();
+        assert!(endpoint.record().exists(), "there is a VM");
+        fixture.sandbox.vm.kill().await;
+        for id in ["s", "c"] {
+            pod.process(id, "").unwrap().wait().await;
+        }
+        fixture.delete("s", "").await.unwrap().unwrap();
+        if asked {
+            pod.shutdown();
+        }
+        assert_eq!(endpoint.record().exists(), !asked, "delete must not kill it");
+        assert!(endpoint.socket().exists() && pod.finished().now_or_never().is_none());
+        fixture.delete("c", "").await.unwrap().unwrap();
+        assert_eq!(pod.finished().now_or_never().is_some(), asked);
+        assert_eq!(endpoint.socket().exists(), !asked);
+    }
 }
