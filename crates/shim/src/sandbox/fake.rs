@@ -49,6 +49,11 @@ impl FakeAgent {
         self.change(|state| _ = state.refused.insert(method));
     }
 
+    /// Refuses a method no longer.
+    pub fn accept(&self, method: &'static str) {
+        self.change(|state| _ = state.refused.remove(method));
+    }
+
     /// Does not answer a method from now on, until [`Self::release`].
     pub fn hold(&self, method: &'static str) {
         self.change(|state| _ = state.held.insert(method));
