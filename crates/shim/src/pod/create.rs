@@ -23,7 +23,7 @@ use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::{Sandbox, blocking, removing};
 use crate::share::ShareError;
 use crate::spec::{self, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
@@ -179,7 +179,7 @@ impl Pod {
             sandbox.container_ended(&id);
             sandbox.detach_disks(&id).await;
             sandbox.give_back().await;
-            let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
+            let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
             if let Err(error) = removed {
                 tracing::warn!("{}", super::error::chain(&error));
             }

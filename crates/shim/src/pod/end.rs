@@ -12,7 +12,7 @@ use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
 use crate::sandbox::agent::{AgentError, SIGKILL};
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::{Sandbox, removing};
 use crate::share::ShareError;
 
 /// How long a process that was never started may take to die of SIGKILL before its VM is killed.
@@ -162,7 +162,7 @@ impl Pod {
         let shrinking = sandbox.clone();
         tokio::spawn(async move { shrinking.give_back().await });
         let (share, id) = (sandbox.share.clone(), container.id.clone());
-        let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
+        let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
         Ok(removed?)
     }
 

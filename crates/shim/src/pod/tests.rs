@@ -264,3 +264,22 @@ async fn daemon_that_was_asked_to_end_with_its_sandbox_ends_with_the_last_member
         assert_eq!(endpoint.socket().exists(), !asked);
     }
 }
+
+#[test]
+fn container_and_pod_are_removed_while_other_calls_wait_for_the_hosts_file_systems() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let (answer, hung) = std::sync::mpsc::channel::<()>();
+    runtime.block_on(async {
+        let fixture = pod().await;
+        tokio::task::spawn_blocking(move || hung.recv());
+        fixture.kill("").await.unwrap().unwrap();
+        let removed = async {
+            fixture.pod.process("c", "").unwrap().wait().await;
+            fixture.delete("c", "").await.unwrap().unwrap();
+            fixture.sandbox.vm.kill().await;
+            fixture.pod.teardown().await;
+        };
+        tokio::time::timeout(Duration::from_secs(30), removed).await.unwrap();
+    });
+    drop(answer);
+}
