@@ -82,6 +82,7 @@ impl Vm {
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         let pid = child.id().unwrap_or(0);
         super::record(pid_file, pid);
+        super::cgroup::set_oom_scores(pid);
         if let Some(cgroup) = machine.cgroup {
             cgroup.add(pid);
         }
