@@ -7,6 +7,7 @@ pub mod annotations;
 mod bundle;
 mod cli;
 pub mod config;
+mod endpoint;
 mod events;
 mod host_pid;
 mod io;

@@ -11,7 +11,7 @@ use containerd_shim_protos::types::task::Status;
 use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::numbers::Numbers;
-use super::process::Process;
+use super::process::{Exit, Process};
 
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
 /// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
@@ -88,6 +88,13 @@ impl Container {
     /// Forgets an exec.
     pub fn remove_exec(&self, id: &str) {
         self.execs().remove(id);
+    }
+
+    /// Nobody starts what is left of a container that is gone: whoever waits for it is told.
+    pub fn end_unstarted_execs(&self) {
+        for (process, _) in self.execs().values().filter(|(process, _)| process.status() == Status::CREATED) {
+            process.ended(Exit::now(Exit::KILLED));
+        }
     }
 
     /// Init and execs that run.

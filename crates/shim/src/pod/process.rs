@@ -125,6 +125,12 @@ impl Process {
         self.state().io.clone()
     }
 
+    /// Whether its pid is there.
+    #[cfg(test)]
+    pub fn holds_pid(&self) -> bool {
+        self.state().host_pid.is_some()
+    }
+
     /// Records the end, once; answers whether it was the first.
     pub fn ended(&self, exit: Exit) -> bool {
         {

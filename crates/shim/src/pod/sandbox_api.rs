@@ -15,7 +15,7 @@ use super::files::PodFiles;
 use super::process::{Exit, Process};
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::{Sandbox, blocking, removing};
 use crate::spec::{self, SandboxSpec};
 use crate::stats;
 
@@ -162,14 +162,14 @@ impl Pod {
         if let Some(api) = api {
             api.process.ended(Exit::now(Exit::KILLED));
             if let Some(files) = api.files.clone() {
-                let _: Result<(), TaskError> = blocking(move || {
+                let _: Result<(), TaskError> = removing(move || {
                     files.remove();
                     Ok(())
                 })
                 .await;
             }
         }
-        self.finished.send_replace(true);
+        self.finish();
     }
 }
 

@@ -7,6 +7,7 @@ use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
 use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
@@ -32,6 +33,9 @@ const COMMON_PAGE_KIB: u64 = 2048;
 
 /// Longest text of the guest in an error message, in characters.
 const MAX_TEXT: usize = 1024;
+
+/// signal(7).
+pub const SIGKILL: u32 = 9;
 
 /// The agent of one guest. Cheap to clone.
 #[derive(Clone)]
@@ -198,9 +202,26 @@ impl Agent {
         self.client.get_stats(Context::default(), &container(id)).await.map_err(AgentError::from)
     }
 
-    /// See `Agent.Exec`.
+    /// See `Agent.Exec`. A process that is there only after the deadline is killed: nobody would know of it.
     pub async fn exec(&self, request: proto::ExecRequest) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.exec(Context::default(), &request)).await.map(drop)
+        let (tell, told) = oneshot::channel();
+        let agent = self.clone();
+        tokio::spawn(async move {
+            let answer = agent.client.exec(Context::default(), &request).await.map(drop);
+            if let Err(Ok(())) = tell.send(answer) {
+                agent.discard(&ProcessKey { container: request.container_id, exec: request.exec_id }).await;
+            }
+        });
+        let answer = async { told.await.unwrap_or_else(|_| Err(ttrpc::Error::Others("the call is lost".to_owned()))) };
+        within(DEADLINE, answer).await
+    }
+
+    /// Kills an exec that nobody has, and makes the guest forget it. Ends with the process or with the VM.
+    pub async fn discard(&self, key: &ProcessKey) {
+        let _ = self.signal(key, SIGKILL, false).await;
+        if self.wait(key).await.is_ok() {
+            let _ = self.delete_process(key).await;
+        }
     }
 
     /// See `Agent.DeleteProcess`.

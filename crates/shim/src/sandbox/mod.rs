@@ -5,6 +5,8 @@ mod answers;
 mod cgroup;
 mod console;
 mod disks;
+#[cfg(test)]
+pub mod fake;
 mod hypervisor;
 mod late_network;
 mod pid_namespace;
@@ -20,6 +22,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::{CreateSandboxRequest, IdRange, UserNamespace};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::oneshot;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
@@ -258,7 +261,7 @@ async fn release(run_dir: &RunDir, netns: Option<&Path>) {
         cgroup.remove();
     }
     let run_dir = run_dir.clone();
-    if let Err(error) = blocking(move || Share::destroy(&run_dir)).await {
+    if let Err(error) = removing(move || Share::destroy(&run_dir)).await {
         tracing::warn!("{}", crate::pod::error::chain(&error));
     }
 }
@@ -271,7 +274,25 @@ where
 {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        Err(error) => Err(ShareError::MountTable(std::io::Error::other(error)).into()),
+        Err(error) => Err(ShareError::Thread(std::io::Error::other(error)).into()),
+    }
+}
+
+/// Runs system calls that remove something, on a thread of their own. They wait for no file system; all threads of
+/// [`blocking`] may wait for one that does not answer any more, and the pod must be removable all the same.
+pub async fn removing<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<ShareError> + Send + 'static,
+{
+    let (tell, told) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("bulkhead-remove".to_owned()).stack_size(256 << 10);
+    let spawned = thread.spawn(move || {
+        let _ = tell.send(work());
+    });
+    match spawned {
+        Ok(_) => told.await.unwrap_or_else(|error| Err(ShareError::Thread(std::io::Error::other(error)).into())),
+        Err(error) => Err(ShareError::Thread(error).into()),
     }
 }
 

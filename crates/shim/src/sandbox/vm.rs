@@ -15,6 +15,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::UnixStream;
+use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
@@ -61,6 +62,7 @@ impl Vm {
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         let pid = child.id().unwrap_or(0);
         super::record(pid_file, pid);
+        super::cgroup::set_oom_scores(pid);
         if let Some(cgroup) = machine.cgroup {
             cgroup.add(pid);
         }
@@ -69,8 +71,7 @@ impl Vm {
         control::send(&ours, &boot, &fds).map_err(VmError::Control)?;
         drop(fds);
         drop((machine, console));
-        let Supervised { orders: requests, ended, ready } = supervise(ours, child)?;
-        let vm = Self { pid, requests, ended };
+        let (vm, ready) = Self::supervise(ours, child, pid)?;
         match tokio::time::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
@@ -83,6 +84,16 @@ impl Vm {
             Ok(Err(_)) => Err(vm.fail(VmError::Ended).await),
             Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
         }
+    }
+
+    /// A VMM that has been told to boot; also says when the machine was built, once the agent listens.
+    pub(super) fn supervise(
+        socket: OwnedFd,
+        child: Child,
+        pid: u32,
+    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
+        let Supervised { orders: requests, ended, ready } = supervise(socket, child)?;
+        Ok((Self { pid, requests, ended }, ready))
     }
 
     async fn fail(self, error: VmError) -> VmError {

@@ -1,6 +1,7 @@
 //! The service over a real socket, without a VM: names, codes and what a bad setup gets.
 
 use super::*;
+use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::paths::RunDir;
 use crate::pod::PodIdentity;
@@ -20,7 +21,8 @@ async fn serve() -> Served {
     let dir = tempfile::tempdir().unwrap();
     let (publisher, _) = Publisher::start("k8s.io".into(), None);
     let run_dir = RunDir::new(&dir.path().join("run"), "k8s.io", "s");
-    let identity = PodIdentity { sandbox_id: "s".into(), run_dir };
+    let endpoint = Arc::new(Endpoint::new(dir.path().join("sock")));
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
     let pod = Arc::new(Pod::new(identity, publisher));
     let address = format!("unix://{}", dir.path().join("sock").display());
     let server = ttrpc::asynchronous::Server::new().bind(&address).unwrap();

@@ -190,6 +190,9 @@ pub enum ShareError {
     /// A device as a volume.
     #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
     Device(PathBuf),
+    /// A thread for what may block.
+    #[error("cannot run a thread for the pod's mounts; is the node out of threads?")]
+    Thread(#[source] std::io::Error),
     /// /proc/self/mountinfo.
     #[error("cannot read the mount table; is /proc mounted?")]
     MountTable(#[source] std::io::Error),
@@ -206,4 +209,4 @@ impl ShareError {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

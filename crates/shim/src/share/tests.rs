@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 
 /// Runs `body` in a thread with a private mount namespace. unshare(2) of the file system attributes is per thread.
-fn in_mount_namespace(body: impl FnOnce(&Path) + Send + 'static) {
+pub fn in_mount_namespace(body: impl FnOnce(&Path) + Send + 'static) {
     assert!(rustix::process::geteuid().is_root(), "the share's mounts are tested as root");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_path_buf();
