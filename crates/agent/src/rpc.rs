@@ -42,7 +42,7 @@ impl Service {
     /// A guest without a pod.
     pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
-        let containers = Arc::new(Containers::new(reaper, streams, sender));
+        let containers = Arc::new(Containers::new(reaper, streams, netns.clone(), sender));
         Self { sandbox: Arc::new(Sandbox::new(netns)), containers, events, kernel_boot }
     }
 }
@@ -55,8 +55,13 @@ impl Agent for Service {
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
         let (sandbox, containers) = (Arc::clone(&self.sandbox), Arc::clone(&self.containers));
-        let namespaces = async move |maps| Ok(containers.create_user_namespace(maps).await?);
-        let created = async move { sandbox.create::<ServiceError>(request, namespaces).await };
+        let created = async move {
+            sandbox.claim()?;
+            if let Some(user) = request.user_namespace.as_ref() {
+                containers.create_user_namespace(user).await?;
+            }
+            Ok::<_, ServiceError>(sandbox.set_up(request).await?)
+        };
         whole(created).await?.map_err(status)?;
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         Ok(CreateSandboxResponse { kernel_boot_ns, ..CreateSandboxResponse::new() })
@@ -220,10 +225,9 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => {
             Code::FAILED_PRECONDITION
         }
-        ServiceError::Container(C::NoUserNamespace) => Code::INVALID_ARGUMENT,
-        ServiceError::Container(C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. }) => {
-            Code::INVALID_ARGUMENT
-        }
+        ServiceError::Container(
+            C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. } | C::NoUserNamespace,
+        ) => Code::INVALID_ARGUMENT,
         ServiceError::Sandbox(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
         // What a runtime reports of a program that it cannot execute, among others: the text is what counts.
         ServiceError::Container(_) => Code::UNKNOWN,

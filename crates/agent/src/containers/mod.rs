@@ -11,16 +11,17 @@ mod share;
 mod spec;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted, UpdateVolumeRequest,
+    CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted, UpdateVolumeRequest, UserNamespace,
 };
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
 use crate::events;
+use crate::netns::Netns;
 use crate::reaper::{ExitWatch, Reaper};
 use crate::runtime::message::{IdMaps, WindowSize};
 use crate::runtime::{Created, Runtime};
@@ -49,15 +50,14 @@ pub struct Containers {
     table: Mutex<HashMap<String, Arc<Container>>>,
     /// The init of the shared pid namespace, made when the first container asks for it, or with the pod's user namespace.
     pod_init: OnceCell<(u32, ExitWatch)>,
-    /// Whether that belongs to a user namespace.
-    has_user_namespace: AtomicBool,
+    netns: Netns,
     exec_serial: AtomicU64,
     share: Share,
 }
 
 impl Containers {
     /// No container yet.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, events: events::Sender) -> Self {
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, events: events::Sender) -> Self {
         Self {
             runtime: Runtime::new(Arc::clone(&reaper)),
             reaper,
@@ -65,7 +65,7 @@ impl Containers {
             events,
             table: Mutex::default(),
             pod_init: OnceCell::new(),
-            has_user_namespace: AtomicBool::new(false),
+            netns,
             exec_serial: AtomicU64::new(0),
             share: Share::default(),
         }
@@ -81,12 +81,10 @@ impl Containers {
         self.get(id)?.process(exec_id)
     }
 
-    /// Makes the pod a user namespace, to which its network and its shared pid namespace belong; answers with a process in
-    /// all of them. Before any container.
-    pub async fn create_user_namespace(&self, maps: IdMaps) -> Result<u32, ContainerError> {
-        let pid = self.pod_init(Some(maps)).await?;
-        self.has_user_namespace.store(true, Ordering::Relaxed);
-        Ok(pid)
+    /// Makes the pod a user namespace, to which its network and its shared pid namespace belong. Before any container.
+    pub async fn create_user_namespace(&self, user: &UserNamespace) -> Result<(), ContainerError> {
+        self.netns.set(self.pod_init(Some(IdMaps::of(user))).await?);
+        Ok(())
     }
 
     /// Creates a container whose init waits to be started. Answers init's pid.
@@ -114,7 +112,7 @@ impl Containers {
         let placement = Placement {
             cgroup: container.cgroup().path().into(),
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
-            holder: self.namespaces_holder(),
+            holder: self.netns.holder(),
             terminal: request.streams.terminal,
         };
         let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
@@ -273,12 +271,6 @@ impl Containers {
         };
         let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
         if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(*pid) }
-    }
-
-    /// A process in the pod's user and network namespaces; `None` if these are the guest's.
-    fn namespaces_holder(&self) -> Option<u32> {
-        let made = self.has_user_namespace.load(Ordering::Relaxed);
-        self.pod_init.get().filter(|_| made).map(|(pid, _)| *pid)
     }
 
     /// Enters a container in the table before it exists, so that its id is taken.

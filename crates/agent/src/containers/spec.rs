@@ -1,9 +1,8 @@
 //! From the shim's OCI spec to the one that libcontainer gets.
 //!
 //! The guest is the pod's IPC and UTS namespace, and its network namespace unless the pod has a user namespace, so what would
-//! set those up in a container is taken out; so is
-//! what the guest kernel has no module for (AppArmor, SELinux) and what ran on the host (hooks). What libcontainer would
-//! otherwise look up through NSS or inherit from the agent is filled in.
+//! set those up in a container is taken out; so is what the guest kernel has no module for (AppArmor, SELinux) and what ran on
+//! the host (hooks). What libcontainer would otherwise look up through NSS or inherit from the agent is filled in.
 
 mod links;
 

@@ -1,10 +1,10 @@
 //! What the agent sends a helper and gets back: one message each way, framed as those of
-//! [`bulkhead_protocol::control`]. The request carries the new process's stdin, stdout and stderr and what it shall hold up to its
-//! program, the reply the master of
-//! its terminal.
+//! [`bulkhead_protocol::control`]. The request carries the new process's stdin, stdout and stderr and what it shall hold up
+//! to its program, the reply the master of its terminal.
 
 use std::path::PathBuf;
 
+use bulkhead_protocol::agent::{IdRange, UserNamespace};
 use serde::{Deserialize, Serialize};
 
 /// Agent to helper.
@@ -36,6 +36,14 @@ pub struct IdMaps {
     pub uids: String,
     /// `/proc/PID/gid_map`.
     pub gids: String,
+}
+
+impl IdMaps {
+    /// Those of a namespace, each id mapped to itself.
+    pub fn of(user: &UserNamespace) -> Self {
+        let line = |range: &IdRange| format!("{0} {0} {1}\n", range.first, range.count);
+        Self { uids: user.uids.iter().map(line).collect(), gids: user.gids.iter().map(line).collect() }
+    }
 }
 
 /// Size of a terminal in characters.

@@ -11,17 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, IdRange, InterfaceStats, ResizeGuestRequest,
+    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::netns::Netns;
-use crate::runtime::message::IdMaps;
 use crate::{cgroup, power, sys};
 pub use network::NetworkError;
-use network::Wanted;
 pub use size::SizeError;
 use sysctl::SysctlError;
 
@@ -43,26 +41,13 @@ impl Sandbox {
         Self { netns, ..Self::default() }
     }
 
-    /// Sets the guest up, once. A set-up that fails leaves a guest that is of no use any more. `namespaces` is what makes the
-    /// pod's own, if it has a user namespace, and answers with a process in them.
-    pub async fn create<E>(
-        &self,
-        mut request: CreateSandboxRequest,
-        namespaces: impl AsyncFnOnce(IdMaps) -> Result<u32, E>,
-    ) -> Result<(), E>
-    where
-        E: From<SandboxError>,
-    {
-        if self.created.swap(true, Ordering::Relaxed) {
-            return Err(SandboxError::Exists.into());
-        }
-        if let Some(user) = request.user_namespace.take() {
-            self.netns.set(namespaces(IdMaps { uids: id_map(&user.uids), gids: id_map(&user.gids) }).await?);
-        }
-        Ok(self.set_up(request).await?)
+    /// The guest becomes a pod's, which it can once.
+    pub fn claim(&self) -> Result<(), SandboxError> {
+        if self.created.swap(true, Ordering::Relaxed) { Err(SandboxError::Exists) } else { Ok(()) }
     }
 
-    async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
+    /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more.
+    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
         seed(&request.entropy)?;
         set_clock(request.realtime_ns)?;
         if !request.hostname.is_empty() {
@@ -77,17 +62,16 @@ impl Sandbox {
         mount_shm(request.shm_size)?;
         mount_share(&request.share_tag)?;
         let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
-        network::configure(&self.netns, Wanted { interfaces, routes, neighbours }).await?;
+        self.add_network(AddNetworkRequest { interfaces, routes, neighbours, ..Default::default() }).await?;
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
         Ok(())
     }
 
-    /// Gives the pod interfaces whose devices have come since it was created.
+    /// Gives the pod interfaces whose devices are there.
     pub async fn add_network(&self, request: AddNetworkRequest) -> Result<(), SandboxError> {
-        let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
-        Ok(network::configure(&self.netns, Wanted { interfaces, routes, neighbours }).await?)
+        Ok(network::configure(&self.netns, request).await?)
     }
 
     /// Counters of the pod's interfaces.
@@ -119,11 +103,6 @@ impl Sandbox {
         let Err(error) = power::restart();
         Err(SandboxError::Reboot(error))
     }
-}
-
-/// The lines of a map of ids to themselves.
-fn id_map(ranges: &[IdRange]) -> String {
-    ranges.iter().map(|range| format!("{0} {0} {1}\n", range.first, range.count)).collect()
 }
 
 /// Random bytes of the host, so that guests started from one template differ.

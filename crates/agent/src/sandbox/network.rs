@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use bulkhead_protocol::agent::{Interface, InterfaceStats, Neighbour, Route};
+use bulkhead_protocol::agent::{AddNetworkRequest, Interface, InterfaceStats, Neighbour, Route};
 use futures::TryStreamExt;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
@@ -11,7 +11,6 @@ use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::neighbour::NeighbourState;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
-
 use tokio::task::JoinHandle;
 
 use self::parse::{Mac, Prefix};
@@ -22,19 +21,8 @@ pub(super) mod parse;
 /// RTNH_F_ONLINK of `linux/rtnetlink.h`: the gateway is on the link whatever the addresses say.
 const RTNH_F_ONLINK: u32 = 4;
 
-/// What the pod's network is to be.
-#[derive(Clone, Debug, Default)]
-pub struct Wanted {
-    /// With their devices, which are there.
-    pub interfaces: Vec<Interface>,
-    /// Through them.
-    pub routes: Vec<Route>,
-    /// On them.
-    pub neighbours: Vec<Neighbour>,
-}
-
 /// Sets the pod's network up, the loopback interface included.
-pub async fn configure(netns: &Netns, wanted: Wanted) -> Result<(), NetworkError> {
+pub async fn configure(netns: &Netns, wanted: AddNetworkRequest) -> Result<(), NetworkError> {
     let Some(holder) = netns.holder() else { return configure_here(&wanted).await };
     let network = Network::connect()?;
     network.move_links(&wanted.interfaces, holder).await?;
@@ -45,7 +33,7 @@ pub async fn configure(netns: &Netns, wanted: Wanted) -> Result<(), NetworkError
     netns.run(configure).await.map_err(NetworkError::Namespace)?
 }
 
-async fn configure_here(wanted: &Wanted) -> Result<(), NetworkError> {
+async fn configure_here(wanted: &AddNetworkRequest) -> Result<(), NetworkError> {
     Network::connect()?.configure(&wanted.interfaces, &wanted.routes, &wanted.neighbours).await
 }
 
