@@ -12,6 +12,7 @@ mod events;
 mod host_pid;
 mod io;
 mod network;
+mod own_thread;
 mod paths;
 pub mod pod;
 pub mod sandbox;

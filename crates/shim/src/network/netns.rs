@@ -8,6 +8,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
+use crate::own_thread;
+
+/// Name and stack, in bytes, of the threads.
+const THREAD: &str = "bulkhead-netns";
+const STACK: usize = 512 << 10;
+
 /// Runs `body` to its end on a new thread that has entered the namespace, with a reactor of its own: sockets belong to
 /// the namespace in which they are made.
 pub async fn run_in<T, F, B>(netns: &Path, body: B) -> Result<T, NetnsError>
@@ -17,15 +23,7 @@ where
     B: FnOnce() -> F + Send + 'static,
 {
     let path = netns.to_path_buf();
-    let (tell, told) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name("bulkhead-netns".to_owned())
-        .stack_size(512 << 10)
-        .spawn(move || {
-            let _ = tell.send(enter_and_run(&path, body));
-        })
-        .map_err(NetnsError::Thread)?;
-    told.await.map_err(|_| NetnsError::Lost)?
+    own_thread::run(THREAD, STACK, move || enter_and_run(&path, body)).await.map_err(NetnsError::Thread)?
 }
 
 fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F) -> Result<T, NetnsError> {
@@ -35,13 +33,14 @@ fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F
 }
 
 /// Makes a network namespace, which lives as long as the descriptor or something in it.
-pub fn create() -> std::io::Result<OwnedFd> {
-    let made = std::thread::spawn(|| {
+pub async fn create() -> Result<OwnedFd, NetnsError> {
+    let make = || {
         // SAFETY: of what unshare_unsafe warns about (shared descriptor tables) NEWNET changes nothing.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
-        Ok(rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
-    });
-    made.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that makes it has panicked")))
+        rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    };
+    let made = own_thread::run(THREAD, STACK, make).await.map_err(NetnsError::Thread)?;
+    made.map_err(|error| NetnsError::Create(error.into()))
 }
 
 /// Moves the calling thread into a network namespace.
@@ -78,7 +77,4 @@ pub enum NetnsError {
     /// No netlink socket.
     #[error("cannot open a netlink socket")]
     Socket(#[source] std::io::Error),
-    /// A defect of ours.
-    #[error("the thread for the pod's network ended early")]
-    Lost,
 }

@@ -13,7 +13,7 @@ use bulkhead_protocol::agent::AddNetworkRequest;
 use super::SandboxError;
 use super::agent::Agent;
 use super::vm::Vm;
-use crate::network::{self, NetnsError, NetworkError, netns};
+use crate::network::{self, NetworkError, netns};
 use crate::spec::Netns;
 
 /// A pod's network.
@@ -34,14 +34,11 @@ pub enum PodNetwork {
 
 impl PodNetwork {
     /// Makes the namespace if that is the sandbox's part.
-    pub fn new(wanted: &Netns) -> Result<Self, NetworkError> {
+    pub async fn new(wanted: &Netns) -> Result<Self, NetworkError> {
         Ok(match wanted {
             Netns::None => Self::None,
             Netns::At(path) => Self::Prepared(path.clone()),
-            Netns::New => Self::Own {
-                namespace: netns::create().map_err(NetnsError::Create)?,
-                attached: tokio::sync::Mutex::new(false),
-            },
+            Netns::New => Self::Own { namespace: netns::create().await?, attached: tokio::sync::Mutex::new(false) },
         })
     }
 

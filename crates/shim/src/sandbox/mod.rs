@@ -19,18 +19,18 @@ mod volumes;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_protocol::agent::{CreateSandboxRequest, IdRange, UserNamespace};
+use bulkhead_protocol::agent::CreateSandboxRequest;
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::oneshot;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
 use crate::network::{self, Network, NetworkError};
+use crate::own_thread;
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
 use crate::sizing::{Limits, Plan, SizeError};
-use crate::spec::{GuestDisk, HostDisk, SandboxSpec, UserIds};
+use crate::spec::{GuestDisk, HostDisk, SandboxSpec};
 use agent::{Agent, AgentError};
 pub use cgroup::Cgroup;
 pub use disks::DiskError;
@@ -70,7 +70,7 @@ pub struct Sandbox {
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
     pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
-        let pod_network = PodNetwork::new(&spec.netns)?;
+        let pod_network = PodNetwork::new(&spec.netns).await?;
         let netns = pod_network.prepared().map(Path::to_path_buf);
         let booted = Self::try_boot(&run_dir, spec, pod_network, config).await;
         if booted.is_err() {
@@ -285,15 +285,9 @@ where
     T: Send + 'static,
     E: From<ShareError> + Send + 'static,
 {
-    let (tell, told) = oneshot::channel();
-    let thread = std::thread::Builder::new().name("bulkhead-remove".to_owned()).stack_size(256 << 10);
-    let spawned = thread.spawn(move || {
-        let _ = tell.send(work());
-    });
-    match spawned {
-        Ok(_) => told.await.unwrap_or_else(|error| Err(ShareError::Thread(std::io::Error::other(error)).into())),
-        Err(error) => Err(ShareError::Thread(error).into()),
-    }
+    own_thread::run("bulkhead-remove", 256 << 10, work)
+        .await
+        .unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
 fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
@@ -303,7 +297,7 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
     CreateSandboxRequest {
         hostname: spec.hostname.clone(),
         domainname: spec.domainname.clone(),
-        user_namespace: spec.user.as_ref().map(user_namespace).into(),
+        user_namespace: spec.user.clone().into(),
         interfaces: network.interfaces,
         routes: network.routes,
         neighbours: network.neighbours,
@@ -314,13 +308,6 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         share_tag: SHARE_TAG.to_owned(),
         ..CreateSandboxRequest::default()
     }
-}
-
-fn user_namespace(user: &UserIds) -> UserNamespace {
-    let ranges = |ids: &[(u32, u32)]| {
-        ids.iter().map(|(first, count)| IdRange { first: *first, count: *count, ..IdRange::default() }).collect()
-    };
-    UserNamespace { uids: ranges(&user.uids), gids: ranges(&user.gids), ..UserNamespace::default() }
 }
 
 /// The VM cannot be had.

@@ -15,7 +15,6 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::UnixStream;
-use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
@@ -23,7 +22,7 @@ use super::hypervisor::Machine;
 use super::pid_namespace;
 use crate::config::Config;
 use crate::network::NetDevice;
-use supervisor::{AFTERWORD, Order, Supervised, UNSENT, Unsent, supervise};
+use supervisor::{AFTERWORD, Order, UNSENT, Unsent};
 
 /// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
 /// a second is much on hardware; emulated CI nodes are some fifty times slower.
@@ -84,16 +83,6 @@ impl Vm {
             Ok(Err(_)) => Err(vm.fail(VmError::Ended).await),
             Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
         }
-    }
-
-    /// A VMM that has been told to boot; also says when the machine was built, once the agent listens.
-    pub(super) fn supervise(
-        socket: OwnedFd,
-        child: Child,
-        pid: u32,
-    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
-        let Supervised { orders: requests, ended, ready } = supervise(socket, child)?;
-        Ok((Self { pid, requests, ended }, ready))
     }
 
     async fn fail(self, error: VmError) -> VmError {

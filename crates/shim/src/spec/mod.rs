@@ -23,7 +23,7 @@ pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
-pub use sandbox::{Netns, SandboxSpec, UserIds, sandbox};
+pub use sandbox::{Netns, SandboxSpec, sandbox};
 
 /// A container as the agent is asked to create it.
 #[derive(Clone, Debug)]

@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use bulkhead_protocol::agent::UserNamespace;
 use bulkhead_protocol::cri::{
     IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig,
 };
 
-use super::{Netns, SandboxSpec, SpecError, UserIds};
+use super::{Netns, SandboxSpec, SpecError, users};
 use crate::annotations;
 
 /// Translates a pod's configuration; refuses what shares a namespace of the host that a VM cannot share.
@@ -26,19 +27,21 @@ pub fn pod_sandbox(config: &PodSandboxConfig, id: &str, netns: &str) -> Result<S
     }
     let user = namespaces.userns_options.as_ref();
     let user = user.filter(|user| user.mode.enum_value_or_default() == NamespaceMode::POD);
+    let ids =
+        |mappings: &[IDMapping]| users::ranges(mappings.iter().map(|mapping| (mapping.container_id, mapping.length)));
     Ok(SandboxSpec {
         hostname: config.hostname.clone(),
         domainname: String::new(),
         netns: if netns.is_empty() { Netns::New } else { Netns::At(PathBuf::from(netns)) },
-        user: user.map(|user| UserIds { uids: ids(&user.uids), gids: ids(&user.gids) }),
+        user: user.map(|user| UserNamespace {
+            uids: ids(&user.uids),
+            gids: ids(&user.gids),
+            ..UserNamespace::default()
+        }),
         sysctls: linux.sysctls.clone(),
         cgroups_path: cgroups_path(linux, id),
         annotations: own_annotations(config, &linux.resources),
     })
-}
-
-fn ids(mappings: &[IDMapping]) -> Vec<(u32, u32)> {
-    mappings.iter().map(|mapping| (mapping.container_id, mapping.length)).collect()
 }
 
 /// Where the sandbox is accounted, in the form that containerd writes into specs.
@@ -69,7 +72,7 @@ fn own_annotations(config: &PodSandboxConfig, resources: &LinuxContainerResource
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_protocol::cri::UserNamespace;
+    use bulkhead_protocol::cri;
     use protobuf::MessageField;
 
     fn config() -> PodSandboxConfig {
@@ -123,9 +126,11 @@ mod tests {
         let linux = config.linux.mut_or_insert_default();
         let options = linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
         let ids = |first| vec![IDMapping { host_id: 7 << 16, container_id: first, length: 9, ..Default::default() }];
-        options.userns_options = MessageField::some(UserNamespace { uids: ids(0), gids: ids(1), ..Default::default() });
+        options.userns_options =
+            MessageField::some(cri::UserNamespace { uids: ids(0), gids: ids(1), ..Default::default() });
         let user = pod_sandbox(&config, "s", "").unwrap().user;
-        assert_eq!(user, Some(UserIds { uids: vec![(0, 9)], gids: vec![(1, 9)] }));
+        let of = |ids: [(u32, u32); 1]| users::ranges(ids.into_iter());
+        assert_eq!(user, Some(UserNamespace { uids: of([(0, 9)]), gids: of([(1, 9)]), ..Default::default() }));
     }
 
     #[test]

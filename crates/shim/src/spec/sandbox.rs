@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use bulkhead_protocol::agent::UserNamespace;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 
-use super::SpecError;
+use super::{SpecError, users};
 
 /// The sandbox by its spec.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SandboxSpec {
     /// The guest's host name; may be empty.
     pub hostname: String,
@@ -17,7 +18,7 @@ pub struct SandboxSpec {
     /// Where its network is.
     pub netns: Netns,
     /// Its user namespace, if it has one.
-    pub user: Option<UserIds>,
+    pub user: Option<UserNamespace>,
     /// sysctls of the pod's namespaces.
     pub sysctls: HashMap<String, String>,
     /// Where the pod is accounted on the host.
@@ -39,15 +40,6 @@ pub enum Netns {
     New,
 }
 
-/// First ids and counts of a user namespace, as its processes see them (see [`super::users`]).
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct UserIds {
-    /// Of users.
-    pub uids: Vec<(u32, u32)>,
-    /// Of groups.
-    pub gids: Vec<(u32, u32)>,
-}
-
 /// Reads the sandbox's spec; refuses what shares a namespace of the host that a VM cannot share.
 pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let linux = spec.linux().as_ref();
@@ -56,9 +48,13 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let network = find(LinuxNamespaceType::Network).ok_or(SpecError::HostNetwork)?;
     find(LinuxNamespaceType::Ipc).ok_or(SpecError::HostIpc)?;
     find(LinuxNamespaceType::Pid).ok_or(SpecError::HostPid)?;
-    let user = find(LinuxNamespaceType::User).and(linux).map(|linux| UserIds {
-        uids: ids(linux.uid_mappings().as_deref().unwrap_or_default()),
-        gids: ids(linux.gid_mappings().as_deref().unwrap_or_default()),
+    let ids = |mappings: &Option<Vec<LinuxIdMapping>>| {
+        users::ranges(mappings.iter().flatten().map(|mapping| (mapping.container_id(), mapping.size())))
+    };
+    let user = find(LinuxNamespaceType::User).and(linux).map(|linux| UserNamespace {
+        uids: ids(linux.uid_mappings()),
+        gids: ids(linux.gid_mappings()),
+        ..UserNamespace::default()
     });
     let netns = match network.path().clone().filter(|path| !path.as_os_str().is_empty()) {
         Some(path) => Netns::At(path),
@@ -74,8 +70,4 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         annotations: spec.annotations().clone().unwrap_or_default(),
     })
-}
-
-fn ids(mappings: &[LinuxIdMapping]) -> Vec<(u32, u32)> {
-    mappings.iter().map(|mapping| (mapping.container_id(), mapping.size())).collect()
 }

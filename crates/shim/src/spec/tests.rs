@@ -1,6 +1,7 @@
 //! Translation of specs as containerd writes them.
 
 use super::*;
+use bulkhead_protocol::agent::UserNamespace;
 use serde_json::{Value, json};
 
 fn spec(value: Value) -> Spec {
@@ -246,7 +247,8 @@ fn network_of_a_sandbox_with_a_user_namespace_comes_later() {
     value["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
     value["linux"]["gidMappings"] = json!([{"containerID": 1, "hostID": 65536, "size": 2}]);
     let got = sandbox(&spec(value)).unwrap();
-    let user = UserIds { uids: vec![(0, 65536)], gids: vec![(1, 2)] };
+    let of = |ids: [(u32, u32); 1]| users::ranges(ids.into_iter());
+    let user = UserNamespace { uids: of([(0, 65536)]), gids: of([(1, 2)]), ..UserNamespace::default() };
     assert_eq!((got.netns, got.user), (Netns::New, Some(user)));
 }
 

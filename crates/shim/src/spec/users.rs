@@ -5,6 +5,7 @@
 //! inside and outside, files need no id-mapped mounts (mount_setattr(2)): containerd keeps them by the container's ids on
 //! disk.
 
+use bulkhead_protocol::agent::IdRange;
 use oci_spec::runtime::Spec;
 
 /// Leaves the ids to the pod's namespace.
@@ -15,4 +16,9 @@ pub fn rewrite(spec: &mut Spec) {
     if let Some(linux) = spec.linux_mut() {
         linux.set_uid_mappings(None).set_gid_mappings(None);
     }
+}
+
+/// The pod's ids by their first numbers and counts, as its processes see them.
+pub fn ranges(ids: impl Iterator<Item = (u32, u32)>) -> Vec<IdRange> {
+    ids.map(|(first, count)| IdRange { first, count, ..IdRange::default() }).collect()
 }

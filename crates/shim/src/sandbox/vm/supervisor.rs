@@ -15,7 +15,7 @@ use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::VmError;
+use super::{Vm, VmError};
 
 /// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
 /// to do is to say why on stderr, and to give the guest's memory back.
@@ -46,40 +46,36 @@ pub(super) struct Unsent {
     pub answer: Option<Answer>,
 }
 
-/// A task that has been started.
-pub(super) struct Supervised {
-    /// Tells it something; its process is killed when nobody can any more.
-    pub orders: mpsc::Sender<Order>,
-    /// Set when the process is gone.
-    pub ended: watch::Receiver<bool>,
-    /// Answers when the machine was built, once the agent listens.
-    pub ready: oneshot::Receiver<Result<Instant, VmError>>,
-}
-
-/// Starts the task of a VMM that has been told to boot.
-pub(super) fn supervise(socket: OwnedFd, child: Child) -> Result<Supervised, VmError> {
-    // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
-    let socket = std::os::unix::net::UnixDatagram::from(socket);
-    socket.set_nonblocking(true).map_err(VmError::Socket)?;
-    let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
-    let (orders, received) = mpsc::channel(REQUESTS);
-    let (tell_end, ended) = watch::channel(false);
-    let (tell_ready, ready) = oneshot::channel();
-    let supervisor = Supervisor {
-        socket,
-        child,
-        unsent: VecDeque::new(),
-        waiting: HashMap::new(),
-        next_id: 1,
-        built: Instant::now(),
-        ready: Some(tell_ready),
-        deaf: false,
-        over: None,
-        ends: false,
-        reason: None,
-    };
-    tokio::spawn(supervisor.run(received, tell_end));
-    Ok(Supervised { orders, ended, ready })
+impl Vm {
+    /// Starts the task of a VMM that has been told to boot. Also says when the machine was built, once the agent listens.
+    pub(in crate::sandbox) fn supervise(
+        socket: OwnedFd,
+        child: Child,
+        pid: u32,
+    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
+        // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
+        let socket = std::os::unix::net::UnixDatagram::from(socket);
+        socket.set_nonblocking(true).map_err(VmError::Socket)?;
+        let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
+        let (requests, orders) = mpsc::channel(REQUESTS);
+        let (tell_end, ended) = watch::channel(false);
+        let (tell_ready, ready) = oneshot::channel();
+        let supervisor = Supervisor {
+            socket,
+            child,
+            unsent: VecDeque::new(),
+            waiting: HashMap::new(),
+            next_id: 1,
+            built: Instant::now(),
+            ready: Some(tell_ready),
+            deaf: false,
+            over: None,
+            ends: false,
+            reason: None,
+        };
+        tokio::spawn(supervisor.run(orders, tell_end));
+        Ok((Self { pid, requests, ended }, ready))
+    }
 }
 
 struct Supervisor {
