@@ -164,12 +164,29 @@ impl Rig {
         [request, (REPLY, self.reply, true)].into_iter().filter(|(_, len, _)| *len > 0).collect()
     }
 
+    /// Fills the ring with one chain, the request, offered again and again. Answers its head.
+    fn fill(&self, session: &mut Session) -> u16 {
+        let buffers = self.buffers();
+        let queue = self.queue(session);
+        let head = queue.add(&buffers);
+        (1..SIZE).for_each(|_| queue.offer(head));
+        head
+    }
+
     /// Sends the request and waits for its answer; `None` if the device asks for a reset instead.
     fn ask(&self, session: &mut Session) -> Option<()> {
         let head = self.queue(session).add(&self.buffers());
         self.queue(session).kick();
         while session.queues[usize::from(self.queue)].wait_used_or_reset(&session.interrupt)?.0 != head {}
         Some(())
+    }
+
+    /// The device looks at its queue and asks for a reset; the bystander goes on, and so does the device after a reset.
+    fn breaks(&mut self, session: &mut Session, bystander: &mut dyn FnMut()) {
+        self.queue(session).kick();
+        session.interrupt.wait_reset();
+        bystander();
+        self.works_after_a_reset();
     }
 
     /// A device that has been reset works.

@@ -13,11 +13,8 @@ fn hostile_01_reset_with_requests_in_flight_ends_what_the_device_does_to_the_rin
     for_every_device(|rig, bystander| {
         for _ in 0..10 {
             let mut session = rig.start();
-            let buffers = rig.buffers();
-            let queue = rig.queue(&mut session);
-            let head = queue.add(&buffers);
-            (1..SIZE).for_each(|_| queue.offer(head));
-            queue.kick();
+            rig.fill(&mut session);
+            rig.queue(&mut session).kick();
             rig.device.reset();
             // The driver may use the memory for something else from here on.
             let queue = rig.queue(&mut session);
@@ -54,10 +51,7 @@ fn hostile_04_available_index_that_jumps_asks_for_a_reset() {
         for index in [SIZE + 1, 0x7fff, u16::MAX] {
             let mut session = rig.start();
             rig.queue(&mut session).set_avail(index);
-            rig.queue(&mut session).kick();
-            session.interrupt.wait_reset();
-            bystander();
-            rig.works_after_a_reset();
+            rig.breaks(&mut session, bystander);
         }
     });
 }
@@ -70,10 +64,7 @@ fn hostile_04_available_index_that_jumps_later_asks_for_a_reset() {
             assert!(rig.ask(&mut session).is_some());
         }
         rig.queue(&mut session).set_avail(2); // back
-        rig.queue(&mut session).kick();
-        session.interrupt.wait_reset();
-        bystander();
-        rig.works_after_a_reset();
+        rig.breaks(&mut session, bystander);
     });
 }
 
@@ -83,10 +74,7 @@ fn hostile_04_head_that_the_queue_does_not_have_asks_for_a_reset() {
         for head in [SIZE, SIZE + 1, 0x8000, u16::MAX] {
             let mut session = rig.start();
             rig.queue(&mut session).offer(head);
-            rig.queue(&mut session).kick();
-            session.interrupt.wait_reset();
-            bystander();
-            rig.works_after_a_reset();
+            rig.breaks(&mut session, bystander);
         }
     });
 }
@@ -96,11 +84,8 @@ fn hostile_04_head_that_the_queue_does_not_have_asks_for_a_reset() {
 fn hostile_04_same_head_many_times_in_flight_is_answered_as_often() {
     for_every_device(|rig, bystander| {
         let mut session = rig.start();
-        let buffers = rig.buffers();
-        let queue = rig.queue(&mut session);
-        let head = queue.add(&buffers);
-        (1..SIZE).for_each(|_| queue.offer(head));
-        queue.kick();
+        let head = rig.fill(&mut session);
+        rig.queue(&mut session).kick();
         for _ in 0..SIZE {
             assert_eq!(session.queues[usize::from(rig.queue)].wait_used(&session.interrupt).0, head, "{}", rig.name);
         }
@@ -114,11 +99,8 @@ fn hostile_04_same_head_many_times_in_flight_is_answered_as_often() {
 fn hostile_04_driver_that_never_stops_submitting_starves_nobody() {
     for_every_device(|rig, bystander| {
         let mut session = rig.start();
-        let buffers = rig.buffers();
-        let queue = rig.queue(&mut session);
-        let head = queue.add(&buffers);
-        (1..SIZE).for_each(|_| queue.offer(head));
-        let (mut twin, stop) = (queue.twin(), AtomicBool::new(false));
+        rig.fill(&mut session);
+        let (mut twin, stop) = (rig.queue(&mut session).twin(), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let _ends = Ends(&stop);
             scope.spawn(|| twin.flood(&stop));
@@ -161,9 +143,6 @@ fn hostile_07_rings_that_are_wiped_stop_the_device_until_a_reset() {
             assert!(rig.ask(&mut session).is_some(), "{}", rig.name);
         }
         assert!(crate::kvm::discard(&session.memory, 0x1_0000, 0x4_0000));
-        rig.queue(&mut session).kick();
-        session.interrupt.wait_reset();
-        bystander();
-        rig.works_after_a_reset();
+        rig.breaks(&mut session, bystander);
     });
 }
