@@ -1,4 +1,5 @@
-//! What KVM answers only under signals and memory pressure, or on other hosts. The machine itself is tested with a real /dev/kvm, tests/vmm.
+//! What KVM answers only under signals and memory pressure, or on other hosts. The machine itself is tested with a real
+//! /dev/kvm, tests/vmm.
 
 use super::*;
 
