@@ -26,6 +26,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Executes a container's program.
 #[derive(Clone)]
 pub struct AgentExecutor {
+    /// Whether the process is a container's init.
+    pub init: bool,
     /// Size of the terminal that is standard input.
     pub window: Option<WindowSize>,
     /// What is still to be done to an exec's process.
@@ -81,8 +83,9 @@ impl Confinement {
     }
 }
 
-impl Executor for AgentExecutor {
-    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+impl AgentExecutor {
+    /// Becomes the program. Returns only if it cannot.
+    fn become_program(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let program = find_program(process).map_err(ExecutorError::Other)?;
         if let Some(window) = self.window.filter(|window| window.width > 0 && window.height > 0) {
@@ -97,7 +100,21 @@ impl Executor for AgentExecutor {
         let args = c_strings(process.args().as_deref())?;
         let env = c_strings(process.env().as_deref())?;
         let Err(errno) = nix::unistd::execve(&path, &args, &env);
-        Err(ExecutorError::Other(format!("exec {:?}: {}", program, words(errno.desc()))))
+        Err(ExecutorError::Other(format!("exec {}: {}", program.display(), words(errno.desc()))))
+    }
+}
+
+impl Executor for AgentExecutor {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let outcome = self.become_program(spec);
+        if let Err(error) = &outcome
+            && self.init
+        {
+            // Whoever waited for init's creation has gone on, so this is for the container's log; the status is runc 1.1's.
+            let _ = rustix::io::write(rustix::stdio::stderr(), format!("{error}\n").as_bytes());
+            std::process::exit(1);
+        }
+        outcome
     }
 
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {

@@ -52,7 +52,7 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
     let window = request.terminal;
     let pid = match request.action {
         Action::Create { id, bundle, state } => {
-            let executor = AgentExecutor { window, confinement: None };
+            let executor = AgentExecutor { init: true, window, confinement: None };
             let mut container = builder(id, &state, console_path, stdio, executor)?
                 .as_init(bundle)
                 .with_systemd(false)
@@ -65,7 +65,7 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
         }
         Action::Exec { id, state, process, seccomp, cgroup } => {
             let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
-            let executor = AgentExecutor { window, confinement };
+            let executor = AgentExecutor { init: false, window, confinement };
             join_user_namespace(&state.join(&id))?;
             let pid = builder(id, &state, console_path, stdio, executor)?
                 .as_tenant()

@@ -6,6 +6,7 @@
 
 mod fixture;
 mod hostile;
+mod program;
 
 use std::time::Duration;
 
