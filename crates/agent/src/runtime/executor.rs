@@ -1,18 +1,21 @@
 //! The last step inside the container: finding the program and becoming it.
 //!
 //! libcontainer's own executor refuses programs that only their owner may execute, keeps ignored signals ignored, and
-//! resolves a missing HOME through the C library's NSS. This one does what runc does, and for an exec also installs the
-//! seccomp filter.
+//! resolves a missing HOME through the C library's NSS. This one does what runc does, and also installs the seccomp filter
+//! and runs the startContainer hooks.
 
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use libcontainer::capabilities::drop_privileges;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks::run_hooks;
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
+use libcontainer::utils::parse_env;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Capability, Hook, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -26,19 +29,44 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Executes a container's program.
 #[derive(Clone)]
 pub struct AgentExecutor {
-    /// Whether the process is a container's init.
-    pub init: bool,
+    /// What only a container's init does; `None` for an exec.
+    pub init: Option<Init>,
     /// Size of the terminal that is standard input.
     pub window: Option<WindowSize>,
-    /// What is still to be done to an exec's process.
+    /// What is still to be done to the process.
     pub confinement: Option<Confinement>,
 }
 
-/// The part of an exec that libcontainer 0.7 leaves out: it does not apply the container's seccomp filter to execs.
+/// A container's init on its way to the program.
+#[derive(Clone)]
+pub struct Init {
+    /// Id of the container.
+    pub id: String,
+    /// Directory of its configuration.
+    pub bundle: PathBuf,
+    /// Its startContainer hooks. They are programs of the image, so they run as confined as the container's own: with its
+    /// capabilities and, as runc has it, under its filter.
+    pub hooks: Vec<Hook>,
+}
+
+impl Init {
+    fn run_hooks(&self, process: &Process, annotations: Option<&HashMap<String, String>>) -> Result<(), ExecutorError> {
+        let pid = i32::try_from(std::process::id()).ok();
+        let mut state = State::new(&self.id, ContainerStatus::Created, pid, self.bundle.clone());
+        state.annotations = annotations.cloned();
+        let env = parse_env(process.env().as_deref().unwrap_or_default());
+        run_hooks(Some(&self.hooks), Some(&state), None, None, Some(&env))
+            .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", sys::chain(&error))))
+    }
+}
+
+/// The seccomp filter. libcontainer 0.7 does not apply it to execs, and to an init long before its program: whatever it
+/// calls up to there, and a profile made for the program may refuse.
 ///
 /// Installing a filter takes CAP_SYS_ADMIN or no_new_privs (seccomp(2)), and the executor runs when capabilities are
 /// dropped already. Without no_new_privs the process is therefore described with that capability, and CAP_SETPCAP to get
-/// rid of both, and the executor drops to the real set after the filter is in place: runc's order.
+/// rid of both, and the executor drops to the real set after the filter is in place: runc's order. An init has both while it
+/// waits for its start. It is not dumpable, so in a shared pid namespace only a container with CAP_SYS_PTRACE can reach them.
 #[derive(Clone)]
 pub struct Confinement {
     seccomp: LinuxSeccomp,
@@ -88,6 +116,9 @@ impl AgentExecutor {
     fn become_program(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let program = find_program(process).map_err(ExecutorError::Other)?;
+        let path = c_string(program.as_os_str().as_encoded_bytes())?;
+        let args = c_strings(process.args().as_deref())?;
+        let env = c_strings(process.env().as_deref())?;
         if let Some(window) = self.window.filter(|window| window.width > 0 && window.height > 0) {
             let size = Winsize { ws_col: window.width, ws_row: window.height, ws_xpixel: 0, ws_ypixel: 0 };
             let _ = tcsetwinsize(rustix::stdio::stdin(), size);
@@ -96,9 +127,13 @@ impl AgentExecutor {
         if let Some(confinement) = &self.confinement {
             confinement.apply()?;
         }
-        let path = c_string(program.as_os_str().as_encoded_bytes())?;
-        let args = c_strings(process.args().as_deref())?;
-        let env = c_strings(process.env().as_deref())?;
+        // From here on every system call is one that the profile has to allow.
+        if let Some(init) = self.init.as_ref().filter(|init| !init.hooks.is_empty()) {
+            // A hook need not read its input.
+            sys::ignore_sigpipe();
+            init.run_hooks(process, spec.annotations().as_ref())?;
+            sys::default_signals();
+        }
         let Err(errno) = nix::unistd::execve(&path, &args, &env);
         Err(ExecutorError::Other(format!("exec {}: {}", program.display(), words(errno.desc()))))
     }
@@ -108,7 +143,7 @@ impl Executor for AgentExecutor {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let outcome = self.become_program(spec);
         if let Err(error) = &outcome
-            && self.init
+            && self.init.is_some()
         {
             // Whoever waited for init's creation has gone on, so this is for the container's log; the status is runc 1.1's.
             let _ = rustix::io::write(rustix::stdio::stderr(), format!("{error}\n").as_bytes());

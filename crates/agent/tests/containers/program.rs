@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::stdio::Stream;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixture::{self, Guest, message_of, streams};
 
@@ -18,6 +18,44 @@ fn install(guest: &Guest, id: &str, name: &str, bytes: &[u8]) {
     std::fs::write(&path, bytes).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
+
+/// A static program of these instructions and nothing else: an ELF header, one program header, the code.
+fn elf(code: &[u8]) -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let size = HEADERS + u64::try_from(code.len()).unwrap();
+    let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    // Entry, program headers, no sections; flags and sizes of the headers.
+    image.extend([BASE + HEADERS, 64, 0].map(u64::to_le_bytes).concat());
+    image.extend(b"\0\0\0\0\x40\0\x38\0\x01\0\x40\0\0\0\0\0");
+    // PT_LOAD, readable and executable.
+    image.extend(b"\x01\0\0\0\x05\0\0\0");
+    image.extend([0, BASE, BASE, size, size, 0x1000].map(u64::to_le_bytes).concat());
+    image.extend(code);
+    image
+}
+
+/// A program that makes one system call without arguments and exits with the error's number, or 0.
+fn caller(number: u32) -> Vec<u8> {
+    let mut code = vec![0xb8];
+    code.extend(number.to_le_bytes());
+    // xor edi, edi; xor esi, esi; xor edx, edx; syscall; mov edi, eax; neg edi
+    code.extend(b"\x31\xff\x31\xf6\x31\xd2\x0f\x05\x89\xc7\xf7\xdf");
+    // mov eax, 60 (exit); syscall
+    code.extend(b"\xb8\x3c\0\0\0\x0f\x05");
+    elf(&code)
+}
+
+/// A profile that refuses everything but these calls.
+fn allow(names: &[&str]) -> Value {
+    json!({
+        "defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "syscalls": [{"names": names, "action": "SCMP_ACT_ALLOW"}]
+    })
+}
+
+/// What it takes to drop capabilities under a filter.
+const DROP: [&str; 3] = ["prctl", "capget", "capset"];
 
 /// Runs a container to its end; answers its exit status, its output and its errors.
 async fn run(guest: &Guest, id: &str, args: &[&str], change: impl FnOnce(&mut Value)) -> (u32, String, String) {
@@ -44,4 +82,53 @@ async fn program_that_cannot_be_executed_is_named_in_the_log() {
     guest.start_container("c").await.unwrap();
     let error = message_of(guest.exec("c", "e", &["other-machine"], streams("e")).await);
     assert!(error.contains("exec /bin/other-machine: exec format error"), "{error}");
+}
+
+#[tokio::test]
+async fn profile_needs_to_allow_only_what_the_program_calls() {
+    let guest = Guest::start().await;
+    // close(0) is refused with EPERM, the default.
+    for (id, no_new_privileges, names) in
+        [("a", true, vec!["execve", "exit"]), ("b", false, [&["execve", "exit"], DROP.as_slice()].concat())]
+    {
+        install(&guest, id, "caller", &caller(3));
+        let (code, _, error) = run(&guest, id, &["caller"], |spec| {
+            spec["process"]["noNewPrivileges"] = no_new_privileges.into();
+            spec["linux"]["seccomp"] = allow(&names);
+        })
+        .await;
+        assert_eq!((code, error.as_str()), (1, ""), "{id}");
+    }
+}
+
+#[tokio::test]
+async fn init_and_hooks_are_under_the_filter_with_the_capabilities_of_the_spec() {
+    let guest = Guest::start().await;
+    let status = "grep -E '^(Seccomp|CapEff|CapBnd|CapPrm|NoNewPrivs)' /proc/self/status";
+    let (code, output, error) = run(&guest, "c", &["sh", "-c", &format!("cat /tmp/hook; {status}")], |spec| {
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", format!("{status} >/tmp/hook")]});
+        spec["hooks"] = json!({"startContainer": [hook]});
+        spec["process"]["user"] = json!({"uid": 0, "gid": 0});
+        let one = ["CAP_CHOWN"];
+        spec["process"]["capabilities"] = json!({"bounding": one, "effective": one, "permitted": one});
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}]
+        });
+    })
+    .await;
+    assert_eq!((code, error.as_str()), (0, ""));
+    let one = "CapPrm:\t0000000000000001\nCapEff:\t0000000000000001\nCapBnd:\t0000000000000001\n\
+               NoNewPrivs:\t0\nSeccomp:\t2\nSeccomp_filters:\t1\n";
+    assert_eq!(output, format!("{one}{one}"));
+}
+
+#[tokio::test]
+async fn failure_of_a_hook_is_told_in_the_log() {
+    let guest = Guest::start().await;
+    let (code, output, error) = run(&guest, "c", &["echo", "never"], |spec| {
+        spec["hooks"] = json!({"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}]});
+    })
+    .await;
+    assert_eq!((code, output.as_str()), (1, ""));
+    assert_eq!(error, "startContainer hook: hook command exited with non-zero exit code: 3\n");
 }
