@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
-use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::utils::parse_env;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{Capability, Hook, LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Capability, Hook, LinuxCapabilities, Process, Spec};
 use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::message::WindowSize;
+use super::seccomp::Filter;
 use crate::sys;
 
 /// Search path of a process whose environment has none.
@@ -69,16 +69,16 @@ impl Init {
 /// waits for its start. It is not dumpable, so in a shared pid namespace only a container with CAP_SYS_PTRACE can reach them.
 #[derive(Clone)]
 pub struct Confinement {
-    seccomp: LinuxSeccomp,
+    filter: Filter,
     capabilities: Option<LinuxCapabilities>,
 }
 
 impl Confinement {
     /// Changes the process so that the executor can do the rest.
-    pub fn take_over(seccomp: LinuxSeccomp, process: &mut Process) -> Self {
+    pub fn take_over(filter: Filter, process: &mut Process) -> Self {
         let real = process.capabilities().clone();
         if process.no_new_privileges() == Some(true) {
-            return Self { seccomp, capabilities: None };
+            return Self { filter, capabilities: None };
         }
         if let Some(real) = &real {
             let mut wider = real.clone();
@@ -92,17 +92,14 @@ impl Confinement {
             wider.set_permitted(with(real.permitted()));
             process.set_capabilities(Some(wider));
         }
-        Self { seccomp, capabilities: real }
+        Self { filter, capabilities: real }
     }
 
     fn apply(&self) -> Result<(), ExecutorError> {
         let failed = |what: &str, error: &dyn std::error::Error| {
             ExecutorError::Other(format!("cannot {what}: {}", sys::chain(error)))
         };
-        let notify = initialize_seccomp(&self.seccomp).map_err(|error| failed("install the seccomp filter", &error))?;
-        if notify.is_some() {
-            return Err(ExecutorError::Other("seccomp filters that notify a listener are not supported".into()));
-        }
+        self.filter.install().map_err(|error| failed("install the seccomp filter", &error))?;
         if let Some(capabilities) = &self.capabilities {
             let syscall = create_syscall();
             drop_privileges(capabilities, syscall.as_ref()).map_err(|error| failed("drop capabilities", &error))?;

@@ -12,7 +12,7 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{Hook, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Hook, Process, Spec};
 use rustix::fs::{Gid, Uid};
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 use super::PID_NAMESPACE_ARG;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, Reply, Request};
+use super::seccomp::{Filter, FilterError};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -125,8 +126,9 @@ fn take_over(config: &Path) -> Result<(Vec<Hook>, Option<Confinement>), HelperEr
     let mut spec: Spec = read_json(config)?;
     let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
     let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
-    let confinement =
-        seccomp.and_then(|seccomp| spec.process_mut().as_mut().map(|process| Confinement::take_over(seccomp, process)));
+    let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
+    let process = spec.process_mut().as_mut();
+    let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
     if confinement.is_some() || !hooks.is_empty() {
         write_json(config, &spec)?;
     }
@@ -135,9 +137,9 @@ fn take_over(config: &Path) -> Result<(Vec<Hook>, Option<Confinement>), HelperEr
 
 /// The same for an exec, which has a filter only.
 fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperError> {
-    let seccomp: LinuxSeccomp = read_json(seccomp)?;
+    let filter = Filter::compile(&read_json(seccomp)?)?;
     let mut process: Process = read_json(process_path)?;
-    let confinement = Confinement::take_over(seccomp, &mut process);
+    let confinement = Confinement::take_over(filter, &mut process);
     write_json(process_path, &process)?;
     Ok(confinement)
 }
@@ -235,6 +237,8 @@ fn spawn_pid_namespace() -> Result<u32, HelperError> {
 enum HelperError {
     #[error(transparent)]
     Libcontainer(#[from] LibcontainerError),
+    #[error(transparent)]
+    Seccomp(#[from] FilterError),
     #[error("the agent did not send three standard streams")]
     Streams,
     #[error("libcontainer does not tell the pid of the process that it has created")]

@@ -11,6 +11,7 @@ mod executor;
 pub mod helper;
 pub mod message;
 pub mod pid_namespace;
+mod seccomp;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -8,6 +8,10 @@ use serde_json::{Value, json};
 
 use crate::fixture::{self, Guest, message_of, streams};
 
+/// Errors, as programs say them by their exit status here.
+const EPERM: u32 = 1;
+const ENOSYS: u32 = 38;
+
 const OWN: PidNamespace = PidNamespace::PID_NAMESPACE_OWN;
 
 /// Puts a program into a container's image.
@@ -97,7 +101,25 @@ async fn profile_needs_to_allow_only_what_the_program_calls() {
             spec["linux"]["seccomp"] = allow(&names);
         })
         .await;
-        assert_eq!((code, error.as_str()), (1, ""), "{id}");
+        assert_eq!((code, error.as_str()), (EPERM, ""), "{id}");
+    }
+}
+
+#[tokio::test]
+async fn calls_that_the_profile_does_not_know_of_do_not_exist() {
+    let guest = Guest::start().await;
+    // fchmodat2, which C libraries do without on ENOSYS only; the number is above all that the profile names.
+    for (id, default, number, expected) in [
+        ("a", "SCMP_ACT_ERRNO", 452, ENOSYS),
+        ("b", "SCMP_ACT_ERRNO", 3, EPERM),
+        ("c", "SCMP_ACT_KILL_PROCESS", 452, ENOSYS),
+        ("d", "SCMP_ACT_KILL_PROCESS", 3, 128 + 31),
+    ] {
+        install(&guest, id, "caller", &caller(number));
+        let mut profile = allow(&[&["execve", "exit"], DROP.as_slice()].concat());
+        profile["defaultAction"] = default.into();
+        let ended = run(&guest, id, &["caller"], |spec| spec["linux"]["seccomp"] = profile).await;
+        assert_eq!(ended, (expected, String::new(), String::new()), "{id}");
     }
 }
 
