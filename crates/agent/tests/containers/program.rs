@@ -154,3 +154,31 @@ async fn failure_of_a_hook_is_told_in_the_log() {
     assert_eq!((code, output.as_str()), (1, ""));
     assert_eq!(error, "startContainer hook: hook command exited with non-zero exit code: 3\n");
 }
+
+#[tokio::test]
+async fn what_the_spec_does_not_grant_is_not_granted() {
+    let guest = Guest::start().await;
+    let sets = "grep ^Cap /proc/self/status";
+    let script = format!("{sets}; head -c 4 /dev/zero | wc -c; : < /dev/other");
+    let (code, output, error) = run(&guest, "a", &["sh", "-c", &script], |spec| {
+        spec["process"]["user"] = json!({"uid": 0, "gid": 0});
+        spec["process"].as_object_mut().unwrap().remove("capabilities");
+        spec["linux"]["devices"] = json!([{"path": "/dev/other", "type": "c", "major": 10, "minor": 229}]);
+    })
+    .await;
+    let set = |name: &str, bits: u64| format!("Cap{name}:\t{bits:016x}\n");
+    let none: String = ["Inh", "Prm", "Eff", "Bnd", "Amb"].map(|name| set(name, 0)).concat();
+    assert_eq!((code, output), (1, format!("{none}4\n")));
+    assert!(error.contains("/dev/other: Operation not permitted"), "{error}");
+
+    // An exec that says nothing has what its container has.
+    guest.create("b", &["sleep", "100"], streams("")).await.unwrap();
+    guest.start_container("b").await.unwrap();
+    let mut process = fixture::process(&["sh", "-c", sets]);
+    process["user"] = json!({"uid": 0, "gid": 0});
+    process.as_object_mut().unwrap().remove("capabilities");
+    guest.exec_with("b", "e", &process, streams("o")).await.unwrap();
+    assert_eq!(guest.wait("b", "e").await.unwrap().code, 0);
+    let bounded = [set("Inh", 0), set("Prm", 1), set("Eff", 1), set("Bnd", 1), set("Amb", 0)].concat();
+    assert_eq!(guest.read("b", "e", Stream::Stdout).await, bounded);
+}
