@@ -1,7 +1,6 @@
 //! One container: its phase, its processes, its control group.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use oci_spec::runtime::LinuxCapabilities;
@@ -47,8 +46,6 @@ impl Phase {
 pub struct Container {
     id: String,
     cgroup: Cgroup,
-    /// Known once its spec is.
-    rootfs: OnceLock<PathBuf>,
     /// Those of its init, known once its spec is.
     capabilities: OnceLock<LinuxCapabilities>,
     state: Mutex<State>,
@@ -64,7 +61,7 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self { id: id.into(), cgroup, rootfs: OnceLock::new(), capabilities: OnceLock::new(), state: Mutex::new(state) }
+        Self { id: id.into(), cgroup, capabilities: OnceLock::new(), state: Mutex::new(state) }
     }
 
     /// Its id.
@@ -77,22 +74,13 @@ impl Container {
         &self.cgroup
     }
 
-    pub(super) fn set_rootfs(&self, path: PathBuf) {
-        let _ = self.rootfs.set(path);
-    }
-
-    /// Its root file system in the guest; an empty path before its creation.
-    pub(super) fn rootfs(&self) -> &Path {
-        self.rootfs.get().map_or(Path::new(""), PathBuf::as_path)
-    }
-
     pub(super) fn set_capabilities(&self, capabilities: LinuxCapabilities) {
         let _ = self.capabilities.set(capabilities);
     }
 
     /// What an exec gets that asks for none; `None` before its creation.
-    pub(super) fn capabilities(&self) -> Option<LinuxCapabilities> {
-        self.capabilities.get().cloned()
+    pub(super) fn capabilities(&self) -> Option<&LinuxCapabilities> {
+        self.capabilities.get()
     }
 
     /// One of its processes; an empty id means init.

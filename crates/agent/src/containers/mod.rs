@@ -5,7 +5,6 @@
 
 mod container;
 pub mod error;
-mod home;
 mod process;
 mod share;
 mod spec;
@@ -113,9 +112,6 @@ impl Containers {
             spec::adapt(&json, &placement)
         })
         .await?;
-        if let Some(root) = spec.root() {
-            container.set_rootfs(root.path().clone());
-        }
         if let Some(capabilities) = spec.process().as_ref().and_then(|process| process.capabilities().clone()) {
             container.set_capabilities(capabilities);
         }
@@ -175,10 +171,8 @@ impl Containers {
     }
 
     async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
-        let (json, terminal, rootfs) =
-            (request.process.clone(), request.streams.terminal, container.rootfs().to_owned());
-        let capabilities = container.capabilities();
-        let process = blocking(move || spec::adapt_process(&json, terminal, &rootfs, capabilities)).await?;
+        let process =
+            spec::adapt_process(&request.process, request.streams.terminal, container.capabilities().cloned())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let init = container.process("")?;
         // Until it has, nobody may look at the namespaces that it has joined (ptrace(2), access mode checks).

@@ -6,7 +6,7 @@
 
 mod links;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::{
     Capabilities, Hooks, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
@@ -14,8 +14,7 @@ use oci_spec::runtime::{
 };
 
 use super::error::ContainerError;
-use super::home;
-use crate::runtime::directory;
+use crate::runtime::{directory, home};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -36,7 +35,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
     let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
     let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
-    fit_process(&mut process, placement.terminal, &rootfs, None);
+    fit_process(&mut process, placement.terminal, None);
     if let Some(resources) = linux.resources_mut() {
         fit_resources(resources);
     }
@@ -65,17 +64,15 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     Ok(spec)
 }
 
-/// Reads an exec's process and makes it the guest's; one that says nothing of capabilities has the container's. Blocks as
-/// [`adapt`] does.
+/// Reads an exec's process and makes it the guest's; one that says nothing of capabilities has the container's.
 pub fn adapt_process(
     json: &[u8],
     terminal: bool,
-    rootfs: &Path,
     capabilities: Option<LinuxCapabilities>,
 ) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
-    fit_process(&mut process, terminal, rootfs, capabilities);
+    fit_process(&mut process, terminal, capabilities);
     Ok(process)
 }
 
@@ -146,7 +143,7 @@ fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
-fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path, capabilities: Option<LinuxCapabilities>) {
+fn fit_process(process: &mut Process, terminal: bool, capabilities: Option<LinuxCapabilities>) {
     fit_capabilities(process, capabilities);
     process.set_terminal(Some(terminal)).set_apparmor_profile(None).set_selinux_label(None);
     // libcontainer takes the mere presence of the flag for the promise that filters can be installed without privilege.
@@ -160,7 +157,7 @@ fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path, capabilitie
     let mut env = process.env().clone().unwrap_or_default();
     if !env.iter().any(|pair| pair.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
         env.retain(|pair| pair != "HOME=");
-        env.push(format!("HOME={}", home::find(rootfs, process.user().uid())));
+        env.push(home::PLACEHOLDER.into());
     }
     process.set_env(Some(env));
 }

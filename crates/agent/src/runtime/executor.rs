@@ -19,6 +19,7 @@ use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use super::home;
 use super::message::WindowSize;
 use super::seccomp::Filter;
 use crate::sys;
@@ -50,12 +51,11 @@ pub struct Init {
 }
 
 impl Init {
-    fn run_hooks(&self, process: &Process, annotations: Option<&HashMap<String, String>>) -> Result<(), ExecutorError> {
+    fn run_hooks(&self, env: &[String], annotations: Option<&HashMap<String, String>>) -> Result<(), ExecutorError> {
         let pid = i32::try_from(std::process::id()).ok();
         let mut state = State::new(&self.id, ContainerStatus::Created, pid, self.bundle.clone());
         state.annotations = annotations.cloned();
-        let env = parse_env(process.env().as_deref().unwrap_or_default());
-        run_hooks(Some(&self.hooks), Some(&state), None, None, Some(&env))
+        run_hooks(Some(&self.hooks), Some(&state), None, None, Some(&parse_env(env)))
             .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", sys::chain(&error))))
     }
 }
@@ -113,9 +113,11 @@ impl AgentExecutor {
     fn become_program(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let program = find_program(process).map_err(ExecutorError::Other)?;
+        let mut env = process.env().clone().unwrap_or_default();
+        home::fill_in(&mut env, process.user().uid());
         let path = c_string(program.as_os_str().as_encoded_bytes())?;
         let args = c_strings(process.args().as_deref())?;
-        let env = c_strings(process.env().as_deref())?;
+        let environment = c_strings(Some(&env))?;
         if let Some(window) = self.window.filter(|window| window.width > 0 && window.height > 0) {
             let size = Winsize { ws_col: window.width, ws_row: window.height, ws_xpixel: 0, ws_ypixel: 0 };
             let _ = tcsetwinsize(rustix::stdio::stdin(), size);
@@ -128,10 +130,10 @@ impl AgentExecutor {
         if let Some(init) = self.init.as_ref().filter(|init| !init.hooks.is_empty()) {
             // A hook need not read its input.
             sys::ignore_sigpipe();
-            init.run_hooks(process, spec.annotations().as_ref())?;
+            init.run_hooks(&env, spec.annotations().as_ref())?;
             sys::default_signals();
         }
-        let Err(errno) = nix::unistd::execve(&path, &args, &env);
+        let Err(errno) = nix::unistd::execve(&path, &args, &environment);
         Err(ExecutorError::Other(format!("exec {}: {}", program.display(), words(errno.desc()))))
     }
 }

@@ -9,6 +9,7 @@
 pub mod directory;
 mod executor;
 pub mod helper;
+pub mod home;
 pub mod message;
 pub mod pid_namespace;
 mod seccomp;

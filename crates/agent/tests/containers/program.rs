@@ -182,3 +182,45 @@ async fn what_the_spec_does_not_grant_is_not_granted() {
     let bounded = [set("Inh", 0), set("Prm", 1), set("Eff", 1), set("Bnd", 1), set("Amb", 0)].concat();
     assert_eq!(guest.read("b", "e", Stream::Stdout).await, bounded);
 }
+
+#[tokio::test]
+async fn home_is_that_of_the_containers_own_passwd_file() {
+    let guest = Guest::start().await;
+    let volume = guest.dir().join("passwd");
+    std::fs::write(&volume, "web:x:33:33::/volume/web:/bin/sh\n").unwrap();
+    let spec = fixture::spec(&guest, "c", &["sh", "-c", "cat /tmp/hook; echo $HOME; exec sleep 100"], |spec| {
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", "echo hook $HOME >/tmp/hook"]});
+        spec["hooks"] = json!({"startContainer": [hook]});
+        let mount = json!({"destination": "/etc/passwd", "type": "bind", "source": volume, "options": ["bind", "ro"]});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    });
+    guest.create_with("c", spec, streams("o"), OWN, "").await.unwrap();
+    guest.start_container("c").await.unwrap();
+    let mut output = guest.attach("c", "", Stream::Stdout).await;
+    assert_eq!(fixture::read_until(&mut output, "web\n").await, "hook /volume/web\n");
+    assert_eq!(fixture::read_until(&mut output, "web\n").await, "/volume/web\n");
+    for (exec, env, home) in [
+        ("a", json!(["PATH=/bin"]), "/volume/web\n"),
+        ("b", json!(["HOME=", "PATH=/bin"]), "/volume/web\n"),
+        ("c", json!(["HOME=/own", "PATH=/bin"]), "/own\n"),
+    ] {
+        let mut process = fixture::process(&["sh", "-c", "echo $HOME"]);
+        process["env"] = env;
+        guest.exec_with("c", exec, &process, streams("o")).await.unwrap();
+        assert_eq!(guest.read("c", exec, Stream::Stdout).await, home);
+    }
+}
+
+#[tokio::test]
+async fn passwd_file_that_is_none_holds_nothing_up() {
+    let guest = Guest::start().await;
+    for (id, make) in [("fifo", "mkfifo passwd"), ("link", "ln -s /proc/1/root/etc/group passwd")] {
+        let rootfs = guest.dir().join(id).join("rootfs");
+        fixture::make_rootfs(&rootfs);
+        std::fs::write(rootfs.join("etc/group"), "web:x:33:33::/elsewhere:/bin/sh\n").unwrap();
+        let script = format!("cd {}/etc && rm passwd && {make}", rootfs.display());
+        assert!(std::process::Command::new("sh").args(["-c", &script]).status().unwrap().success());
+        let (code, output, _) = run(&guest, id, &["sh", "-c", "echo $HOME"], |_| {}).await;
+        assert_eq!((code, output.as_str()), (0, "/\n"), "{id}");
+    }
+}
