@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use libcontainer::capabilities::drop_privileges;
@@ -15,7 +16,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::utils::parse_env;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::{Capability, Hook, LinuxCapabilities, Process, Spec};
-use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fcntl_getfl, fstat, makedev, open, stat};
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -122,6 +123,8 @@ impl AgentExecutor {
             let size = Winsize { ws_col: window.width, ws_row: window.height, ws_xpixel: 0, ws_ypixel: 0 };
             let _ = tcsetwinsize(rustix::stdio::stdin(), size);
         }
+        // Without it the streams are what they were.
+        let _ = reopen_null();
         sys::default_signals();
         if let Some(confinement) = &self.confinement {
             confinement.apply()?;
@@ -162,6 +165,30 @@ impl Executor for AgentExecutor {
     fn setup_envs(&self, _envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
         Ok(())
     }
+}
+
+/// Opens for writing too what libcontainer has opened for reading alone: of the standard streams of an init, each that is
+/// /dev/null. A program may write there.
+fn reopen_null() -> rustix::io::Result<()> {
+    use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
+    writable_null(stdin())?.map(dup2_stdin).transpose()?;
+    writable_null(stdout())?.map(dup2_stdout).transpose()?;
+    writable_null(stderr())?.map(dup2_stderr).transpose()?;
+    Ok(())
+}
+
+/// What to put in the place of a descriptor, if it is a /dev/null that cannot be written to.
+fn writable_null(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<OwnedFd>> {
+    let is_null = |fd: BorrowedFd<'_>| {
+        let found = fstat(fd)?;
+        let kind = FileType::from_raw_mode(found.st_mode);
+        Ok(kind == FileType::CharacterDevice && found.st_rdev == makedev(1, 3))
+    };
+    if !is_null(fd)? || fcntl_getfl(fd)? & OFlags::ACCMODE != OFlags::RDONLY {
+        return Ok(None);
+    }
+    let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())?;
+    Ok(is_null(null.as_fd())?.then_some(null))
 }
 
 fn c_string(bytes: &[u8]) -> Result<CString, ExecutorError> {

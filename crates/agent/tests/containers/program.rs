@@ -224,3 +224,12 @@ async fn passwd_file_that_is_none_holds_nothing_up() {
         assert_eq!((code, output.as_str()), (0, "/\n"), "{id}");
     }
 }
+
+#[tokio::test]
+async fn streams_that_nobody_wants_can_be_written_to() {
+    let guest = Guest::start().await;
+    let script = "echo lost && echo lost >&2 && [ $(readlink /proc/self/fd/0) = /dev/null ] && ! read x && exit 5";
+    guest.create("c", &["sh", "-c", script], streams("")).await.unwrap();
+    guest.start_container("c").await.unwrap();
+    assert_eq!(guest.wait("c", "").await.unwrap().code, 5);
+}
