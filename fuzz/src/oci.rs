@@ -19,7 +19,7 @@ pub fn oci_spec(data: &[u8]) {
     match kind % 4 {
         0 => spec(bytes),
         1 => {
-            if let Ok(process) = translate_process(bytes) {
+            if let Ok((process, _)) = translate_process(bytes) {
                 translate_process(&process).expect("a translated process is one");
             }
         }

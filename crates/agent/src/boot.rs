@@ -1,7 +1,7 @@
 //! The first moments of a guest: mounts, the root that containers can leave, the cgroup hierarchy.
 //!
-//! Nothing here depends on the pod (DESIGN D7): a template is made of a guest that has come through this and waits.
-//! Everything here is paid before the guest is ready, so it does no more than it must.
+//! Nothing here depends on the pod (ARCHITECTURE.md, D7): a template is made of a guest that has come through this and
+//! waits. Everything here is paid before the guest is ready, so it does no more than it must.
 
 use std::convert::Infallible;
 use std::io;
@@ -115,11 +115,13 @@ const MAX_OPEN_FILES: u64 = 1 << 20;
 /// a small guest would have hundreds where a node has this and more.
 const MAX_PENDING_SIGNALS: u64 = 1 << 15;
 
-/// Resource limits are inherited, and the kernel's for init are small.
+/// Resource limits are inherited, and the kernel's for init are small. Core dumps are as large as they are, as by containerd's
+/// service file; the kernel's own core_pattern puts them where the process works, in the container.
 fn raise_limits() {
     let limit = |count| Rlimit { current: count, maximum: count };
     let _ = setrlimit(Resource::Nofile, limit(Some(MAX_OPEN_FILES)));
     let _ = setrlimit(Resource::Nproc, limit(None));
+    let _ = setrlimit(Resource::Core, limit(None));
     let _ = setrlimit(Resource::Sigpending, limit(Some(MAX_PENDING_SIGNALS)));
 }
 

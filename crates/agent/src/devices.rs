@@ -1,7 +1,9 @@
-//! Disks that come while the guest runs: the VMM fills a slot, and the driver is told to look at it (DESIGN D3).
+//! Devices that come while the guest runs: the VMM fills a slot, and the driver is told to look at it (ARCHITECTURE.md,
+//! D3).
 //!
 //! The kernel names the slots of its command line `virtio-mmio.<n>` in their order (drivers/virtio/virtio_mmio.c). Binding
-//! returns when the driver has looked, and by then the disk and its node in /dev exist: nothing has to be waited for.
+//! returns when the driver has looked, and by then a disk and its node in /dev, or an interface, exist: nothing has to be
+//! waited for.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,9 +15,8 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 
 /// Makes the driver take the device in a slot; answers with its disk.
 pub fn bind(slot: u32) -> Result<BlockDevice, DeviceError> {
-    let name = format!("virtio-mmio.{slot}");
-    std::fs::write(Path::new(DRIVER).join("bind"), &name).map_err(|source| DeviceError::Bind { slot, source })?;
-    match find_disk(&Path::new(DEVICES).join(name)) {
+    look_at(slot)?;
+    match find_disk(&Path::new(DEVICES).join(name(slot))) {
         Some(disk) => Ok(disk),
         None => {
             // Whatever it is, it is of no use.
@@ -25,9 +26,30 @@ pub fn bind(slot: u32) -> Result<BlockDevice, DeviceError> {
     }
 }
 
+/// Makes the driver take the devices in some slots: all of them or none.
+pub fn bind_all(slots: &[u32]) -> Result<(), DeviceError> {
+    for (done, slot) in slots.iter().enumerate() {
+        if let Err(error) = look_at(*slot) {
+            for slot in &slots[..done] {
+                let _ = unbind(*slot);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn look_at(slot: u32) -> Result<(), DeviceError> {
+    std::fs::write(Path::new(DRIVER).join("bind"), name(slot)).map_err(|source| DeviceError::Bind { slot, source })
+}
+
+fn name(slot: u32) -> String {
+    format!("virtio-mmio.{slot}")
+}
+
 /// Makes the driver let go of a slot. One that has no driver is as good.
 pub fn unbind(slot: u32) -> Result<(), DeviceError> {
-    match std::fs::write(Path::new(DRIVER).join("unbind"), format!("virtio-mmio.{slot}")) {
+    match std::fs::write(Path::new(DRIVER).join("unbind"), name(slot)) {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
         other => other.map_err(|source| DeviceError::Unbind { slot, source }),
     }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use bulkhead_protocol::forward::{CONNECTED, REFUSED, TARGET_LEN, Target};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::netns::Netns;
 
 /// How long a connection may take to name its target. The host sends the target with the connection; one that does not
 /// would hold its task for ever.
@@ -21,7 +23,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const CHUNK: usize = 16 * 1024;
 
 /// Serves one connection to its end.
-pub async fn connection(mut host: impl AsyncRead + AsyncWrite + Unpin) {
+pub async fn connection(netns: Netns, mut host: impl AsyncRead + AsyncWrite + Unpin) {
     let mut bytes = [0; TARGET_LEN];
     let target = match tokio::time::timeout(TARGET_TIMEOUT, host.read_exact(&mut bytes)).await {
         Ok(Ok(_)) => Target::decode(bytes),
@@ -32,7 +34,7 @@ pub async fn connection(mut host: impl AsyncRead + AsyncWrite + Unpin) {
         Ok(target) => target,
         Err(error) => return tracing::warn!(%error, "forwarded connection refused"),
     };
-    let Ok(mut server) = connect(target).await else {
+    let Ok(mut server) = connect(&netns, target).await else {
         let _ = host.write_all(&[REFUSED]).await;
         return;
     };
@@ -47,14 +49,25 @@ pub async fn connection(mut host: impl AsyncRead + AsyncWrite + Unpin) {
 
 /// Connects to localhost over the family that was dialled, else over the other: the host's dialler takes the first address
 /// of "localhost" that accepts, and it is the host that accepts.
-async fn connect(target: Target) -> io::Result<TcpStream> {
+async fn connect(netns: &Netns, target: Target) -> io::Result<TcpStream> {
     let ipv4 = SocketAddr::from((Ipv4Addr::LOCALHOST, target.port));
     let ipv6 = SocketAddr::from((Ipv6Addr::LOCALHOST, target.port));
     let addresses = if target.ipv6 { [ipv6, ipv4] } else { [ipv4, ipv6] };
-    let server = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addresses.as_slice())).await??;
+    let server = tokio::time::timeout(CONNECT_TIMEOUT, connect_to_one(netns, addresses)).await??;
     // Whoever wrote the bytes has decided how large a segment is.
     server.set_nodelay(true)?;
     Ok(server)
+}
+
+async fn connect_to_one(netns: &Netns, addresses: [SocketAddr; 2]) -> io::Result<TcpStream> {
+    let connect = async |address: SocketAddr| {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4 } else { TcpSocket::new_v6 };
+        netns.run(socket).await??.connect(address).await
+    };
+    match connect(addresses[0]).await {
+        Err(_) => connect(addresses[1]).await,
+        connected => connected,
+    }
 }
 
 #[cfg(test)]
@@ -66,7 +79,7 @@ mod tests {
     /// The host's end of a connection that names a port, and the answer to it.
     async fn dial(target: Target) -> (UnixStream, u8) {
         let (mut host, guest) = UnixStream::pair().unwrap();
-        tokio::spawn(connection(guest));
+        tokio::spawn(connection(Netns::default(), guest));
         host.write_all(&target.encode()).await.unwrap();
         let answer = host.read_u8().await.unwrap();
         (host, answer)

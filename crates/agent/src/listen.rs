@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, transport::Listener};
 
+use crate::netns::Netns;
 use crate::reaper::Reaper;
 use crate::rpc::Service;
 use crate::stdio::{Streams, serve};
@@ -31,9 +32,11 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
-        tokio::spawn(async move {
-            accept_all(async || localhost.accept().await.map(|(stream, _)| stream), forward::connection).await
-        });
+        let netns = agent.netns.clone();
+        let forward = move |stream| forward::connection(netns.clone(), stream);
+        tokio::spawn(
+            async move { accept_all(async || localhost.accept().await.map(|(stream, _)| stream), forward).await },
+        );
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
 }
@@ -66,6 +69,7 @@ fn block_on<T>(future: impl Future<Output = Result<T, ListenError>>) -> Result<T
 /// The parts that run for as long as the agent does.
 struct Agent {
     streams: Arc<Streams>,
+    netns: Netns,
     _server: Server,
 }
 
@@ -73,12 +77,13 @@ impl Agent {
     async fn start(rpc: Listener, kernel_boot: Duration) -> Result<Self, ListenError> {
         let reaper = Arc::new(Reaper::default());
         let streams = Arc::new(Streams::default());
-        let service = Arc::new(Service::new(Arc::clone(&reaper), Arc::clone(&streams), kernel_boot));
+        let netns = Netns::default();
+        let service = Service::new(Arc::clone(&reaper), Arc::clone(&streams), netns.clone(), kernel_boot);
         let children = signal(SignalKind::child()).map_err(ListenError::Runtime)?;
         tokio::spawn(reaper.run(children));
-        let mut server = Server::new().add_listener(rpc).register_service(create_agent(service));
+        let mut server = Server::new().add_listener(rpc).register_service(create_agent(Arc::new(service)));
         server.start().await.map_err(ListenError::Rpc)?;
-        Ok(Self { streams, _server: server })
+        Ok(Self { streams, netns, _server: server })
     }
 
     async fn accept_streams<S, F>(&self, accept: impl Fn() -> F) -> Result<Infallible, ListenError>

@@ -1,4 +1,4 @@
-//! `bulkhead-agent`: PID 1 of the guest (DESIGN D6, D8).
+//! `bulkhead-agent`: PID 1 of the guest (ARCHITECTURE.md, D6, D8).
 //!
 //! The shim asks over vsock (ttrpc for control, one connection for each standard stream), the agent answers. What it asks
 //! of the kernel it does itself, except for the creation of containers: libcontainer forks and blocks, so the agent
@@ -13,6 +13,7 @@ mod entry;
 mod events;
 mod forward;
 mod listen;
+mod netns;
 mod power;
 mod reaper;
 mod rpc;
@@ -25,6 +26,8 @@ mod volumes;
 use std::convert::Infallible;
 use std::path::PathBuf;
 
+use runtime::message::IdMaps;
+
 /// What this process is for.
 #[derive(Debug, Eq, PartialEq)]
 enum Mode {
@@ -34,8 +37,12 @@ enum Mode {
     Helper,
     /// PID 1 of a pid namespace that the pod's containers share.
     PidNamespace,
+    /// Maps the ids of a user namespace.
+    IdMaps { pid: String, maps: IdMaps },
     /// Makes a container's working directory, as a hook of libcontainer's.
     Directory { rootfs: PathBuf, cwd: PathBuf },
+    /// Copies directories of the image into what is mounted on them, as a hook of libcontainer's.
+    CopyUp { rootfs: PathBuf, places: Vec<PathBuf> },
     /// Serves on Unix sockets in a directory, outside of a guest: for developers and tests.
     Serve(PathBuf),
 }
@@ -46,8 +53,15 @@ impl Mode {
         match (args.next().as_deref(), args.next()) {
             (Some(runtime::HELPER_ARG), _) => Some(Self::Helper),
             (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
+            (Some(runtime::ID_MAPS_ARG), Some(pid)) => {
+                let maps = args.next().zip(args.next()).map(|(uids, gids)| IdMaps { uids, gids });
+                maps.map(|maps| Self::IdMaps { pid, maps })
+            }
             (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
                 args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
+            }
+            (Some(runtime::tmpfs::COPY_UP_ARG), Some(rootfs)) => {
+                Some(Self::CopyUp { rootfs: rootfs.into(), places: args.map(PathBuf::from).collect() })
             }
             (Some("serve"), Some(dir)) => Some(Self::Serve(dir.into())),
             _ if pid == 1 => Some(Self::Init),
@@ -62,7 +76,9 @@ fn run() -> i32 {
     match Mode::from_args(std::env::args().skip(1), std::process::id()) {
         Some(Mode::Helper) => runtime::helper::main(),
         Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
+        Some(Mode::IdMaps { pid, maps }) => runtime::id_maps::main(&pid, &maps),
         Some(Mode::Directory { rootfs, cwd }) => runtime::directory::main(&rootfs, &cwd),
+        Some(Mode::CopyUp { rootfs, places }) => runtime::tmpfs::main(&rootfs, &places),
         Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
         Some(Mode::Init) => report(power::reboot_after(boot::init)),
         None => {
@@ -96,8 +112,13 @@ mod tests {
     fn own_words_choose_the_mode() {
         assert_eq!(mode(&[runtime::HELPER_ARG], 7), Some(Mode::Helper));
         assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
+        let maps = IdMaps { uids: "0 0 9".into(), gids: "0 0 8".into() };
+        let words = [runtime::ID_MAPS_ARG, "7", "0 0 9", "0 0 8"];
+        assert_eq!(mode(&words, 8), Some(Mode::IdMaps { pid: "7".into(), maps }));
         let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
         assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
+        let copy_up = Mode::CopyUp { rootfs: "/r".into(), places: vec!["/a".into(), "/b".into()] };
+        assert_eq!(mode(&[runtime::tmpfs::COPY_UP_ARG, "/r", "/a", "/b"], 1), Some(copy_up));
         assert_eq!(mode(&["serve", "/run/x"], 7), Some(Mode::Serve("/run/x".into())));
         assert_eq!(mode(&[], 7), None);
     }

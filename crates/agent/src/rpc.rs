@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse,
-    DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse, ProcessId,
-    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+    AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
+    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse,
+    ProcessId, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
     UpdateVolumeRequest,
 };
 use ttrpc::Code;
@@ -17,13 +17,18 @@ use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
+use crate::netns::Netns;
 use crate::reaper::Reaper;
-use crate::sandbox::{self, Sandbox, SandboxError};
+use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
 use crate::{events, sys};
 
 /// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
 const MAX_TEXT: usize = 4096;
+
+/// Most pids of a list: a container may have as many as the kernel, and a pid takes up to four bytes of the 32 KiB that an
+/// answer may have.
+const MAX_PIDS: usize = 4096;
 
 /// Implements the protocol's service.
 pub struct Service {
@@ -35,10 +40,10 @@ pub struct Service {
 
 impl Service {
     /// A guest without a pod.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, kernel_boot: Duration) -> Self {
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
         let containers = Arc::new(Containers::new(reaper, streams, sender));
-        Self { sandbox: Arc::default(), containers, events, kernel_boot }
+        Self { sandbox: Arc::new(Sandbox::new(netns)), containers, events, kernel_boot }
     }
 }
 
@@ -49,8 +54,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
-        let sandbox = Arc::clone(&self.sandbox);
-        whole(async move { sandbox.create(request).await }).await?.map_err(status)?;
+        let (sandbox, containers) = (Arc::clone(&self.sandbox), Arc::clone(&self.containers));
+        let namespaces = async move |maps| Ok(containers.create_user_namespace(maps).await?);
+        let created = async move { sandbox.create::<ServiceError>(request, namespaces).await };
+        whole(created).await?.map_err(status)?;
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         Ok(CreateSandboxResponse { kernel_boot_ns, ..CreateSandboxResponse::new() })
     }
@@ -58,6 +65,13 @@ impl Agent for Service {
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         let sandbox = Arc::clone(&self.sandbox);
         done(whole(async move { sandbox.destroy().await }).await?)
+    }
+
+    async fn add_network(&self, _: &TtrpcContext, request: AddNetworkRequest) -> ttrpc::Result<Empty> {
+        let slots = request.slots.clone();
+        beside(move || devices::bind_all(&slots)).await?.map_err(status)?;
+        let sandbox = Arc::clone(&self.sandbox);
+        done(whole(async move { sandbox.add_network(request).await }).await?)
     }
 
     async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {
@@ -113,14 +127,15 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
-        let pids = container.pids().map_err(status)?;
+        let mut pids = container.pids().map_err(status)?;
+        pids.truncate(MAX_PIDS);
         Ok(ListProcessesResponse { pids, ..Default::default() })
     }
 
     async fn get_stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Stats> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
         let mut stats = container.cgroup().stats();
-        stats.network = sandbox::interface_stats();
+        stats.network = self.sandbox.interface_stats();
         Ok(stats)
     }
 
@@ -205,6 +220,7 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Container(C::State { .. } | C::NoTerminal { .. } | C::NoPodNamespace) => {
             Code::FAILED_PRECONDITION
         }
+        ServiceError::Container(C::NoUserNamespace) => Code::INVALID_ARGUMENT,
         ServiceError::Container(C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. }) => {
             Code::INVALID_ARGUMENT
         }
@@ -227,6 +243,46 @@ fn bounded(mut text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_protocol::agent::{HugeTlbStats, InterfaceStats, IoStats, MemoryStats};
+    use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
+    use protobuf::Message;
+
+    /// What the shim takes.
+    const MAX_ANSWER: u64 = 32 << 10;
+
+    #[test]
+    fn longest_answers_are_short_enough() {
+        const MOST: u64 = u64::MAX;
+        let (major, minor, rbytes, wbytes, rios, wios) = (MOST, MOST, MOST, MOST, MOST, MOST);
+        let disk = IoStats { major, minor, rbytes, wbytes, rios, wios, ..Default::default() };
+        let interface = InterfaceStats {
+            name: "x".repeat(15),
+            rx_bytes: MOST,
+            rx_packets: MOST,
+            rx_errors: MOST,
+            rx_dropped: MOST,
+            tx_bytes: MOST,
+            tx_packets: MOST,
+            tx_errors: MOST,
+            tx_dropped: MOST,
+            ..Default::default()
+        };
+        let pool =
+            HugeTlbStats { page_size: "2MB".into(), current: MOST, max: MOST, fail_count: MOST, ..Default::default() };
+        // More than twice the keys that Linux 6.12 has.
+        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MOST)).collect();
+        let stats = Stats {
+            memory: Some(MemoryStats { stat, ..Default::default() }).into(),
+            io: vec![disk; MAX_STATS_ENTRIES],
+            network: vec![interface; MAX_STATS_ENTRIES],
+            huge_tlb: vec![pool; 8],
+            ..Default::default()
+        };
+        let processes = ListProcessesResponse { pids: vec![1 << 22; MAX_PIDS], ..Default::default() };
+        for size in [stats.compute_size(), processes.compute_size()] {
+            assert!(size < MAX_ANSWER - 1024, "{size}");
+        }
+    }
 
     #[test]
     fn codes_are_those_of_the_protocol() {

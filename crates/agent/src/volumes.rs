@@ -5,15 +5,26 @@
 //! reports only what the guest's own kernel did. So the agent copies each version from the share to a tmpfs and makes the
 //! same steps there in the same order (kubernetes: pkg/volume/util/atomic_writer.go): a watch sees what it would see on the
 //! kubelet's own node. A volume that is too large, or has not that layout, is bound from the share instead.
+//!
+//! A container with CAP_SYS_ADMIN can make its mount of a copy writable, put links there and go on doing so while the agent
+//! works. So in a copy every step is one name below an open directory, and no link is followed.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::agent::CopiedVolume;
 use bulkhead_protocol::guest::{SHARE_DIR, VOLUMES_DIR};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fstat, mkdirat, open, openat,
+    readlinkat, renameat, statat, symlinkat, unlinkat,
+};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
 
 /// The link to the current version.
@@ -57,8 +68,7 @@ impl Volumes {
         let (source, target) = self.paths(volume);
         if !volume.version.is_empty() {
             let version = version(volume)?;
-            let copied = make_like(&source, &target).and_then(|()| switch(&source, &target, version));
-            match copied {
+            match make_and_switch(&source, &target, version) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, ?source, "a volume is bound instead of copied, its updates raise no events")
@@ -85,7 +95,6 @@ impl Volumes {
 
     /// Removes the copies. What is not there is no error.
     pub fn remove(&self) -> Result<(), VolumeError> {
-        use rustix::io::Errno;
         match unmount(&self.target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
             Ok(()) => std::fs::remove_dir(&self.target).map_err(|source| VolumeError::at(&self.target, source)),
             Err(Errno::NOENT | Errno::INVAL) => Ok(()),
@@ -101,87 +110,136 @@ impl Volumes {
 
 /// The version's name, which must be one component of a path.
 fn version(volume: &CopiedVolume) -> Result<&OsStr, VolumeError> {
-    let mut parts = Path::new(&volume.version).components();
+    component(OsStr::new(&volume.version)).ok_or_else(|| VolumeError::Version(volume.version.clone()))
+}
+
+/// A text that can name a version.
+fn component(text: &OsStr) -> Option<&OsStr> {
+    let mut parts = Path::new(text).components();
     match (parts.next(), parts.next()) {
-        (Some(Component::Normal(name)), None) if name != DATA && name != NEXT_DATA => Ok(name),
-        _ => Err(VolumeError::Version(volume.version.clone())),
+        (Some(Component::Normal(name)), None) if name != DATA && name != NEXT_DATA => Some(name),
+        _ => None,
     }
 }
 
-/// Copies a version and makes it the current one, by the kubelet's steps.
+/// Makes the volume's directory with its first version.
+fn make_and_switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
+    make_dir(CWD, target.as_os_str(), &rustix::fs::stat(source)?)?;
+    switch(source, target, version)
+}
+
+/// Copies a version and makes it the current one, by the kubelet's steps. Both paths are the agent's and the host's own, only
+/// what is below the target is not.
 fn switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
-    let copy = target.join(version);
-    let current = std::fs::read_link(target.join(DATA)).ok();
-    if current.as_deref() == Some(Path::new(version)) {
+    // The share may hold a link to a volume that other containers have too.
+    let source = open(source, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let target = open_dir(CWD, target.as_os_str())?;
+    let current = current(&target);
+    if current.as_deref() == Some(version) {
         return Ok(());
     }
     // Of a copy that was broken off.
-    ignore_absent(std::fs::remove_dir_all(&copy))?;
-    if let Err(error) = copy_dir(&source.join(version), &copy, MAX_DEPTH) {
-        let _ = std::fs::remove_dir_all(&copy);
-        return Err(error);
-    }
-    let next = target.join(NEXT_DATA);
-    ignore_absent(std::fs::remove_file(&next))?;
-    std::os::unix::fs::symlink(version, &next)?;
-    std::fs::rename(&next, target.join(DATA))?;
+    remove(&target, version, MAX_DEPTH)?;
+    let copy = match copy_version(&source, &target, version) {
+        Ok(copy) => copy,
+        Err(error) => {
+            let _ = remove(&target, version, MAX_DEPTH);
+            return Err(error);
+        }
+    };
+    remove(&target, OsStr::new(NEXT_DATA), MAX_DEPTH)?;
+    symlinkat(version, &target, NEXT_DATA)?;
+    renameat(&target, NEXT_DATA, &target, DATA)?;
     let names = names(&copy)?;
-    for name in names.iter().filter(|name| !target.join(name).is_symlink()) {
-        std::os::unix::fs::symlink(Path::new(DATA).join(name), target.join(name))?;
+    for name in names.iter().filter(|name| !is_link(&target, name)) {
+        symlinkat(Path::new(DATA).join(name), &target, name)?;
     }
-    for gone in self::names(target)?.into_iter().filter(|name| !names.contains(name)) {
-        let path = target.join(&gone);
-        if path.is_symlink() && gone != DATA {
-            std::fs::remove_file(path)?;
+    for gone in self::names(&target)?.iter().filter(|name| !names.contains(*name)) {
+        if is_link(&target, gone) && gone != DATA {
+            unlinkat(&target, gone, AtFlags::empty())?;
         }
     }
-    match current {
-        Some(old) => ignore_absent(std::fs::remove_dir_all(target.join(old))),
-        None => Ok(()),
-    }
+    current.map_or(Ok(()), |old| remove(&target, &old, MAX_DEPTH))
 }
 
-fn names(dir: &Path) -> io::Result<HashSet<OsString>> {
-    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
+/// The version that is current. A link that leads anywhere but to a name beside it is not the agent's.
+fn current(dir: &OwnedFd) -> Option<OsString> {
+    let link = OsString::from_vec(readlinkat(dir, DATA, Vec::new()).ok()?.into_bytes());
+    component(&link).map(OsStr::to_owned)
 }
 
-/// Copies a tree of directories, files and links with modes and owners.
-fn copy_dir(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
+fn copy_version(source: &OwnedFd, target: &OwnedFd, version: &OsStr) -> io::Result<OwnedFd> {
+    let from = open_dir(source, version)?;
+    let copy = make_dir(target, version, &fstat(&from)?)?;
+    copy_dir(&from, &copy, MAX_DEPTH)?;
+    Ok(copy)
+}
+
+/// Copies what a directory holds, a tree of directories, files and links, with modes and owners. What has one of the names in
+/// the copy is an error.
+fn copy_dir(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
     let depth = depth.checked_sub(1).ok_or(io::ErrorKind::InvalidInput)?;
-    make_like(from, to)?;
-    for entry in std::fs::read_dir(from)? {
-        let entry = entry?;
-        let (from, to, kind) = (entry.path(), to.join(entry.file_name()), entry.file_type()?);
-        if kind.is_dir() {
-            copy_dir(&from, &to, depth)?;
-        } else if kind.is_symlink() {
-            std::os::unix::fs::symlink(std::fs::read_link(&from)?, &to)?;
-        } else if kind.is_file() {
-            std::fs::copy(&from, &to)?;
-            take_owner(&from, &to)?;
+    for name in names(from)? {
+        let like = statat(from, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+        match FileType::from_raw_mode(like.st_mode) {
+            FileType::Directory => copy_dir(&open_dir(from, &name)?, &make_dir(to, &name, &like)?, depth)?,
+            FileType::Symlink => symlinkat(readlinkat(from, &name, Vec::new())?, to, &name)?,
+            FileType::RegularFile => copy_file(from, to, &name, &like)?,
+            _ => {}
         }
     }
     Ok(())
 }
 
+fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &OsStr, like: &Stat) -> io::Result<()> {
+    let reading = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let making = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut from = File::from(openat(from, name, reading, Mode::empty())?);
+    let mut to = File::from(openat(to, name, making, Mode::RUSR | Mode::WUSR)?);
+    io::copy(&mut from, &mut to)?;
+    Ok(take_owner(&to, like)?)
+}
+
 /// Makes a directory with another's mode and owner.
-fn make_like(like: &Path, dir: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(dir)?;
-    take_owner(like, dir)
+fn make_dir(parent: impl AsFd, name: &OsStr, like: &Stat) -> rustix::io::Result<OwnedFd> {
+    mkdirat(&parent, name, Mode::RWXU)?;
+    let dir = open_dir(parent, name)?;
+    take_owner(&dir, like)?;
+    Ok(dir)
+}
+
+fn open_dir(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// The owner first: a change of it clears set-id bits.
-fn take_owner(like: &Path, path: &Path) -> io::Result<()> {
-    let found = like.metadata()?;
-    std::os::unix::fs::chown(path, Some(found.uid()), Some(found.gid()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(found.mode() & 0o7777))
+fn take_owner(fd: impl AsFd, like: &Stat) -> rustix::io::Result<()> {
+    fchown(&fd, Some(Uid::from_raw(like.st_uid)), Some(Gid::from_raw(like.st_gid)))?;
+    fchmod(&fd, Mode::from_raw_mode(like.st_mode))
 }
 
-fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+fn names(dir: &OwnedFd) -> rustix::io::Result<HashSet<OsString>> {
+    let names = Dir::read_from(dir)?.map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()));
+    names.filter(|name| name.as_ref().map_or(true, |name| name != "." && name != "..")).collect()
+}
+
+fn is_link(dir: &OwnedFd, name: &OsStr) -> bool {
+    statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Symlink)
+}
+
+/// Removes a file, a link or a tree, as deep as a copy can be. What is not there is no error.
+fn remove(dir: &OwnedFd, name: &OsStr, depth: usize) -> io::Result<()> {
+    match unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR) => {}
+        Err(errno) => return Err(errno.into()),
     }
+    let tree = open_dir(dir, name)?;
+    for below in names(&tree)? {
+        remove(&tree, &below, depth.checked_sub(1).ok_or(io::ErrorKind::InvalidInput)?)?;
+    }
+    Ok(unlinkat(dir, name, AtFlags::REMOVEDIR)?)
 }
 
 /// A volume cannot be copied.

@@ -11,11 +11,15 @@ use tokio::net::TcpStream;
 /// stretch that, a lost SYN is sent again after one second and after three.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
+/// Time from a refused connection to the next attempt. A server of another network namespace has no descriptor here that says
+/// when it listens; this is short beside what starting one takes, and long beside the attempt itself.
+const REFUSED_AGAIN: Duration = Duration::from_millis(20);
+
 /// Largest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 1024 * 1024;
 
 /// Sends `GET path` and returns the body of a 200 answer. Connections that are refused are tried again until `limit` is
-/// over: a server that has only just been started listens when it is ready, and nothing tells us when.
+/// over: a server that has only just been started listens when it is ready.
 pub async fn http_get(address: IpAddr, port: u16, path: &str, limit: Duration) -> Result<String> {
     let target = SocketAddr::new(address, port);
     let attempts = async {
@@ -23,7 +27,7 @@ pub async fn http_get(address: IpAddr, port: u16, path: &str, limit: Duration) -
             match TcpStream::connect(target).await {
                 Ok(stream) => return request(stream, address, path).await,
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(REFUSED_AGAIN).await;
                 }
                 Err(error) => return Err(error).with_context(|| format!("cannot connect to {target}")),
             }

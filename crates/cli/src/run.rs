@@ -12,7 +12,8 @@ use bulkhead_cli::{log, net};
 /// How long the pod's server may take to answer; generous, because test nodes are emulated.
 const SERVER_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long the container may take to end after its stop signal before it is killed.
+/// How long the container may take to end after its stop signal before it is killed. Its script only kills a server and says
+/// so; generous, because test nodes are emulated, and still less than the 30 s that Kubernetes gives.
 const GRACE: Duration = Duration::from_secs(20);
 
 /// The container: names its kernel in the log, serves its boot id, ends with 0 on SIGTERM.

@@ -1,4 +1,4 @@
-//! Fixed names that host and guest agree on.
+//! Fixed names and bounds that host and guest agree on.
 
 /// vsock port on which the agent serves `bulkhead.agent.v1.Agent`.
 pub const AGENT_RPC_PORT: u32 = 1024;
@@ -34,3 +34,7 @@ pub const SHM_DIR: &str = "/run/bulkhead/shm";
 
 /// Where the agent keeps copies of volumes that the kubelet updates, see `CreateContainerRequest` in agent.proto.
 pub const VOLUMES_DIR: &str = "/run/bulkhead/volumes";
+
+/// Most disks, and most interfaces, whose numbers the agent sends and the shim passes on. A container may make any number of
+/// them, and the shim ends a connection on which an answer of more than 32 KiB comes.
+pub const MAX_STATS_ENTRIES: usize = 64;

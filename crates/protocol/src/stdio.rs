@@ -1,5 +1,5 @@
-//! Header of a standard stream (DESIGN D8): each of stdin, stdout and stderr of a process is one vsock connection to
-//! [`AGENT_STDIO_PORT`](crate::guest::AGENT_STDIO_PORT).
+//! Header of a standard stream (ARCHITECTURE.md, D8): each of stdin, stdout and stderr of a process is one vsock connection
+//! to [`AGENT_STDIO_PORT`](crate::guest::AGENT_STDIO_PORT).
 //!
 //! The host sends a little-endian `u16` length and that many bytes of JSON, a [`StreamHeader`]. The guest answers with one
 //! byte, [`ACCEPTED`] or [`REFUSED`], and then the connection is the stream: stdin from host to guest, stdout and stderr

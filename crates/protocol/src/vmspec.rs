@@ -1,7 +1,7 @@
 //! The machine that the VMM is asked to build, and the descriptors that come with it.
 //!
 //! A [`VmSpec`] names no path: every file, tap and pipe is an [`FdIndex`] into the descriptors that arrive in the same
-//! message (DESIGN D1: the VMM opens nothing).
+//! message (ARCHITECTURE.md, D1: the VMM opens nothing).
 
 use serde::{Deserialize, Serialize};
 

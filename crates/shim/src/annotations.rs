@@ -32,18 +32,34 @@ pub enum Role {
     Standalone,
 }
 
-/// Reads the role from a spec's annotations.
+/// Reads the role from a spec's annotations. CRI-O passes on what the pod's author wrote, under containerd's names as well;
+/// a containerd that was told to pass on everything does the same with CRI-O's. So what each manager says counts as a whole,
+/// CRI-O's first, and a pod in which the two differ is refused.
 pub fn role(annotations: &HashMap<String, String>) -> Result<Role, AnnotationError> {
-    let find = |a, b| annotations.get(a).or_else(|| annotations.get(b)).map(String::as_str);
-    let kind = find(CRI_TYPE, CRIO_TYPE);
-    let sandbox = find(CRI_SANDBOX, CRIO_SANDBOX).filter(|id| !id.is_empty());
-    match (kind, sandbox) {
+    if !annotations.contains_key(CRIO_TYPE) {
+        return role_by(annotations, CRI_TYPE, CRI_SANDBOX);
+    }
+    let role = role_by(annotations, CRIO_TYPE, CRIO_SANDBOX)?;
+    if annotations.contains_key(CRI_TYPE) && role_by(annotations, CRI_TYPE, CRI_SANDBOX).as_ref() != Ok(&role) {
+        return Err(AnnotationError::TwoRoles);
+    }
+    Ok(role)
+}
+
+/// The role by the annotations of one manager.
+fn role_by(
+    annotations: &HashMap<String, String>,
+    type_name: &'static str,
+    sandbox_name: &'static str,
+) -> Result<Role, AnnotationError> {
+    let find = |name| annotations.get(name).map(String::as_str);
+    match (find(type_name), find(sandbox_name).filter(|id| !id.is_empty())) {
         (Some("sandbox"), _) => Ok(Role::Sandbox),
         (Some("container") | None, Some(id)) if crate::cli::flags::is_identifier(id) => Ok(Role::Member(id.to_owned())),
-        (Some("container") | None, Some(id)) => Err(AnnotationError::bad(CRI_SANDBOX, id)),
-        (Some("container"), None) => Err(AnnotationError::NoSandbox),
+        (Some("container") | None, Some(id)) => Err(AnnotationError::bad(sandbox_name, id)),
+        (Some("container"), None) => Err(AnnotationError::NoSandbox(sandbox_name)),
         (None, None) => Ok(Role::Standalone),
-        (Some(other), _) => Err(AnnotationError::bad(CRI_TYPE, other)),
+        (Some(other), _) => Err(AnnotationError::bad(type_name, other)),
     }
 }
 
@@ -69,7 +85,8 @@ pub struct Request {
     pub own_memory_mib: Option<u64>,
 }
 
-/// Reads the sizes. `allowed` lists which of our own annotations the node accepts.
+/// Reads the sizes. `allowed` lists which of our own annotations the node accepts. CRI-O tells no size: what is there under
+/// containerd's names is the pod's author's.
 pub fn request(annotations: &HashMap<String, String>, allowed: &[String]) -> Result<Request, AnnotationError> {
     for name in annotations.keys().filter(|name| name.starts_with(OWN_PREFIX)) {
         if ![OWN_VCPUS, OWN_MEMORY].contains(&name.as_str()) {
@@ -79,12 +96,14 @@ pub fn request(annotations: &HashMap<String, String>, allowed: &[String]) -> Res
             return Err(AnnotationError::NotAllowed(name.clone()));
         }
     }
-    let quota = number::<i64>(annotations, CPU_QUOTA)?.and_then(|quota| u64::try_from(quota).ok());
-    let period = number::<u64>(annotations, CPU_PERIOD)?.unwrap_or(100_000);
+    let none = HashMap::new();
+    let told = if annotations.contains_key(CRIO_TYPE) { &none } else { annotations };
+    let quota = number::<i64>(told, CPU_QUOTA)?.and_then(|quota| u64::try_from(quota).ok());
+    let period = number::<u64>(told, CPU_PERIOD)?.unwrap_or(100_000);
     if period == 0 {
         return Err(AnnotationError::bad(CPU_PERIOD, "0"));
     }
-    let memory = number::<i64>(annotations, MEMORY)?.and_then(|bytes| u64::try_from(bytes).ok());
+    let memory = number::<i64>(told, MEMORY)?.and_then(|bytes| u64::try_from(bytes).ok());
     Ok(Request {
         cpus: quota.filter(|quota| *quota > 0).map(|quota| quota.div_ceil(period)),
         memory: memory.filter(|bytes| *bytes > 0),
@@ -113,8 +132,11 @@ pub enum AnnotationError {
         value: String,
     },
     /// A member without a sandbox.
-    #[error("the container says that it belongs to a pod but has no annotation {CRI_SANDBOX} that names it")]
-    NoSandbox,
+    #[error("the container says that it belongs to a pod but has no annotation {0} that names it")]
+    NoSandbox(&'static str),
+    /// Two managers.
+    #[error("annotations {CRIO_TYPE} and {CRI_TYPE} say different things; remove from the pod what its author wrote")]
+    TwoRoles,
     /// Ours, but known to nobody.
     #[error("annotation {0:?} is unknown; Bulkhead reads {OWN_VCPUS} and {OWN_MEMORY}")]
     Unknown(String),
@@ -143,9 +165,27 @@ mod tests {
         assert_eq!(role(&map(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "s")])), Ok(Role::Member("s".into())));
         assert_eq!(role(&map(&[(CRIO_TYPE, "container"), (CRIO_SANDBOX, "s")])), Ok(Role::Member("s".into())));
         assert_eq!(role(&map(&[])), Ok(Role::Standalone));
-        assert_eq!(role(&map(&[(CRI_TYPE, "container")])), Err(AnnotationError::NoSandbox));
+        assert_eq!(role(&map(&[(CRI_TYPE, "container")])), Err(AnnotationError::NoSandbox(CRI_SANDBOX)));
         assert!(role(&map(&[(CRI_TYPE, "podlet")])).is_err());
         assert!(role(&map(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "../x")])).is_err());
+    }
+
+    #[test]
+    fn what_a_pods_author_wrote_under_the_other_managers_names_is_not_believed() {
+        let crio = [(CRIO_TYPE, "container"), (CRIO_SANDBOX, "own")];
+        let with = |others: &[(&str, &str)]| role(&map(&[&crio, others].concat()));
+        let own = Ok(Role::Member("own".into()));
+        assert_eq!(with(&[(CRI_SANDBOX, "other")]), own);
+        assert_eq!(with(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "own")]), own);
+        assert_eq!(with(&[(CRI_TYPE, "container"), (CRI_SANDBOX, "other")]), Err(AnnotationError::TwoRoles));
+        assert_eq!(with(&[(CRI_TYPE, "sandbox")]), Err(AnnotationError::TwoRoles));
+        assert_eq!(with(&[(CRI_TYPE, "podlet")]), Err(AnnotationError::TwoRoles));
+        assert_eq!(
+            role(&map(&[(CRI_TYPE, "container"), (CRIO_SANDBOX, "other")])),
+            Err(AnnotationError::NoSandbox(CRI_SANDBOX))
+        );
+        let sizes = map(&[(CRIO_TYPE, "sandbox"), (MEMORY, "1048576"), (CPU_QUOTA, "900000"), (CPU_PERIOD, "0")]);
+        assert_eq!(request(&sizes, &[]), Ok(Request::default()));
     }
 
     #[test]

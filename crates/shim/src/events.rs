@@ -25,7 +25,8 @@ const ATTEMPTS: u32 = 5;
 /// containerd's own deadline for one event.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Time between attempts: containerd takes about so long to listen again after its restart.
+/// Time between attempts: containerd takes about so long to listen again after its restart. No descriptor says when it does:
+/// its socket's file is made by bind(2), and may be an old one, before anybody listens.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How long [`Publisher::delivered`] waits for containerd to have taken what was published: as long as for one event.
@@ -92,6 +93,9 @@ async fn forward_all(mut queue: mpsc::Receiver<Queued>, address: Option<String>)
 async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Envelope) {
     let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
     for attempt in 1..=ATTEMPTS {
+        if attempt > 1 {
+            tokio::time::sleep(RETRY_AFTER).await;
+        }
         match try_forward(client, address, &request).await {
             Ok(()) => return,
             Err(error) => {
@@ -99,7 +103,6 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Env
                 tracing::warn!(%error, attempt, "cannot forward an event to containerd");
             }
         }
-        tokio::time::sleep(RETRY_AFTER).await;
     }
     tracing::error!(topic = %request.envelope.topic, "event lost: containerd did not take it");
 }

@@ -1,4 +1,5 @@
-//! A pid on the host for a process in a guest (DESIGN D10): a parked thread, whose id is in /proc as long as it lives.
+//! A pid on the host for a process in a guest (ARCHITECTURE.md, D10): a parked thread, whose id is in /proc as long as it
+//! lives.
 //!
 //! containerd builds `/proc/<pid>/ns/...` paths from the pids that a shim reports, and tells containers apart by them.
 
@@ -20,7 +21,7 @@ pub struct HostPid {
 }
 
 impl HostPid {
-    /// Starts the thread, in a network namespace if there is one: a sandbox's `/proc/<pid>/ns/net` is the pod's.
+    /// Starts the thread, in a network namespace if there is one: `/proc/<pid>/ns/net` is the pod's.
     pub fn new(netns: Option<&Path>) -> std::io::Result<Self> {
         let (alive, parked) = channel::<()>();
         let (tell, told) = channel();

@@ -1,4 +1,4 @@
-//! The shim as a library: the host side of one pod (DESIGN section 2). The binary is [`run`] and nothing else.
+//! The shim as a library: the host side of one pod (ARCHITECTURE.md, bird's eye). The binary is [`run`] and nothing else.
 //!
 //! It is a library so that what the guest says can be put to it without a guest, by the fuzz targets above all. Public is
 //! what they need.
@@ -7,6 +7,7 @@ pub mod annotations;
 mod bundle;
 mod cli;
 pub mod config;
+mod endpoint;
 mod events;
 mod host_pid;
 mod io;

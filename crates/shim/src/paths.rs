@@ -1,7 +1,8 @@
 //! Where a pod's files are on the host: one directory, and one socket.
 //!
 //! `/run/bulkhead/<namespace>/<sandbox id>/`, mode 0700, holds `share/` (what the guest sees) and the pids of shim and
-//! VMM for the one who cleans up after them. The socket has containerd's customary place, `/run/containerd/s/<hash>`.
+//! VMM for the one who cleans up after them. The socket has containerd's customary place, `/run/containerd/s/<hash>`; see
+//! [`crate::endpoint`] for what is beside it.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;

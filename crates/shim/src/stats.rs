@@ -6,6 +6,7 @@ mod host;
 use std::collections::HashMap;
 
 use bulkhead_protocol::agent::{HugeTlbStats, InterfaceStats, IoStats, MemoryStats, Stats};
+use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
@@ -16,9 +17,6 @@ use crate::pod::error::TaskError;
 pub use host::of_host_cgroup;
 
 const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
-
-/// Entries that are passed on at most: disks and interfaces of a guest are few.
-const MAX_ENTRIES: usize = 64;
 
 /// Longest name of an interface (IFNAMSIZ), and more than a page size has.
 const MAX_NAME: usize = 16;
@@ -57,11 +55,11 @@ pub fn pack(stats: Stats) -> Result<Any, TaskError> {
         }),
         memory: MessageField::some(memory_stat(&memory)),
         io: MessageField::some(IOStat {
-            usage: stats.io.iter().take(MAX_ENTRIES).map(io_entry).collect(),
+            usage: stats.io.iter().take(MAX_STATS_ENTRIES).map(io_entry).collect(),
             ..IOStat::default()
         }),
-        hugetlb: stats.huge_tlb.into_iter().take(MAX_ENTRIES).map(huge_tlb_stat).collect(),
-        network: stats.network.into_iter().take(MAX_ENTRIES).map(network_stat).collect(),
+        hugetlb: stats.huge_tlb.into_iter().take(MAX_STATS_ENTRIES).map(huge_tlb_stat).collect(),
+        network: stats.network.into_iter().take(MAX_STATS_ENTRIES).map(network_stat).collect(),
         ..Metrics::default()
     };
     encode(&metrics)
@@ -172,6 +170,6 @@ mod tests {
         assert_eq!(any.type_url, TYPE_URL);
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!((metrics.memory.usage, metrics.memory.inactive_file, metrics.memory_events.oom_kill), (7, 3, 1));
-        assert_eq!((metrics.network.len(), metrics.network[0].name.len()), (MAX_ENTRIES, MAX_NAME));
+        assert_eq!((metrics.network.len(), metrics.network[0].name.len()), (MAX_STATS_ENTRIES, MAX_NAME));
     }
 }

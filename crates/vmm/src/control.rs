@@ -167,7 +167,7 @@ fn lock_in(spec: &VmSpec, fds: &mut Descriptors) -> Result<(), MachineError> {
 /// Sends a reply. If the shim is gone, the main thread learns it from the socket.
 fn send(socket: &OwnedFd, reply: &Reply) {
     if let Err(error) = control::send(socket, reply, &[]) {
-        eprintln!("bulkhead-vmm: cannot reply to the shim: {}", describe(&error));
+        crate::vmm_log!("cannot reply to the shim: {}", describe(&error));
     }
 }
 

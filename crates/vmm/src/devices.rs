@@ -80,6 +80,12 @@ impl DeviceBuilder {
         })
     }
 
+    /// Where the devices that never block work, for the network's stand-in: a real tap takes privileges.
+    #[cfg(test)]
+    pub(crate) fn event_loop(&self) -> EventLoop {
+        self.event_loop.clone()
+    }
+
     /// The way to the virtio-mem device, if one was built.
     pub fn memory(&self) -> Option<&MemHandle> {
         self.memory.as_ref()

@@ -36,7 +36,7 @@ impl EventLoop {
                 loop {
                     if let Err(error) = manager.run() {
                         // Without its devices the machine is worth nothing, and nobody would notice.
-                        eprintln!("bulkhead-vmm: device loop failed: {error}");
+                        crate::vmm_log!("device loop failed: {error}");
                         std::process::abort();
                     }
                 }

@@ -5,7 +5,7 @@
 //! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory, then what can be plugged
 //! ```
 //!
-//! All of it is fixed: a template's guest (DESIGN D7) must find the same machine wherever it is restored.
+//! All of it is fixed: a template's guest (ARCHITECTURE.md, D7) must find the same machine wherever it is restored.
 
 /// End of usable conventional memory; above it are the BIOS areas of a PC, which are left out of the memory map.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;

@@ -12,6 +12,7 @@ pub mod jail;
 pub mod kvm;
 pub mod layout;
 pub mod legacy;
+pub mod log;
 pub mod machine;
 pub mod ratelimit;
 pub mod virtio;

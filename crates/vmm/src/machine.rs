@@ -106,7 +106,7 @@ impl Machine {
     pub fn stop(&mut self) -> ExitCounts {
         for thread in &self.threads {
             if let Err(error) = thread.kick() {
-                eprintln!("bulkhead-vmm: cannot signal a vCPU's thread: {error}");
+                crate::vmm_log!("cannot signal a vCPU's thread: {error}");
             }
         }
         let vcpus = self.threads.drain(..).filter_map(VcpuThread::join);

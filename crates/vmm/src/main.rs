@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     match start(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bulkhead-vmm: {error:#}");
+            bulkhead_vmm::vmm_log!("{error:#}");
             ExitCode::FAILURE
         }
     }

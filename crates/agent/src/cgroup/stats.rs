@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use bulkhead_protocol::agent::{CpuStats, HugeTlbStats, IoStats, MemoryStats, PidsStats, Stats};
+use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
 
 use super::Cgroup;
 
@@ -91,7 +92,7 @@ fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
 
 /// `io.stat`, a nested keyed file: "8:0 rbytes=1 wbytes=2 rios=3 wios=4 ..." for each device.
 fn io(text: &str) -> Vec<IoStats> {
-    text.lines().filter_map(io_device).collect()
+    text.lines().filter_map(io_device).take(MAX_STATS_ENTRIES).collect()
 }
 
 fn io_device(line: &str) -> Option<IoStats> {
@@ -111,10 +112,12 @@ fn io_device(line: &str) -> Option<IoStats> {
     Some(stats)
 }
 
-/// `hugetlb.<page size>.current` and its siblings, for each page size that the kernel has.
+/// `hugetlb.<page size>.current` and its siblings, for each page size that the kernel has. A directory with such a name is a
+/// group that the container has made, of which there may be any number.
 fn huge_tlb(dir: &Path) -> Vec<HugeTlbStats> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let names = files.filter_map(|entry| entry.file_name().into_string().ok());
     let sizes = names.filter_map(|name| {
         let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
         (!size.contains('.')).then(|| size.to_owned())
@@ -167,6 +170,7 @@ mod tests {
         for (name, text) in files {
             std::fs::write(dir.path().join(format!("hugetlb.{name}")), text).unwrap();
         }
+        std::fs::create_dir(dir.path().join("hugetlb.made by the container.current")).unwrap();
         let stats = huge_tlb(dir.path());
         assert_eq!(stats.len(), 1);
         let HugeTlbStats { page_size, current, max, fail_count, .. } = &stats[0];
@@ -179,5 +183,7 @@ mod tests {
         assert_eq!(stats.len(), 2);
         assert_eq!((stats[0].major, stats[0].wbytes, stats[0].wios), (254, 20, 2));
         assert_eq!((stats[1].minor, stats[1].rbytes), (16, 7));
+        let many: String = (0..3000).map(|minor| format!("7:{minor} rbytes=1\n")).collect();
+        assert_eq!(io(&many).len(), MAX_STATS_ENTRIES);
     }
 }

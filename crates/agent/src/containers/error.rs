@@ -57,6 +57,9 @@ pub enum ContainerError {
     /// Its init was killed.
     #[error("the pod's shared pid namespace has ended; its containers cannot be created any more, start the pod anew")]
     NoPodNamespace,
+    /// A container cannot have more than its pod.
+    #[error("the container asks for a user namespace and its pod has none")]
+    NoUserNamespace,
     /// The event loop ends.
     #[error("the agent is ending")]
     Ending,

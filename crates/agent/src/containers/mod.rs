@@ -10,7 +10,7 @@ mod share;
 mod spec;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::{
@@ -21,7 +21,7 @@ use tokio::sync::OnceCell;
 use crate::cgroup::Cgroup;
 use crate::events;
 use crate::reaper::{ExitWatch, Reaper};
-use crate::runtime::message::WindowSize;
+use crate::runtime::message::{IdMaps, WindowSize};
 use crate::runtime::{Created, Runtime};
 use crate::stdio::{Owner, Streams, ends};
 use crate::volumes::Volumes;
@@ -46,8 +46,10 @@ pub struct Containers {
     streams: Arc<Streams>,
     events: events::Sender,
     table: Mutex<HashMap<String, Arc<Container>>>,
-    /// The init of the shared pid namespace, made when the first container asks for it.
+    /// The init of the shared pid namespace, made when the first container asks for it, or with the pod's user namespace.
     pod_init: OnceCell<(u32, ExitWatch)>,
+    /// Whether that belongs to a user namespace.
+    has_user_namespace: AtomicBool,
     exec_serial: AtomicU64,
     share: Share,
 }
@@ -62,6 +64,7 @@ impl Containers {
             events,
             table: Mutex::default(),
             pod_init: OnceCell::new(),
+            has_user_namespace: AtomicBool::new(false),
             exec_serial: AtomicU64::new(0),
             share: Share::default(),
         }
@@ -75,6 +78,14 @@ impl Containers {
     /// A process of a container; an empty exec id means init.
     pub fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         self.get(id)?.process(exec_id)
+    }
+
+    /// Makes the pod a user namespace, to which its network and its shared pid namespace belong; answers with a process in
+    /// all of them. Before any container.
+    pub async fn create_user_namespace(&self, maps: IdMaps) -> Result<u32, ContainerError> {
+        let pid = self.pod_init(Some(maps)).await?;
+        self.has_user_namespace.store(true, Ordering::Relaxed);
+        Ok(pid)
     }
 
     /// Creates a container whose init waits to be started. Answers init's pid.
@@ -102,6 +113,7 @@ impl Containers {
         let placement = Placement {
             cgroup: container.cgroup().path().into(),
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
+            holder: self.namespaces_holder(),
             terminal: request.streams.terminal,
         };
         let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
@@ -246,15 +258,24 @@ impl Containers {
         match kind {
             PidNamespace::PID_NAMESPACE_OWN => Ok(None),
             PidNamespace::PID_NAMESPACE_TARGET => Ok(Some(self.process(target, "")?.pid())),
-            PidNamespace::PID_NAMESPACE_POD => {
-                let create = async || {
-                    let created = self.runtime.pid_namespace().await?;
-                    Ok::<_, ContainerError>((created.pid, created.exit))
-                };
-                let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
-                if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(Some(*pid)) }
-            }
+            PidNamespace::PID_NAMESPACE_POD => self.pod_init(None).await.map(Some),
         }
+    }
+
+    /// The init of the shared pid namespace.
+    async fn pod_init(&self, user: Option<IdMaps>) -> Result<u32, ContainerError> {
+        let create = async || {
+            let created = self.runtime.pod_namespaces(user).await?;
+            Ok::<_, ContainerError>((created.pid, created.exit))
+        };
+        let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
+        if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(*pid) }
+    }
+
+    /// A process in the pod's user and network namespaces; `None` if these are the guest's.
+    fn namespaces_holder(&self) -> Option<u32> {
+        let made = self.has_user_namespace.load(Ordering::Relaxed);
+        self.pod_init.get().filter(|_| made).map(|(pid, _)| *pid)
     }
 
     /// Enters a container in the table before it exists, so that its id is taken.

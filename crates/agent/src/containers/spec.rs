@@ -1,6 +1,7 @@
 //! From the shim's OCI spec to the one that libcontainer gets.
 //!
-//! The guest is the pod's network, IPC and UTS namespace, so what would set those up in a container is taken out; so is
+//! The guest is the pod's IPC and UTS namespace, and its network namespace unless the pod has a user namespace, so what would
+//! set those up in a container is taken out; so is
 //! what the guest kernel has no module for (AppArmor, SELinux) and what ran on the host (hooks). What libcontainer would
 //! otherwise look up through NSS or inherit from the agent is filled in.
 
@@ -14,7 +15,7 @@ use oci_spec::runtime::{
 };
 
 use super::error::ContainerError;
-use crate::runtime::{directory, home};
+use crate::runtime::{directory, home, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -24,6 +25,8 @@ pub struct Placement {
     pub cgroup: PathBuf,
     /// A process of the pid namespace that it joins; `None` for one of its own.
     pub pid_namespace: Option<u32>,
+    /// A process in the pod's user and network namespaces; `None` if these are the guest's.
+    pub holder: Option<u32>,
     /// Whether init gets a terminal.
     pub terminal: bool,
 }
@@ -42,8 +45,10 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     if linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
         bind_what_a_user_namespace_cannot_mount(spec.mounts_mut().as_deref_mut().unwrap_or_default());
     }
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement.pid_namespace)?;
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement)?;
     linux
+        .set_uid_mappings(None)
+        .set_gid_mappings(None)
         .set_cgroups_path(Some(placement.cgroup.clone()))
         .set_namespaces(Some(namespaces))
         .set_sysctl(None)
@@ -57,6 +62,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     });
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
     links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
+    tmpfs::provide(&mut spec);
     directory::provide(&mut spec).map_err(|source| {
         let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
         ContainerError::WorkingDirectory { cwd, source }
@@ -84,18 +90,13 @@ pub fn adapt_resources(json: &[u8]) -> Result<LinuxResources, ContainerError> {
     Ok(resources)
 }
 
-/// sysfs and mqueue show the network and IPC namespace, which are the guest's and not the container's user namespace's, so
-/// the kernel lets it mount neither (user_namespaces(7)). The guest's own show the same.
+/// mqueue shows the IPC namespace, which is the guest's and not the pod's user namespace's, so the kernel does not let it be
+/// mounted from there (user_namespaces(7)). The guest's own shows the same.
 fn bind_what_a_user_namespace_cannot_mount(mounts: &mut [Mount]) {
-    for mount in mounts {
-        let source = match mount.typ().as_deref() {
-            Some("sysfs") => "/sys",
-            Some("mqueue") => "/dev/mqueue",
-            _ => continue,
-        };
+    for mount in mounts.iter_mut().filter(|mount| mount.typ().as_deref() == Some("mqueue")) {
         let mut options = mount.options().clone().unwrap_or_default();
         options.push("rbind".into());
-        mount.set_typ(Some("bind".into())).set_source(Some(source.into())).set_options(Some(options));
+        mount.set_typ(Some("bind".into())).set_source(Some("/dev/mqueue".into())).set_options(Some(options));
     }
 }
 
@@ -127,15 +128,20 @@ fn set_unified(resources: &mut LinuxResources, file: &str, value: String) {
 }
 
 /// Says CPU shares as the weight that runc of the same generation as containerd 1.6 to 2.1 makes of them: a line through
-/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back.
+/// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back. A group
+/// that is to be idle has no weight: the kernel refuses one (cgroup-v2.rst, cpu.idle).
 fn fit_shares(resources: &mut LinuxResources) {
     let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()).filter(|shares| *shares != 0) else {
         return;
     };
+    let mut idle = false;
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_shares(None);
+        idle = cpu.idle() == Some(1);
     }
-    set_unified(resources, "cpu.weight", weight(shares).to_string());
+    if !idle {
+        set_unified(resources, "cpu.weight", weight(shares).to_string());
+    }
 }
 
 /// A weight of 1 to 10000 for shares of 2 to 262144.
@@ -175,12 +181,13 @@ fn fit_capabilities(process: &mut Process, otherwise: Option<LinuxCapabilities>)
     process.set_capabilities(Some(sets));
 }
 
-/// The container's namespaces: those of the spec that are not the guest's, and the pid namespace that was asked for.
-fn namespaces(wanted: &[LinuxNamespace], pid: Option<u32>) -> Result<Vec<LinuxNamespace>, ContainerError> {
-    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, Uts};
+/// The container's namespaces: those of the spec that are not the pod's, those of the pod that are not the guest's, and the
+/// pid namespace that was asked for.
+fn namespaces(wanted: &[LinuxNamespace], placement: &Placement) -> Result<Vec<LinuxNamespace>, ContainerError> {
+    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, User, Uts};
     let mut kept: Vec<LinuxNamespace> = wanted
         .iter()
-        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid))
+        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid | User))
         .filter(|namespace| namespace.path().is_none())
         .cloned()
         .collect();
@@ -188,7 +195,15 @@ fn namespaces(wanted: &[LinuxNamespace], pid: Option<u32>) -> Result<Vec<LinuxNa
     if !kept.iter().any(|namespace| namespace.typ() == Mount) {
         kept.push(namespace(Mount, None)?);
     }
-    kept.push(namespace(Pid, pid.map(|pid| format!("/proc/{pid}/ns/pid").into()))?);
+    let of = |pid: u32, kind: &str| Some(format!("/proc/{pid}/ns/{kind}").into());
+    if wanted.iter().any(|namespace| namespace.typ() == User) {
+        let holder = placement.holder.ok_or(ContainerError::NoUserNamespace)?;
+        kept.push(namespace(User, of(holder, "user"))?);
+    }
+    if let Some(holder) = placement.holder {
+        kept.push(namespace(Network, of(holder, "net"))?);
+    }
+    kept.push(namespace(Pid, placement.pid_namespace.and_then(|pid| of(pid, "pid")))?);
     Ok(kept)
 }
 

@@ -33,14 +33,21 @@ pub fn provide(spec: &mut Spec) -> rustix::io::Result<()> {
             Err(_) => {}
         }
     }
-    let words = [Path::new("bulkhead-agent"), Path::new(DIRECTORY_ARG), &rootfs, &cwd];
+    add_hook(spec, [Path::new(DIRECTORY_ARG), &rootfs, &cwd]);
+    Ok(())
+}
+
+/// Has libcontainer run the agent with these arguments after the mounts are made and what was added before has run.
+pub(super) fn add_hook<'a>(spec: &mut Spec, words: impl IntoIterator<Item = &'a Path>) {
+    let words = std::iter::once(Path::new("bulkhead-agent")).chain(words);
     let mut hook = Hook::default();
     hook.set_path("/proc/self/exe".into());
-    hook.set_args(Some(words.map(|word| word.to_string_lossy().into_owned()).to_vec()));
-    let mut hooks = spec.hooks().clone().unwrap_or_default();
-    hooks.set_create_container(Some(vec![hook]));
-    spec.set_hooks(Some::<Hooks>(hooks));
-    Ok(())
+    hook.set_args(Some(words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>()));
+    let mut hooks: Hooks = spec.hooks().clone().unwrap_or_default();
+    let mut list = hooks.create_container().clone().unwrap_or_default();
+    list.push(hook);
+    hooks.set_create_container(Some(list));
+    spec.set_hooks(Some(hooks));
 }
 
 /// Whether a directory may be another one than the root file system's, because something is mounted on the way to it.
@@ -77,11 +84,11 @@ fn make(rootfs: &Path, cwd: &Path) -> rustix::io::Result<()> {
     Ok(())
 }
 
-fn open_root(rootfs: &Path) -> rustix::io::Result<OwnedFd> {
+pub(super) fn open_root(rootfs: &Path) -> rustix::io::Result<OwnedFd> {
     open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn enter(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+pub(super) fn enter(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
 }

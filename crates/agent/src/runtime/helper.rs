@@ -19,10 +19,10 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::PID_NAMESPACE_ARG;
 use super::executor::{AgentExecutor, Confinement, Init};
-use super::message::{Action, Reply, Request};
+use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
+use super::{PID_NAMESPACE_ARG, id_maps};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -43,8 +43,8 @@ pub fn main() -> i32 {
 }
 
 fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
-    if request.action == Action::PidNamespace {
-        return spawn_pid_namespace().map(|pid| (pid, None));
+    if let Action::PidNamespace { user } = &request.action {
+        return spawn_pid_namespace(user.as_ref()).map(|pid| (pid, None));
     }
     // What comes with the streams is only held.
     let _held = stdio.split_off(stdio.len().min(STREAMS));
@@ -80,7 +80,7 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
                 .build()?;
             nix_pid(pid)
         }
-        Action::PidNamespace => 0,
+        Action::PidNamespace { .. } => 0,
     };
     let pid = u32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(HelperError::NoPid)?;
     let terminal = console.map(|console| console.master(request.uid)).transpose()?;
@@ -222,7 +222,12 @@ fn receive_descriptor(socket: impl AsFd) -> Result<OwnedFd, HelperError> {
 }
 
 /// Starts the init of a new pid namespace; it outlives this helper.
-fn spawn_pid_namespace() -> Result<u32, HelperError> {
+fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
+    if let Some(maps) = user {
+        // Before the pid namespace, which shall belong to it.
+        id_maps::enter(maps, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)
+            .map_err(HelperError::UserNamespace)?;
+    }
     unshare(CloneFlags::CLONE_NEWPID).map_err(|errno| HelperError::PidNamespace(errno.into()))?;
     Command::new("/proc/self/exe")
         .arg(PID_NAMESPACE_ARG)
@@ -253,4 +258,6 @@ enum HelperError {
     File { path: PathBuf, source: io::Error },
     #[error("cannot create a pid namespace")]
     PidNamespace(#[source] io::Error),
+    #[error("cannot create the pod's user namespace")]
+    UserNamespace(#[source] io::Error),
 }

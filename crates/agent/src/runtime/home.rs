@@ -1,8 +1,8 @@
 //! HOME of a process whose environment has none.
 //!
-//! The C library would ask NSS, and a static one would load the container's own libraries for that (DESIGN D6). So this
-//! reads the passwd(5) file, as the process itself and inside of the container: a volume may be mounted over the image's, and
-//! links lead where they lead there.
+//! The C library would ask NSS, and a static one would load the container's own libraries for that (ARCHITECTURE.md, D6). So
+//! this reads the passwd(5) file, as the process itself and inside of the container: a volume may be mounted over the image's,
+//! and links lead where they lead there.
 
 use std::io::Read;
 use std::path::Path;

@@ -25,8 +25,17 @@ pub enum Action {
     Create { id: String, bundle: PathBuf, state: PathBuf },
     /// A process in a container, both described by files of JSON, and its control group below the container's.
     Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf>, cgroup: Option<String> },
-    /// A pid namespace.
-    PidNamespace,
+    /// A pid namespace, and a user and a network namespace with it if ids are given to map.
+    PidNamespace { user: Option<IdMaps> },
+}
+
+/// Ids of a user namespace, as the lines of its maps (user_namespaces(7)).
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct IdMaps {
+    /// `/proc/PID/uid_map`.
+    pub uids: String,
+    /// `/proc/PID/gid_map`.
+    pub gids: String,
 }
 
 /// Size of a terminal in characters.

@@ -10,9 +10,11 @@ pub mod directory;
 mod executor;
 pub mod helper;
 pub mod home;
+pub mod id_maps;
 pub mod message;
 pub mod pid_namespace;
 mod seccomp;
+pub mod tmpfs;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,10 +33,12 @@ use tokio::net::unix::pipe;
 
 use crate::reaper::{Exit, ExitWatch, Reaper};
 use crate::sys;
-use message::{Action, Reply, Request, WindowSize};
+use message::{Action, IdMaps, Reply, Request, WindowSize};
 
 /// First argument of a helper.
 pub const HELPER_ARG: &str = "runtime-helper";
+/// First argument of what maps the ids of a user namespace.
+pub const ID_MAPS_ARG: &str = "id-maps";
 /// First argument of a pid namespace's init.
 pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
 
@@ -42,6 +46,8 @@ pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
 const BUNDLES: &str = "/run/bulkhead/bundles";
 /// libcontainer's state. Short: a socket's path in it must fit 108 bytes (unix(7)) with a container id of 76.
 const STATE: &str = "/run/bulkhead/c";
+/// What libcontainer sees of a container's state when it creates an exec: it leaves sockets there.
+const EXEC_STATE: &str = "/run/bulkhead/x";
 /// Profile of a container beside its configuration, for its execs.
 const SECCOMP_FILE: &str = "seccomp.json";
 
@@ -126,16 +132,26 @@ impl Runtime {
         let path = bundle.join(format!("exec-{serial}.json"));
         write_json(&path, process).map_err(|source| RuntimeError::Files { path: path.clone(), source })?;
         let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists());
-        let action = Action::Exec { id: id.into(), state: STATE.into(), process: path.clone(), seccomp, cgroup };
-        let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
-        let created = self.run(request, Some(stdio), None).await;
+        let (name, state) = (serial.to_string(), Path::new(EXEC_STATE).join(serial.to_string()));
+        let created = match link_state(&Path::new(STATE).join(id), &state) {
+            Ok(()) => {
+                let action =
+                    Action::Exec { id: name, state: EXEC_STATE.into(), process: path.clone(), seccomp, cgroup };
+                let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
+                self.run(request, Some(stdio), None).await
+            }
+            Err(source) => Err(RuntimeError::Files { path: state.clone(), source }),
+        };
+        let _ = std::fs::remove_dir_all(state);
         let _ = std::fs::remove_file(path);
         created
     }
 
-    /// Creates a pid namespace with an init that does nothing but reap. It lives as long as that process.
-    pub async fn pid_namespace(&self) -> Result<Created, RuntimeError> {
-        self.run(Request { action: Action::PidNamespace, uid: 0, terminal: None }, None, None).await
+    /// Creates a pid namespace with an init that does nothing but reap, in a user and a network namespace of its own if ids
+    /// are given to map. They live as long as that process.
+    pub async fn pod_namespaces(&self, user: Option<IdMaps>) -> Result<Created, RuntimeError> {
+        let action = Action::PidNamespace { user };
+        self.run(Request { action, uid: 0, terminal: None }, None, None).await
     }
 
     /// Removes what the creation of a container has left in files.
@@ -230,6 +246,19 @@ fn prepare_bundle(bundle: &Path, spec: &Spec, seccomp: Option<&LinuxSeccomp>) ->
         write_json(&bundle.join(SECCOMP_FILE), seccomp)?;
     }
     write_json(&bundle.join("config.json"), spec)
+}
+
+/// Makes a container's state files appear in another directory.
+fn link_state(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        // Not its sockets.
+        if entry.file_type()?.is_file() {
+            std::fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
 }
 
 fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! CreateSandbox: makes the guest, which until then is like every other (DESIGN D7), a pod's.
+//! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
 mod network;
 pub mod size;
@@ -10,13 +10,18 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use bulkhead_protocol::agent::{CreateSandboxRequest, HugePageVolume, ResizeGuestRequest};
+use bulkhead_protocol::agent::{
+    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, IdRange, InterfaceStats, ResizeGuestRequest,
+};
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
+use crate::netns::Netns;
+use crate::runtime::message::IdMaps;
 use crate::{cgroup, power, sys};
-pub use network::{NetworkError, interface_stats};
+pub use network::NetworkError;
+use network::Wanted;
 pub use size::SizeError;
 use sysctl::SysctlError;
 
@@ -29,29 +34,65 @@ pub struct Sandbox {
     created: AtomicBool,
     /// Held while CPUs come and go, so that the last request is the one that counts.
     resizing: Mutex<()>,
+    netns: Netns,
 }
 
 impl Sandbox {
-    /// Sets the guest up, once. A set-up that fails leaves a guest that is of no use any more.
-    pub async fn create(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
+    /// A guest whose pod's network is to be found there.
+    pub fn new(netns: Netns) -> Self {
+        Self { netns, ..Self::default() }
+    }
+
+    /// Sets the guest up, once. A set-up that fails leaves a guest that is of no use any more. `namespaces` is what makes the
+    /// pod's own, if it has a user namespace, and answers with a process in them.
+    pub async fn create<E>(
+        &self,
+        mut request: CreateSandboxRequest,
+        namespaces: impl AsyncFnOnce(IdMaps) -> Result<u32, E>,
+    ) -> Result<(), E>
+    where
+        E: From<SandboxError>,
+    {
         if self.created.swap(true, Ordering::Relaxed) {
-            return Err(SandboxError::Exists);
+            return Err(SandboxError::Exists.into());
         }
+        if let Some(user) = request.user_namespace.take() {
+            self.netns.set(namespaces(IdMaps { uids: id_map(&user.uids), gids: id_map(&user.gids) }).await?);
+        }
+        Ok(self.set_up(request).await?)
+    }
+
+    async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
         seed(&request.entropy)?;
         set_clock(request.realtime_ns)?;
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;
         }
+        if !request.domainname.is_empty() {
+            rustix::system::setdomainname(request.domainname.as_bytes())
+                .map_err(|errno| SandboxError::Hostname { name: request.domainname.clone(), source: errno.into() })?;
+        }
         size::online_cpus(request.online_cpus)?;
         mount_shm(request.shm_size)?;
         mount_share(&request.share_tag)?;
-        network::configure(&request.interfaces, &request.routes, &request.neighbours).await?;
-        // After the interfaces, as some are theirs by name.
-        for (name, value) in &request.sysctls {
-            sysctl::set(name, value)?;
-        }
+        let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
+        network::configure(&self.netns, Wanted { interfaces, routes, neighbours }).await?;
+        // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
+        let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
+        self.netns.run(set).await.map_err(NetworkError::Namespace)??;
         Ok(())
+    }
+
+    /// Gives the pod interfaces whose devices have come since it was created.
+    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<(), SandboxError> {
+        let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
+        Ok(network::configure(&self.netns, Wanted { interfaces, routes, neighbours }).await?)
+    }
+
+    /// Counters of the pod's interfaces.
+    pub fn interface_stats(&self) -> Vec<InterfaceStats> {
+        network::interface_stats(&self.netns)
     }
 
     /// Gives the guest as many CPUs and huge pages as the pod's containers need. Waits for the kernel.
@@ -78,6 +119,11 @@ impl Sandbox {
         let Err(error) = power::restart();
         Err(SandboxError::Reboot(error))
     }
+}
+
+/// The lines of a map of ids to themselves.
+fn id_map(ranges: &[IdRange]) -> String {
+    ranges.iter().map(|range| format!("{0} {0} {1}\n", range.first, range.count)).collect()
 }
 
 /// Random bytes of the host, so that guests started from one template differ.
@@ -139,7 +185,7 @@ pub enum SandboxError {
     #[error("this guest has a sandbox already; every sandbox needs a guest of its own")]
     Exists,
     /// sethostname(2).
-    #[error("cannot set the hostname to \"{name}\"")]
+    #[error("cannot set the host or domain name to \"{name}\"")]
     Hostname { name: String, source: io::Error },
     /// random(4).
     #[error("cannot seed the guest's random number generator")]

@@ -12,32 +12,71 @@ use netlink_packet_route::neighbour::NeighbourState;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
+use tokio::task::JoinHandle;
+
 use self::parse::{Mac, Prefix};
+use crate::netns::Netns;
 
 pub(super) mod parse;
 
 /// RTNH_F_ONLINK of `linux/rtnetlink.h`: the gateway is on the link whatever the addresses say.
 const RTNH_F_ONLINK: u32 = 4;
 
-/// Sets the pod's network up, the loopback interface included.
-pub async fn configure(
-    interfaces: &[Interface],
-    routes: &[Route],
-    neighbours: &[Neighbour],
-) -> Result<(), NetworkError> {
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
-    let connection = tokio::spawn(connection);
-    let network = Network { handle };
-    let outcome = network.configure(interfaces, routes, neighbours).await;
-    connection.abort();
-    outcome
+/// What the pod's network is to be.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// With their devices, which are there.
+    pub interfaces: Vec<Interface>,
+    /// Through them.
+    pub routes: Vec<Route>,
+    /// On them.
+    pub neighbours: Vec<Neighbour>,
 }
 
+/// Sets the pod's network up, the loopback interface included.
+pub async fn configure(netns: &Netns, wanted: Wanted) -> Result<(), NetworkError> {
+    let Some(holder) = netns.holder() else { return configure_here(&wanted).await };
+    let network = Network::connect()?;
+    network.move_links(&wanted.interfaces, holder).await?;
+    let configure = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+        runtime.map_err(NetworkError::Socket)?.block_on(configure_here(&wanted))
+    };
+    netns.run(configure).await.map_err(NetworkError::Namespace)?
+}
+
+async fn configure_here(wanted: &Wanted) -> Result<(), NetworkError> {
+    Network::connect()?.configure(&wanted.interfaces, &wanted.routes, &wanted.neighbours).await
+}
+
+/// An rtnetlink(7) connection in the namespace of the thread that makes it.
 struct Network {
     handle: Handle,
+    connection: JoinHandle<()>,
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
 }
 
 impl Network {
+    fn connect() -> Result<Self, NetworkError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// Devices appear in the guest's own namespace.
+    async fn move_links(&self, interfaces: &[Interface], holder: u32) -> Result<(), NetworkError> {
+        let links = self.links().await?;
+        for interface in interfaces {
+            let index = find(&links, interface)?.index;
+            self.set_link(LinkUnspec::new_with_index(index).setns_by_pid(holder).build(), &interface.name).await?;
+        }
+        Ok(())
+    }
+
     async fn configure(
         &self,
         interfaces: &[Interface],
@@ -51,10 +90,9 @@ impl Network {
             by_name.insert("lo".to_owned(), lo.index);
         }
         for interface in interfaces {
-            let mac: Mac = interface.mac.parse()?;
-            let link = links.get(&mac).ok_or_else(|| NetworkError::NoDevice { mac: interface.mac.clone() })?;
-            self.configure_interface(link.index, interface, routes).await?;
-            by_name.insert(interface.name.clone(), link.index);
+            let index = find(&links, interface)?.index;
+            self.configure_interface(index, interface, routes).await?;
+            by_name.insert(interface.name.clone(), index);
         }
         let index =
             |name: &str| by_name.get(name).copied().ok_or_else(|| NetworkError::NoInterface { name: name.into() });
@@ -166,6 +204,11 @@ impl Network {
     }
 }
 
+fn find<'a>(links: &'a HashMap<Mac, Link>, interface: &Interface) -> Result<&'a Link, NetworkError> {
+    let mac: Mac = interface.mac.parse()?;
+    links.get(&mac).ok_or_else(|| NetworkError::NoDevice { mac: interface.mac.clone() })
+}
+
 /// The flags that an address gets.
 fn address_flags(prefix: Prefix, interface: &str, routes: &[Route]) -> AddressFlags {
     let mut flags = AddressFlags::empty();
@@ -246,9 +289,9 @@ fn errno(error: &rtnetlink::Error) -> Option<i32> {
     }
 }
 
-/// Counters of the guest's interfaces, from /proc/net/dev (proc(5)); loopback is left out.
-pub fn interface_stats() -> Vec<InterfaceStats> {
-    parse::interface_stats(&std::fs::read_to_string("/proc/net/dev").unwrap_or_default())
+/// Counters of the pod's interfaces; loopback is left out.
+pub fn interface_stats(netns: &Netns) -> Vec<InterfaceStats> {
+    parse::interface_stats(&netns.counters().unwrap_or_default())
 }
 
 /// The network cannot be what was asked for.
@@ -257,6 +300,9 @@ pub enum NetworkError {
     /// netlink(7).
     #[error("cannot open a netlink socket")]
     Socket(#[source] std::io::Error),
+    /// setns(2).
+    #[error("cannot enter the network namespace of the pod's user namespace")]
+    Namespace(#[source] std::io::Error),
     /// The kernel refuses.
     #[error("cannot {what}")]
     Kernel { what: String, source: rtnetlink::Error },

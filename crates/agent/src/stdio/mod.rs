@@ -1,4 +1,5 @@
-//! Standard streams of processes (DESIGN D8): the agent's ends of their pipes and terminals, and who is attached to them.
+//! Standard streams of processes (ARCHITECTURE.md, D8): the agent's ends of their pipes and terminals, and who is attached
+//! to them.
 //!
 //! A stream waits in [`Streams`] until a connection names it; then the connection's task owns it and copies
 //! ([`copy`]). What a process has written stays in its pipe meanwhile, which is also all the buffer there is: a host that

@@ -1,13 +1,14 @@
 //! An agent in namespaces of its own, and what a shim would say to it.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecRequest, ExitStatus, PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams,
-    UpdateContainerRequest,
+    ExecRequest, ExitStatus, IdRange, PidNamespace, ProcessRequest, ResizeRequest, SignalRequest, Stats, Streams,
+    UpdateContainerRequest, UserNamespace,
 };
 use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
 use rustix::process::{Pid, Signal, kill_process};
@@ -223,7 +224,7 @@ impl Guest {
     /// What the agent's directories and control groups hold of containers, in its mount namespace.
     pub fn leftovers(&self) -> Vec<String> {
         let root = self.agent_root();
-        ["run/bulkhead/bundles", "run/bulkhead/c", "sys/fs/cgroup/pod"]
+        ["run/bulkhead/bundles", "run/bulkhead/c", "run/bulkhead/x", "sys/fs/cgroup/pod"]
             .iter()
             .flat_map(|dir| std::fs::read_dir(root.join(dir)).into_iter().flatten())
             .map(|entry| entry.unwrap().path())
@@ -258,6 +259,13 @@ impl Drop for Guest {
             eprintln!("the control group {} is left behind", self.group);
         }
     }
+}
+
+/// A pod with a user namespace.
+pub fn with_user_namespace() -> CreateSandboxRequest {
+    let ids = || vec![IdRange { first: 0, count: 65536, ..Default::default() }];
+    let user = UserNamespace { uids: ids(), gids: ids(), ..Default::default() };
+    CreateSandboxRequest { user_namespace: Some(user).into(), ..Default::default() }
 }
 
 /// The code of a call that must have failed.
@@ -333,14 +341,15 @@ pub fn make_rootfs(rootfs: &Path) {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
         std::fs::create_dir_all(rootfs.join(dir)).unwrap();
     }
+    std::fs::set_permissions(rootfs.join("tmp"), std::fs::Permissions::from_mode(0o1777)).unwrap();
     let busybox = rootfs.join("bin/busybox");
     if busybox.exists() {
         return;
     }
     std::fs::copy("/bin/busybox", &busybox).expect("these tests need busybox-static");
     for applet in [
-        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "readlink", "sleep", "stty",
-        "tail", "test", "tr", "true", "tty", "wc", "yes",
+        "sh", "cat", "echo", "grep", "head", "hostname", "id", "ls", "mkdir", "mknod", "ping", "readlink", "sleep",
+        "stty", "tail", "test", "tr", "true", "tty", "wc", "yes",
     ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

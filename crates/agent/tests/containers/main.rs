@@ -6,6 +6,8 @@
 
 mod fixture;
 mod hostile;
+mod mounts;
+mod process;
 mod program;
 
 use std::time::Duration;
@@ -67,6 +69,12 @@ async fn exec_joins_a_running_container() {
     assert_eq!(guest.wait("c", "e1").await.unwrap().code, 3);
     assert_eq!(guest.read("c", "e1", Stream::Stdout).await, "hello sleep 100 ");
     guest.delete_process("c", "e1").await.unwrap();
+    let files = || guest.run("find /run -mindepth 1 | sort");
+    let before = files();
+    guest.exec("c", "e3", &["true"], streams("t")).await.unwrap();
+    guest.wait("c", "e3").await.unwrap();
+    guest.delete_process("c", "e3").await.unwrap();
+    assert_eq!(files(), before, "an exec leaves files in the guest");
     let error = message_of(guest.exec("c", "e2", &["nonesuch"], streams("")).await);
     assert!(error.contains("exec: \"nonesuch\": executable file not found in $PATH"), "{error}");
     // The process that could not execute it has told why, and may still be on its way out.
@@ -122,20 +130,22 @@ async fn start_container_hook_runs_in_the_container_before_its_program() {
 }
 
 #[tokio::test]
-async fn user_namespace_confines_root() {
+async fn user_namespace_confines_root_and_owns_the_pods_network() {
     let guest = Guest::start().await;
-    let script =
-        "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map); ls /sys/class/net; echo said; sleep 100";
-    let spec = fixture::spec(&guest, "c", &["sh", "-c", script], |spec| {
-        let capabilities = ["CAP_SYS_ADMIN"];
+    let sysctls = [("net.ipv4.ip_unprivileged_port_start".to_owned(), "77".to_owned())].into();
+    let request = CreateSandboxRequest { sysctls, ..fixture::with_user_namespace() };
+    guest.create_sandbox(&request).await.unwrap();
+    let script = "hostname broken-out; echo $(id -u) $(cat /proc/self/uid_map) $(ls /sys/class/net); \
+                  cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ping -c 1 -W 5 127.0.0.1 | grep -c ' 0% packet loss'; \
+                  echo said; sleep 100";
+    let of_user = |spec: &mut serde_json::Value| {
+        let capabilities = ["CAP_SYS_ADMIN", "CAP_NET_RAW"];
         spec["process"]["user"] = serde_json::json!({"uid": 0, "gid": 0});
         spec["process"]["capabilities"] =
             serde_json::json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
-        let map = serde_json::json!([{"containerID": 0, "hostID": 0, "size": 65536}]);
         spec["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "user"}]);
-        spec["linux"]["uidMappings"] = map.clone();
-        spec["linux"]["gidMappings"] = map;
-    });
+    };
+    let spec = fixture::spec(&guest, "c", &["sh", "-c", script], of_user);
     guest.create_with("c", spec, streams("oe"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
     guest.start_container("c").await.unwrap();
     // At once, as a postStart hook does: the container may not have come to its program.
@@ -148,9 +158,20 @@ async fn user_namespace_confines_root() {
     let own = std::fs::read_link("/proc/self/ns/user").unwrap();
     assert!(!inside.contains(own.to_str().unwrap()) && inside.trim_end().ends_with("65536"), "{inside}");
     let output = fixture::read_until(&mut guest.attach("c", "", Stream::Stdout).await, "said\n").await;
+    // Another container of the pod, in the same namespaces and with a view of all processes.
+    let script = "readlink /proc/self/ns/user; ls -d /proc/[0-9]* | wc -l";
+    let spec = fixture::spec(&guest, "d", &["sh", "-c", script], of_user);
+    guest.create_with("d", spec, streams("o"), PidNamespace::PID_NAMESPACE_POD, "").await.unwrap();
+    guest.start_container("d").await.unwrap();
+    assert_eq!(guest.wait("d", "").await.unwrap().code, 0);
+    let other = guest.read("d", "", Stream::Stdout).await;
+    let namespaces: Vec<_> = other.lines().collect();
+    assert_eq!(inside.lines().next(), namespaces.first().copied());
+    assert!(namespaces[1].parse::<u32>().unwrap() > 2, "{other}");
+    assert_eq!(guest.run("cat /proc/sys/net/ipv4/ip_unprivileged_port_start"), "1024\n");
     guest.signal("c", "", 9, true).await.unwrap();
     guest.wait("c", "").await.unwrap();
-    assert!(output.starts_with("0 0 0 65536\n") && output.contains("lo"), "{output}");
+    assert_eq!(output, "0 0 0 65536 lo\n77\n1\nsaid\n");
     let error = guest.read("c", "", Stream::Stderr).await;
     assert!(error.contains("hostname: sethostname: Operation not permitted"), "{error}");
 }

@@ -51,7 +51,10 @@ impl Caller {
         let params = BootstrapParams::parse_from_bytes(&bytes).ok();
         let params = params.filter(|params| params.instance_id == flags.id && params.namespace == flags.namespace);
         let options = match &params {
-            Some(params) => params.extensions.iter().find_map(|extension| extension.value.as_ref().cloned()),
+            Some(params) => {
+                let mut extensions = params.extensions.iter().filter_map(|extension| extension.value.as_ref());
+                extensions.find(|value| options::are_ours(value)).cloned()
+            }
             None => Any::parse_from_bytes(&bytes).ok(),
         };
         Self { params, options, reads_json }
@@ -144,7 +147,10 @@ mod tests {
             namespace: "k8s.io".into(),
             containerd_version: "2.3.0".into(),
             containerd_ttrpc_address: "/run/t".into(),
-            extensions: vec![Extension { value: MessageField::some(options()), ..Extension::default() }],
+            // Options are one extension among others.
+            extensions: [Any { type_url: "another.v1.Extension".into(), ..options() }, options()]
+                .map(|value| Extension { value: MessageField::some(value), ..Extension::default() })
+                .to_vec(),
             ..BootstrapParams::default()
         };
         let caller = Caller::read(asked.write_to_bytes().unwrap().as_slice(), Some("/run/g"), &flags());

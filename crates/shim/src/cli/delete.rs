@@ -13,6 +13,7 @@ use protobuf::{Message, MessageField};
 use super::flags::Flags;
 use crate::annotations::Role;
 use crate::bundle;
+use crate::endpoint::Endpoint;
 use crate::paths::{RUN_ROOT, RunDir, socket_path};
 use crate::pod::files::PodFiles;
 use crate::pod::process::Exit;
@@ -27,7 +28,8 @@ pub fn run(flags: &Flags) -> Result<(), DeleteError> {
         Ok(Role::Member(sandbox)) => remove_member(flags, &sandbox)?,
         // Without a readable spec nothing says that it was a member; a pod's directory with this id would be its own.
         Ok(Role::Sandbox | Role::Standalone) | Err(_) => {
-            remove_pod(flags)?;
+            let endpoint = Endpoint::new(socket_path(&flags.address, &flags.namespace, &flags.id));
+            remove_pod(&endpoint, &RunDir::new(Path::new(RUN_ROOT), &flags.namespace, &flags.id))?;
             // A bundle without a spec is one of the Sandbox API, whose files are ours.
             if !bundle.join("config.json").exists()
                 && let Some(files) = PodFiles::locate(&bundle, &flags.id)
@@ -53,15 +55,16 @@ fn remove_member(flags: &Flags, sandbox: &str) -> Result<(), DeleteError> {
 }
 
 /// Everything of a pod: processes first, so that nothing is made anew while it is being removed.
-fn remove_pod(flags: &Flags) -> Result<(), DeleteError> {
-    let run_dir = RunDir::new(Path::new(RUN_ROOT), &flags.namespace, &flags.id);
+fn remove_pod(endpoint: &Endpoint, run_dir: &RunDir) -> Result<(), DeleteError> {
+    // By this one also a daemon that has no VM, not yet or not any more; by the other one of a version without this.
+    kill_recorded(&endpoint.record());
     kill_recorded(&run_dir.shim_pid());
     kill_recorded(&run_dir.vmm_pid());
     if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
         cgroup.remove();
     }
-    let _ = std::fs::remove_file(socket_path(&flags.address, &flags.namespace, &flags.id));
-    Share::destroy(&run_dir).map_err(DeleteError::Share)
+    endpoint.withdraw();
+    Share::destroy(run_dir).map_err(DeleteError::Share)
 }
 
 /// Older containerd versions mount a root file system in the bundle themselves when a shim asks them to; ours never does,
@@ -84,4 +87,22 @@ pub enum DeleteError {
     /// stdout is gone.
     #[error("cannot print the answer to delete")]
     Answer(#[source] std::io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::record;
+
+    #[test]
+    fn daemon_that_has_no_vm_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint = Endpoint::new(dir.path().join("socket"));
+        std::fs::write(endpoint.socket(), "").unwrap();
+        let mut daemon = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        record(&endpoint.record(), daemon.id());
+        remove_pod(&endpoint, &RunDir::new(&dir.path().join("run"), "k8s.io", "s")).unwrap();
+        assert!(!daemon.wait().unwrap().success());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

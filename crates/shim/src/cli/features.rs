@@ -41,9 +41,8 @@ const MOUNT_OPTIONS: &[&str] = &[
     "sync",
 ];
 
-/// Namespaces that a container may ask for. Its network, IPC and UTS namespaces are the pod's. User namespaces work in the
-/// guest, but are not listed: a pod with them gets its network too late, see `SpecError::UserNetwork`.
-const NAMESPACES: &[&str] = &["cgroup", "ipc", "mount", "network", "pid", "uts"];
+/// Namespaces that a container may ask for. Its network, IPC, UTS and user namespaces are the pod's.
+const NAMESPACES: &[&str] = &["cgroup", "ipc", "mount", "network", "pid", "user", "uts"];
 
 /// The whole table.
 pub fn features() -> Value {
@@ -58,7 +57,8 @@ pub fn features() -> Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } },
+            // Volumes of a pod with a user namespace have the container's ids as with such mounts, and need none.
+            "mountExtensions": { "idmap": { "enabled": true } },
         },
     })
 }

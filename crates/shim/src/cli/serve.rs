@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::confine::{ConfineError, close_inherited, confine};
 use super::flags::Flags;
+use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::paths::{RUN_ROOT, RunDir};
 use crate::pod::{Pod, PodIdentity};
@@ -22,6 +23,10 @@ pub const TTRPC_VARIABLE: &str = "TTRPC_ADDRESS";
 
 /// How long the last answers may take to leave; containerd waits 3 s for a shutdown.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How long a thread stays for the next system call that blocks: the mounts of a pod's containers come within a second of
+/// each other, and a pod that runs should not pay for threads that it does not use.
+const THREAD_STAYS: Duration = Duration::from_secs(1);
 
 /// Runs the daemon to its end.
 pub fn run(flags: &Flags) -> Result<(), ServeError> {
@@ -39,17 +44,18 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
-        .thread_keep_alive(Duration::from_secs(1))
+        .thread_keep_alive(THREAD_STAYS)
         .thread_stack_size(256 << 10)
         .build()
         .map_err(ServeError::Runtime)?;
-    let result = runtime.block_on(serve(flags, listener));
-    let _ = std::fs::remove_file(&flags.socket);
+    let endpoint = Arc::new(Endpoint::new(PathBuf::from(&flags.socket)));
+    let result = runtime.block_on(serve(flags, listener, endpoint.clone()));
+    endpoint.withdraw();
     runtime.shutdown_background();
     result
 }
 
-async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), ServeError> {
+async fn serve(flags: &Flags, listener: UnixListener, endpoint: Arc<Endpoint>) -> Result<(), ServeError> {
     listener.set_nonblocking(true).map_err(ServeError::Listener)?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Listener)?;
     let ttrpc = std::env::var(TTRPC_VARIABLE).ok().filter(|address| !address.is_empty());
@@ -57,6 +63,7 @@ async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), ServeError> 
     let identity = PodIdentity {
         sandbox_id: flags.id.clone(),
         run_dir: RunDir::new(&PathBuf::from(RUN_ROOT), &flags.namespace, &flags.id),
+        endpoint: endpoint.clone(),
     };
     let pod = Arc::new(Pod::new(identity, publisher));
     let mut server = ttrpc::asynchronous::Server::new()
@@ -69,6 +76,7 @@ async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), ServeError> 
         _ = terminate.recv() => tracing::warn!("asked to terminate, ending the pod"),
     }
     pod.teardown().await;
+    endpoint.withdraw();
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
     drop(server);
     drop(pod);

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use super::bootstrap::{Caller, GRPC_VARIABLE};
 use super::flags::Flags;
@@ -18,7 +18,9 @@ use super::version::containerd_major;
 use crate::annotations::Role;
 use crate::bundle::{self, BundleError};
 use crate::config;
+use crate::endpoint::Endpoint;
 use crate::paths::{SOCKET_DIR, socket_path};
+use crate::sandbox::record;
 
 /// File in the bundle that names the address.
 const ADDRESS_FILE: &str = "address";
@@ -28,30 +30,55 @@ pub fn run(flags: &Flags) -> Result<(), StartError> {
     let grpc = std::env::var(GRPC_VARIABLE).ok();
     let caller = Caller::read(std::io::stdin().lock(), grpc.as_deref(), flags);
     let bundle = std::env::current_dir().map_err(StartError::Bundle)?;
-    let (socket, is_member) = match bundle::read_role(&bundle)? {
+    let (daemon, is_member) = match bundle::read_role(&bundle)? {
         Role::Member(sandbox) => (find(flags, &sandbox)?, true),
         Role::Sandbox | Role::Standalone => (launch(flags, &caller)?, false),
     };
-    let address = format!("unix://{}", socket.display());
-    std::fs::write(bundle.join(ADDRESS_FILE), &address).map_err(StartError::Address)?;
+    let address = format!("unix://{}", daemon.endpoint.socket().display());
     let major = || containerd_major(Path::new(&flags.address));
-    let answer = caller.answer(&address, is_member, major).map_err(StartError::Encode)?;
-    std::io::stdout().write_all(&answer).map_err(StartError::Answer)
+    let told = std::fs::write(bundle.join(ADDRESS_FILE), &address)
+        .map_err(StartError::Address)
+        .and_then(|()| caller.answer(&address, is_member, major).map_err(StartError::Encode))
+        .and_then(|answer| std::io::stdout().write_all(&answer).map_err(StartError::Answer));
+    if told.is_err() {
+        daemon.abandon();
+    }
+    told
 }
 
-/// The socket of a pod that runs.
-fn find(flags: &Flags, sandbox: &str) -> Result<PathBuf, StartError> {
+/// A daemon that answers.
+struct Daemon {
+    endpoint: Endpoint,
+    /// Its process, if it was started here.
+    process: Option<Child>,
+}
+
+impl Daemon {
+    /// Nobody learns of it, and containerd cleans up after no `start` that fails: a daemon that was started here ends.
+    fn abandon(self) {
+        if let Some(mut process) = self.process {
+            // SIGKILL is not refused: what is left to fail is that it has ended already.
+            let _ = process.kill();
+            let _ = process.wait();
+            self.endpoint.withdraw();
+        }
+    }
+}
+
+/// The daemon of a pod that runs.
+fn find(flags: &Flags, sandbox: &str) -> Result<Daemon, StartError> {
     let path = socket_path(&flags.address, &flags.namespace, sandbox);
     match UnixStream::connect(&path) {
-        Ok(_) => Ok(path),
+        Ok(_) => Ok(Daemon { endpoint: Endpoint::new(path), process: None }),
         Err(source) => Err(StartError::NoSandbox { id: sandbox.to_owned(), source }),
     }
 }
 
 /// Starts the daemon of a new pod on a socket that is bound here, so that it accepts before anyone is told of it.
-fn launch(flags: &Flags, caller: &Caller) -> Result<PathBuf, StartError> {
+fn launch(flags: &Flags, caller: &Caller) -> Result<Daemon, StartError> {
     let path = socket_path(&flags.address, &flags.namespace, &flags.id);
-    let Some(listener) = listen(&path)? else { return Ok(path) };
+    let endpoint = Endpoint::new(path.clone());
+    let Some(listener) = listen(&path)? else { return Ok(Daemon { endpoint, process: None }) };
     let binary = std::env::current_exe().map_err(StartError::Spawn)?;
     let mut daemon = Command::new(binary);
     daemon.args(["-namespace", &flags.namespace, "-address", &flags.address, "-id", &flags.id]);
@@ -68,11 +95,17 @@ fn launch(flags: &Flags, caller: &Caller) -> Result<PathBuf, StartError> {
     }
     // The listener is the daemon's stdin: inherited without clearing close-on-exec on anything.
     daemon.arg("serve").stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::null());
-    let spawned = daemon.spawn();
-    if spawned.is_err() {
-        let _ = std::fs::remove_file(&path);
+    match daemon.spawn() {
+        Ok(process) => {
+            // Here, so that a `delete` finds it however soon it comes.
+            record(&endpoint.record(), process.id());
+            Ok(Daemon { endpoint, process: Some(process) })
+        }
+        Err(error) => {
+            endpoint.withdraw();
+            Err(StartError::Spawn(error))
+        }
     }
-    spawned.map(|_| path).map_err(StartError::Spawn)
 }
 
 /// Binds the socket; `None` if a daemon answers there already. A socket that nobody answers is a dead shim's.
@@ -132,4 +165,30 @@ pub enum StartError {
     /// stdout is gone.
     #[error("cannot print the shim's address")]
     Answer(#[source] std::io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn daemon(dir: &Path) -> Daemon {
+        let endpoint = Endpoint::new(dir.join("socket"));
+        let process = Command::new("sleep").arg("60").spawn().unwrap();
+        std::fs::write(endpoint.socket(), "").unwrap();
+        record(&endpoint.record(), process.id());
+        Daemon { endpoint, process: Some(process) }
+    }
+
+    #[test]
+    fn daemon_that_nobody_learns_of_is_ended_and_one_that_was_there_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut theirs = daemon(dir.path());
+        Daemon { endpoint: Endpoint::new(dir.path().join("socket")), process: None }.abandon();
+        let process = theirs.process.as_mut().unwrap();
+        let (pid, alive) = (process.id(), process.try_wait().unwrap().is_none());
+        assert!(alive && theirs.endpoint.socket().exists());
+        theirs.abandon();
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

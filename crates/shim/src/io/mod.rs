@@ -1,4 +1,4 @@
-//! Standard streams: containerd's fifos on one side, a vsock connection for each stream on the other (DESIGN D8).
+//! Standard streams: containerd's fifos on one side, a vsock connection for each stream on the other (ARCHITECTURE.md, D8).
 //!
 //! Bytes are copied with backpressure: a reader that does not read stops the writer in the guest. A fifo is opened for
 //! reading and writing at once where the contract asks for it, so that neither open blocks nor a restart of containerd
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
+use crate::spec::ConsoleSize;
 use target::{Input, Output};
 
 /// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
@@ -41,6 +42,8 @@ pub struct Stdio {
     pub stderr: String,
     /// Whether the process has a terminal, whose output is stdout.
     pub terminal: bool,
+    /// How large the terminal is at first. Not of containerd's words about streams but of the process's spec.
+    pub console: ConsoleSize,
 }
 
 impl Stdio {
@@ -51,6 +54,8 @@ impl Stdio {
             stdin: !self.stdin.is_empty(),
             stdout: !self.stdout.is_empty(),
             stderr: !self.stderr.is_empty() && !self.terminal,
+            width: self.console.width,
+            height: self.console.height,
             ..Streams::default()
         }
     }

@@ -13,30 +13,34 @@ use super::IoError;
 pub enum Output {
     /// A fifo, held open for reading as well: the last reader going away (containerd's restart) is not an error.
     Fifo(pipe::Sender),
-    /// A file that is appended to.
+    /// A file that is appended to: one that a URI names, or that is there at a plain path.
     File(File),
 }
 
 impl Output {
-    /// Opens a path or URI. Never blocks.
+    /// Opens a path or URI. Never blocks. Only a URI's file is made if it is not there: containerd removes the fifos of a
+    /// process that it has given up, and a file in a fifo's place would take all that the guest sends into the node's memory.
     pub fn open(target: &str) -> Result<Self, IoError> {
         let (scheme, path) = split(target);
         let failed = |source| IoError::Open { path: target.to_owned(), source };
         let is_fifo = || std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
         match scheme {
-            "file" => append(path).map(Self::File).map_err(failed),
-            "" if !is_fifo() => append(path).map(Self::File).map_err(failed),
+            "file" => make_parent(path).and_then(|()| append().create(true).open(path)).map(Self::File).map_err(failed),
+            "" if !is_fifo() => append().open(path).map(Self::File).map_err(failed),
             "" | "fifo" => pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed),
             other => Err(IoError::Scheme(other.to_owned())),
         }
     }
 }
 
-fn append(path: &str) -> std::io::Result<File> {
-    if let Some(parent) = Path::new(path).parent() {
-        std::fs::create_dir_all(parent)?;
-    }
-    OpenOptions::new().create(true).append(true).mode(0o640).open(path)
+fn make_parent(path: &str) -> std::io::Result<()> {
+    Path::new(path).parent().map_or(Ok(()), std::fs::create_dir_all)
+}
+
+fn append() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.append(true).mode(0o640);
+    options
 }
 
 /// Where stdin comes from.

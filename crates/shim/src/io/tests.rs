@@ -67,22 +67,40 @@ async fn file_uri_is_appended_to() {
     assert!(matches!(Output::open("binary:///bin/logger"), Err(IoError::Scheme(_))));
 }
 
+#[tokio::test]
+async fn fifo_that_is_gone_is_not_made_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = dir.path().join("c-stdout").display().to_string();
+    let gone = dir.path().join("fifo/c-stdout").display().to_string();
+    for target in [&plain, &gone, &format!("fifo://{plain}")] {
+        let refused = Output::open(target);
+        assert!(matches!(&refused, Err(IoError::Open { source, .. }) if source.kind() == std::io::ErrorKind::NotFound));
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    // A file that is there is what it is.
+    std::fs::write(&plain, "").unwrap();
+    assert!(matches!(Output::open(&plain), Ok(Output::File(_))));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_never_ends_is_given_up_after_its_process() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     let (_guest, connection) = UnixStream::pair().unwrap();
     let (end, ended) = watch::channel(false);
-    let copy = tokio::spawn(copy::from_guest(connection, Output::open(path.to_str().unwrap()).unwrap(), ended));
+    let output = Output::open(&format!("file://{}", path.display())).unwrap();
+    let copy = tokio::spawn(copy::from_guest(connection, output, ended));
     end.send_replace(true);
     copy.await.unwrap();
 }
 
 #[test]
-fn a_terminal_has_no_stderr() {
-    let stdio = Stdio { stdin: "i".into(), stdout: "o".into(), stderr: "e".into(), terminal: true };
+fn a_terminal_has_a_size_and_no_stderr() {
+    let console = ConsoleSize { width: 91, height: 23 };
+    let stdio = Stdio { stdin: "i".into(), stdout: "o".into(), stderr: "e".into(), terminal: true, console };
     let streams = stdio.streams();
     assert!(streams.terminal && streams.stdin && streams.stdout && !streams.stderr);
+    assert_eq!((streams.width, streams.height), (91, 23));
 }
 
 /// A shim that did not run for a while finds the silence over and bytes in the stream at once: the bytes come first.
@@ -93,7 +111,7 @@ async fn output_that_came_while_nobody_looked_is_not_taken_for_silence() {
         let path = dir.path().join(round.to_string());
         let (mut guest, connection) = UnixStream::pair().unwrap();
         let (end, ended) = watch::channel(true);
-        let output = Output::open(path.to_str().unwrap()).unwrap();
+        let output = Output::open(&format!("file://{}", path.display())).unwrap();
         let mut copy = std::pin::pin!(copy::from_guest(connection, output, ended));
         assert!(futures::poll!(&mut copy).is_pending());
         guest.write_all(b"line\n").await.unwrap();

@@ -1,4 +1,4 @@
-//! The pod's network: CNI's interfaces, carried into the guest (DESIGN section 2).
+//! The pod's network: CNI's interfaces, carried into the guest (ARCHITECTURE.md, bird's eye).
 //!
 //! Each Ethernet interface of CNI's namespace gets a tap beside it, and every frame that enters the one leaves by the
 //! other (tc-mirred(8)). The guest takes over the MAC, addresses and routes. The interface keeps its addresses on the

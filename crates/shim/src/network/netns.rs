@@ -1,11 +1,12 @@
 //! A thread in another network namespace (setns(2) moves the calling thread alone).
+#![allow(unsafe_code)] // reason: unshare(2)
 
 use std::future::Future;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 /// Runs `body` to its end on a new thread that has entered the namespace, with a reactor of its own: sockets belong to
 /// the namespace in which they are made.
@@ -33,6 +34,16 @@ fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F
     Ok(runtime.block_on(body()))
 }
 
+/// Makes a network namespace, which lives as long as the descriptor or something in it.
+pub fn create() -> std::io::Result<OwnedFd> {
+    let made = std::thread::spawn(|| {
+        // SAFETY: of what unshare_unsafe warns about (shared descriptor tables) NEWNET changes nothing.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
+        Ok(rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+    });
+    made.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that makes it has panicked")))
+}
+
 /// Moves the calling thread into a network namespace.
 pub fn enter(path: &Path) -> std::io::Result<()> {
     let netns = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
@@ -58,6 +69,9 @@ pub enum NetnsError {
         #[source]
         source: std::io::Error,
     },
+    /// unshare(2).
+    #[error("cannot make a network namespace for the pod")]
+    Create(#[source] std::io::Error),
     /// No thread or no reactor.
     #[error("cannot start a thread for the pod's network")]
     Thread(#[source] std::io::Error),

@@ -10,7 +10,8 @@ use containerd_shim_protos::types::task::Status;
 
 use super::error::TaskError;
 use super::hooks::ContainerHooks;
-use super::process::Process;
+use super::numbers::Numbers;
+use super::process::{Exit, Process};
 
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
 /// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
@@ -42,6 +43,8 @@ pub struct Container {
     pub hooks: ContainerHooks,
     /// containerd has been told that it was out of memory.
     pub oom_told: AtomicBool,
+    /// What it uses, as far as the guest has told.
+    pub numbers: Numbers,
     execs: Mutex<Execs>,
 }
 
@@ -51,7 +54,8 @@ type Execs = HashMap<String, (Arc<Process>, Arc<[u8]>)>;
 impl Container {
     /// A created container.
     pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>, hooks: ContainerHooks) -> Self {
-        Self { id, kind, bundle, init, hooks, oom_told: AtomicBool::new(false), execs: Mutex::default() }
+        let (oom_told, numbers, execs) = (AtomicBool::new(false), Numbers::default(), Mutex::default());
+        Self { id, kind, bundle, init, hooks, oom_told, numbers, execs }
     }
 
     fn execs(&self) -> MutexGuard<'_, Execs> {
@@ -84,6 +88,13 @@ impl Container {
     /// Forgets an exec.
     pub fn remove_exec(&self, id: &str) {
         self.execs().remove(id);
+    }
+
+    /// Nobody starts what is left of a container that is gone: whoever waits for it is told.
+    pub fn end_unstarted_execs(&self) {
+        for (process, _) in self.execs().values().filter(|(process, _)| process.status() == Status::CREATED) {
+            process.ended(Exit::now(Exit::KILLED));
+        }
     }
 
     /// Init and execs that run.

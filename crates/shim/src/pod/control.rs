@@ -48,13 +48,15 @@ impl Pod {
         sandbox.change_limits(&id, limits, change).await
     }
 
-    /// A container's numbers, also after its end. The sandbox's own are none: nothing runs in it.
+    /// A container's numbers, also after its end; the last ones that are known if the guest is slow. The sandbox's own are none:
+    /// nothing runs in it.
     pub async fn stats(&self, id: &str) -> Result<Any, TaskError> {
         let container = self.container(id)?;
         if container.kind == Kind::Sandbox {
             return stats::empty();
         }
-        stats::pack(self.sandbox()?.agent.stats(id).await?)
+        let (agent, id) = (self.sandbox()?.agent.clone(), id.to_owned());
+        container.numbers.get(async move { stats::pack(agent.stats(&id).await?) }).await
     }
 
     /// Sets a terminal's size.

@@ -17,16 +17,15 @@ use super::end::UNSTARTED_END;
 use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::process::Process;
-use super::start::SIGKILL;
 use super::{Pod, options};
 use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
-use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
+use crate::sandbox::{Sandbox, blocking, removing};
 use crate::share::ShareError;
-use crate::spec::{self, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
+use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -61,8 +60,9 @@ fn config_path(task: &CreateTask) -> Option<PathBuf> {
 
 impl Pod {
     /// Creates a task and answers its pid.
-    pub async fn create(self: Arc<Self>, task: CreateTask) -> Result<u32, TaskError> {
+    pub async fn create(self: Arc<Self>, mut task: CreateTask) -> Result<u32, TaskError> {
         let mut spec = bundle::read_spec(&task.bundle)?;
+        task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
         let kind = match bundle::spec_role(&spec)? {
             Role::Sandbox => Kind::Sandbox,
@@ -70,26 +70,30 @@ impl Pod {
             Role::Member(id) if id == self.identity.sandbox_id => Kind::Member,
             Role::Member(id) => return Err(TaskError::WrongSandbox(id)),
         };
-        if self.containers().contains_key(&task.id) {
-            return Err(TaskError::Exists(format!("container {}", task.id)));
-        }
+        let _creation = Creation::begin(self.clone(), &task.id)?;
         let key = ProcessKey { container: task.id.clone(), exec: String::new() };
         let init = Arc::new(Process::new(key, task.stdio.clone()));
+        let container = Arc::new(Container::new(task.id.clone(), kind, task.bundle.clone(), init, hooks));
+        let (init, hooks) = (&container.init, &container.hooks);
         match kind {
             Kind::Sandbox => {
-                let sandbox_spec = spec::sandbox(&spec)?;
-                let netns = sandbox_spec.netns.clone();
-                self.boot(sandbox_spec, config_path(&task)).await?;
-                self.or_teardown(init.assign_pid(netns.as_deref()).map(drop)).await?;
-                self.or_teardown(hooks.created(init.pid()).await).await?;
-            }
-            Kind::Member => self.create_in(&*self.sandbox()?, spec, &task, &init, &hooks).await?,
-            Kind::Standalone => {
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
-                self.or_teardown(self.create_in(&sandbox, spec, &task, &init, &hooks).await).await?;
+                self.or_teardown(init.assign_pid(sandbox.netns().as_deref()).map(drop)).await?;
+                self.or_teardown(hooks.created(init.pid()).await).await?;
+                self.or_teardown(self.register(&container, &task, &sandbox)).await?;
+            }
+            Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
+            Kind::Standalone => {
+                let mut own = spec::sandbox(&spec)?;
+                if own.netns == Netns::New {
+                    // Nobody gives it to CNI.
+                    own.netns = Netns::None;
+                }
+                let sandbox = self.boot(own, config_path(&task)).await?;
+                self.or_teardown(self.create_in(&sandbox, spec, &task, &container).await).await?;
             }
         }
-        self.register(kind, task, init, hooks)
+        Ok(container.init.pid())
     }
 
     /// What follows on the boot has failed: the VM goes again.
@@ -100,33 +104,38 @@ impl Pod {
         outcome
     }
 
+    /// Makes a container known, unless it has been deleted already: whoever asked for it does not wait any more.
     fn register(
-        self: Arc<Self>,
-        kind: Kind,
-        task: CreateTask,
-        init: Arc<Process>,
-        hooks: ContainerHooks,
-    ) -> Result<u32, TaskError> {
-        let pid = init.pid();
-        let container = Arc::new(Container::new(task.id.clone(), kind, task.bundle.clone(), init, hooks));
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        task: &CreateTask,
+        sandbox: &Arc<Sandbox>,
+    ) -> Result<(), TaskError> {
+        let creating = self.creating();
+        if creating.get(&task.id).is_some_and(|deleted| *deleted) {
+            return Err(TaskError::Deleted(task.id.clone()));
+        }
         self.containers().insert(task.id.clone(), container.clone());
+        drop(creating);
+        let stdio = task.stdio.clone();
         let io = TaskIO {
-            stdin: task.stdio.stdin,
-            stdout: task.stdio.stdout,
-            stderr: task.stdio.stderr,
-            terminal: task.stdio.terminal,
+            stdin: stdio.stdin,
+            stdout: stdio.stdout,
+            stderr: stdio.stderr,
+            terminal: stdio.terminal,
             ..TaskIO::default()
         };
         self.publisher.publish(&TaskCreate {
-            container_id: task.id,
+            container_id: task.id.clone(),
             bundle: task.bundle.display().to_string(),
-            rootfs: task.rootfs,
+            rootfs: task.rootfs.clone(),
             io: MessageField::some(io),
-            pid,
+            pid: container.init.pid(),
             ..TaskCreate::default()
         });
-        self.watch_init(container)?;
-        Ok(pid)
+        // Of a VM that has ended meanwhile as well: that ends the container, which can be deleted then.
+        self.watch_init(container.clone(), sandbox.clone());
+        Ok(())
     }
 
     /// Boots the pod's VM, once.
@@ -148,17 +157,18 @@ impl Pod {
 
     /// Creates a container in the VM. On an error nothing of it is left on the host.
     async fn create_in(
-        &self,
-        sandbox: &Sandbox,
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
         spec: Spec,
         task: &CreateTask,
-        init: &Process,
-        hooks: &ContainerHooks,
+        container: &Arc<Container>,
     ) -> Result<(), TaskError> {
+        let (init, hooks) = (&container.init, &container.hooks);
         let created = match self.try_create_in(sandbox, spec, task, init).await {
             Ok(()) => hooks.created(init.pid()).await.map_err(TaskError::from),
             failed => failed,
         };
+        let created = created.and_then(|()| self.register(container, task, sandbox));
         if created.is_err() {
             let (share, id) = (sandbox.share.clone(), task.id.clone());
             // The guest's side first: it may hold the mounts. What it says does not matter any more.
@@ -173,7 +183,7 @@ impl Pod {
             sandbox.container_ended(&id);
             sandbox.detach_disks(&id).await;
             sandbox.give_back().await;
-            let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
+            let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
             if let Err(error) = removed {
                 tracing::warn!("{}", super::error::chain(&error));
             }
@@ -188,6 +198,7 @@ impl Pod {
         task: &CreateTask,
         init: &Process,
     ) -> Result<(), TaskError> {
+        sandbox.attach_network().await?;
         let prepared = task.bundle.join(spec::root_path(&spec));
         let wanted = spec::disks(&spec)?;
         let mut limits = spec::limits(&spec);
@@ -213,7 +224,7 @@ impl Pod {
         let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
         sandbox.volumes.activate(&task.id);
-        init.assign_pid(None)?;
+        init.assign_pid(sandbox.netns().as_deref())?;
         init.set_io(ProcessIo::connect(&sandbox.agent, &init.key, &task.stdio).await?);
         Ok(())
     }
@@ -267,6 +278,32 @@ impl Pod {
             }
         }
         tracing::warn!("the guest has sent {MAX_EVENTS} events, no longer listening to them");
+    }
+}
+
+/// A Create that runs, until this is dropped.
+struct Creation {
+    pod: Arc<Pod>,
+    id: String,
+}
+
+impl Creation {
+    /// Takes an id; fails if a container has it, or is going to.
+    fn begin(pod: Arc<Pod>, id: &str) -> Result<Self, TaskError> {
+        {
+            let mut creating = pod.creating();
+            if creating.contains_key(id) || pod.containers().contains_key(id) {
+                return Err(TaskError::Exists(format!("container {id}")));
+            }
+            creating.insert(id.to_owned(), false);
+        }
+        Ok(Self { pod, id: id.to_owned() })
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        self.pod.creating().remove(&self.id);
     }
 }
 

@@ -1,4 +1,4 @@
-//! `Kill` and `Delete`: both end in bounded time, whatever the guest does (DESIGN D9).
+//! `Kill` and `Delete`: both end in bounded time, whatever the guest does (ARCHITECTURE.md, D9).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
-use super::start::SIGKILL;
-use crate::sandbox::agent::AgentError;
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::agent::{AgentError, SIGKILL};
+use crate::sandbox::{Sandbox, removing};
 use crate::share::ShareError;
 
-/// How long a process that was never started may take to die of SIGKILL before its VM is killed.
+/// How long a process that was never started may take to die of SIGKILL before its VM is killed. It has executed nothing and
+/// has no output to be copied, so that is milliseconds, fifty times as long on an emulated node; containerd gives a Delete 10 s.
 pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
 /// How long a container may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
@@ -40,6 +40,10 @@ impl Pod {
     pub async fn kill(self: Arc<Self>, id: String, exec: String, signal: u32, all: bool) -> Result<(), TaskError> {
         let container = self.container(&id)?;
         let process = self.process(&id, &exec)?;
+        if !exec.is_empty() && process.status() == Status::CREATED {
+            // A start that is under way comes first: what it makes is what is to be killed.
+            drop(process.order.lock().await);
+        }
         match process.status() {
             Status::STOPPED => return Err(TaskError::Finished),
             Status::CREATED if !exec.is_empty() => {
@@ -73,20 +77,37 @@ impl Pod {
 
     /// Deletes an ended process, with all that is left of it.
     pub async fn delete(self: Arc<Self>, id: String, exec: String) -> Result<Deleted, TaskError> {
-        let container = self.container(&id)?;
         if exec.is_empty() {
-            self.delete_container(&container).await
+            self.delete_container(&*self.created(&id)?).await
         } else {
-            self.delete_exec(&container, &exec).await
+            self.delete_exec(&*self.container(&id)?, &exec).await
         }
+    }
+
+    /// A container that is to be deleted. One that is still being created is not there, and is not going to be: containerd
+    /// deletes what it has not waited for, and then forgets it.
+    fn created(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let mut creating = self.creating();
+        let found = self.container(id);
+        if found.is_err()
+            && let Some(deleted) = creating.get_mut(id)
+        {
+            *deleted = true;
+        }
+        found
     }
 
     async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {
         let process = container.exec(exec)?;
+        // A start that is under way says whether there is a process to forget.
+        let _order = process.order.lock().await;
+        container.exec(exec)?;
         process.expect("delete", &[Status::STOPPED, Status::CREATED])?;
+        // One that was never started: whoever waits for it is told, and no start may come any more.
+        process.ended(Exit::now(Exit::KILLED));
         finish_io(&process).await;
         if let Ok(sandbox) = self.sandbox()
-            && process.pid() != 0
+            && process.io().is_some()
         {
             tolerate(&sandbox, sandbox.agent.delete_process(&process.key).await).await;
         }
@@ -111,6 +132,7 @@ impl Pod {
             self.remove_member(container).await?;
         }
         self.containers().remove(&container.id);
+        container.end_unstarted_execs();
         let deleted = deleted(init);
         self.publisher.publish(&TaskDelete {
             container_id: container.id.clone(),
@@ -120,6 +142,7 @@ impl Pod {
             ..TaskDelete::default()
         });
         container.hooks.deleted().await;
+        self.end_if_empty();
         Ok(deleted)
     }
 
@@ -140,13 +163,17 @@ impl Pod {
         let shrinking = sandbox.clone();
         tokio::spawn(async move { shrinking.give_back().await });
         let (share, id) = (sandbox.share.clone(), container.id.clone());
-        let removed: Result<(), ShareError> = blocking(move || share.remove_container(&id)).await;
+        let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
         Ok(removed?)
     }
 
     /// A created container has a process that waits to be started; it is killed first.
     async fn end_unstarted(&self, container: &Container) {
-        let Ok(sandbox) = self.sandbox() else { return };
+        let Ok(sandbox) = self.sandbox() else {
+            // The VM has ended, and with it the container as soon as its output has been copied.
+            let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
+            return;
+        };
         if container.kind == Kind::Sandbox {
             sandbox.stop().await;
         } else {

@@ -26,6 +26,9 @@ pub enum TaskError {
     /// The id is in use.
     #[error("{0} already exists")]
     Exists(String),
+    /// Its Create has taken longer than its caller waits.
+    #[error("container {0} has been deleted while it was being created")]
+    Deleted(String),
     /// Not in this state.
     #[error("cannot {what} a {state} process")]
     State {
@@ -93,7 +96,9 @@ impl TaskError {
         match self {
             Self::NotFound(_) | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::State { .. } | Self::NoSandbox | Self::WrongSandbox(_) => Code::FAILED_PRECONDITION,
+            Self::Deleted(_) | Self::State { .. } | Self::NoSandbox | Self::WrongSandbox(_) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,

@@ -11,20 +11,23 @@ mod end;
 pub mod error;
 pub mod files;
 mod hooks;
+mod numbers;
 pub mod options;
 pub mod process;
 mod sandbox_api;
 mod start;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
+use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::paths::RunDir;
 use crate::sandbox::Sandbox;
-use container::Container;
+use container::{Container, Kind};
 pub use create::CreateTask;
 use error::TaskError;
 use process::Process;
@@ -39,6 +42,8 @@ pub struct PodIdentity {
     pub sandbox_id: String,
     /// Where its files are.
     pub run_dir: RunDir,
+    /// Where its daemon is reached.
+    pub endpoint: Arc<Endpoint>,
 }
 
 /// A pod.
@@ -47,11 +52,15 @@ pub struct Pod {
     identity: PodIdentity,
     publisher: Publisher,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Ids for which a Create runs, and whether a Delete has come meanwhile. Taken before `containers`.
+    creating: Mutex<HashMap<String, bool>>,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     /// Set if containerd made the sandbox by the Sandbox API.
     api: Mutex<Option<Arc<ApiSandbox>>>,
     /// Held while the VM is made or unmade.
     gate: tokio::sync::Mutex<()>,
+    /// containerd has asked the daemon to end, which it does with the last container.
+    ending: AtomicBool,
     finished: watch::Sender<bool>,
 }
 
@@ -62,15 +71,21 @@ impl Pod {
             identity,
             publisher,
             containers: Mutex::default(),
+            creating: Mutex::default(),
             sandbox: Mutex::default(),
             api: Mutex::default(),
             gate: tokio::sync::Mutex::new(()),
+            ending: AtomicBool::new(false),
             finished: watch::channel(false).0,
         }
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn creating(&self) -> MutexGuard<'_, HashMap<String, bool>> {
+        self.creating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sandbox_slot(&self) -> MutexGuard<'_, Option<Arc<Sandbox>>> {
@@ -109,11 +124,29 @@ impl Pod {
         self.containers().is_empty() && self.api_slot().is_none()
     }
 
-    /// Ends the daemon if nothing is left. A sandbox of the Sandbox API has a call of its own.
+    /// Ends the daemon, or lets it end with the last member of a pod without a sandbox: if a VM ends by itself its sandbox
+    /// may be deleted first, and containerd from 2.0 to 2.3 asks after that deletion alone (core/runtime/v2/shim.go). A
+    /// sandbox of the Sandbox API has a call of its own.
     pub fn shutdown(&self) {
-        if self.is_empty() {
-            self.finished.send_replace(true);
+        let of_member = |container: &Arc<Container>| container.kind == Kind::Member;
+        if self.api_slot().is_none() && self.containers().values().all(of_member) {
+            self.ending.store(true, Ordering::Relaxed);
+            self.identity.endpoint.ends_by_itself();
+            self.end_if_empty();
         }
+    }
+
+    /// Ends a daemon that has been asked to, if nothing is left.
+    fn end_if_empty(&self) {
+        if self.ending.load(Ordering::Relaxed) && self.is_empty() {
+            self.finish();
+        }
+    }
+
+    /// Lets the daemon end. Nobody finds it any more: the next one with the same id gets a socket of its own.
+    fn finish(&self) {
+        self.identity.endpoint.withdraw();
+        self.finished.send_replace(true);
     }
 
     /// Removes the VM and everything of it.
@@ -124,3 +157,6 @@ impl Pod {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

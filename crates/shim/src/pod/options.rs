@@ -6,9 +6,14 @@ use std::path::PathBuf;
 use protobuf::well_known_types::any::Any;
 use protobuf::{CodedInputStream, rt::WireType};
 
-/// The path of the configuration, if the options name one. Options of another type say nothing to us.
+/// Whether these are options of ours. Those of another type say nothing to us.
+pub fn are_ours(options: &Any) -> bool {
+    options.type_url.ends_with("runtimeoptions.v1.Options")
+}
+
+/// The path of the configuration, if the options name one.
 pub fn config_path(options: Option<&Any>) -> Option<PathBuf> {
-    let options = options.filter(|any| any.type_url.ends_with("runtimeoptions.v1.Options"))?;
+    let options = options.filter(|options| are_ours(options))?;
     let path = field(&options.value, 2).ok()??;
     (!path.is_empty()).then(|| PathBuf::from(path))
 }

@@ -1,6 +1,6 @@
 //! One process as containerd sees it: a container's init, an exec, or the sandbox, which ends with its VM.
 //!
-//! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (DESIGN D9).
+//! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (ARCHITECTURE.md, D9).
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -68,7 +68,7 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the process a pid of its own on the host, a sandbox's in the pod's network namespace.
+    /// Gives the process a pid of its own on the host, in the pod's network namespace.
     pub fn assign_pid(&self, netns: Option<&Path>) -> Result<u32, TaskError> {
         let host_pid = HostPid::new(netns).map_err(TaskError::HostPid)?;
         let pid = host_pid.get();
@@ -123,6 +123,12 @@ impl Process {
     /// The copies of its streams.
     pub fn io(&self) -> Option<Arc<ProcessIo>> {
         self.state().io.clone()
+    }
+
+    /// Whether its pid is there.
+    #[cfg(test)]
+    pub fn holds_pid(&self) -> bool {
+        self.state().host_pid.is_some()
     }
 
     /// Records the end, once; answers whether it was the first.

@@ -15,7 +15,7 @@ use super::files::PodFiles;
 use super::process::{Exit, Process};
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
-use crate::sandbox::{Sandbox, blocking};
+use crate::sandbox::{Sandbox, blocking, removing};
 use crate::spec::{self, SandboxSpec};
 use crate::stats;
 
@@ -91,7 +91,7 @@ impl Pod {
         let order = api.process.order.lock().await;
         api.process.expect("start", &[Status::CREATED])?;
         let sandbox = self.boot(api.spec.clone(), None).await?;
-        if let Err(error) = api.process.assign_pid(api.spec.netns.as_deref()) {
+        if let Err(error) = api.process.assign_pid(sandbox.netns().as_deref()) {
             self.teardown().await;
             return Err(error);
         }
@@ -134,7 +134,7 @@ impl Pod {
             info: serde_json::json!({
                 "runtime": "io.containerd.bulkhead.v2",
                 "hostname": api.spec.hostname,
-                "netns": api.spec.netns,
+                "netns": sandbox.as_ref().and_then(|sandbox| sandbox.netns()),
                 "vmmPid": sandbox.map(|sandbox| sandbox.vm.pid()),
                 "runDirectory": self.identity.run_dir.path(),
             }),
@@ -162,14 +162,14 @@ impl Pod {
         if let Some(api) = api {
             api.process.ended(Exit::now(Exit::KILLED));
             if let Some(files) = api.files.clone() {
-                let _: Result<(), TaskError> = blocking(move || {
+                let _: Result<(), TaskError> = removing(move || {
                     files.remove();
                     Ok(())
                 })
                 .await;
             }
         }
-        self.finished.send_replace(true);
+        self.finish();
     }
 }
 

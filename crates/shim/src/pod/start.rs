@@ -59,21 +59,11 @@ impl Pod {
         process.expect("start", &[Status::CREATED])?;
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
-        let pid = process.assign_pid(None)?;
-        let request = ExecRequest {
-            container_id: container.id.clone(),
-            exec_id: exec.to_owned(),
-            process: container.exec_spec(exec)?.to_vec(),
-            streams: MessageField::some(process.stdio.streams()),
-            ..ExecRequest::default()
-        };
-        sandbox.agent.exec(request).await?;
-        match ProcessIo::connect(&sandbox.agent, &process.key, &process.stdio).await {
-            Ok(io) => process.set_io(io),
-            Err(error) => {
-                let _ = sandbox.agent.signal(&process.key, SIGKILL, false).await;
-                return Err(error.into());
-            }
+        let pid = process.assign_pid(sandbox.netns().as_deref())?;
+        if let Err(error) = run_exec(&sandbox, container, &process).await {
+            // Whoever waits for it is told. No event: its start was not told either.
+            process.ended(Exit::now(Exit::KILLED));
+            return Err(error);
         }
         process.set_status(Status::RUNNING);
         let (container_id, exec_id) = (container.id.clone(), exec.to_owned());
@@ -93,23 +83,21 @@ impl Pod {
             return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
         }
         container.init.expect("execute in", &[Status::CREATED, Status::RUNNING])?;
-        let spec = spec::translate_process(&task.process)?;
+        let (spec, console) = spec::translate_process(&task.process)?;
         let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
-        container.add_exec(Arc::new(Process::new(key, task.stdio)), spec)?;
+        container.add_exec(Arc::new(Process::new(key, Stdio { console, ..task.stdio })), spec)?;
         let (container_id, exec_id) = (task.id, task.exec_id);
         self.publisher.publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
         Ok(())
     }
 
     /// Waits for a created container's init from now on: it may be killed before it is started.
-    pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>) -> Result<(), TaskError> {
-        let sandbox = self.sandbox_slot().clone().ok_or(TaskError::NoSandbox)?;
+    pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         let init = container.init.clone();
         match container.kind {
             Kind::Sandbox => tokio::spawn(self.clone().follow_vm(container, sandbox)),
             Kind::Member | Kind::Standalone => tokio::spawn(self.clone().follow(container, init, sandbox)),
         };
-        Ok(())
     }
 
     async fn follow_vm(self: Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
@@ -179,5 +167,23 @@ impl Pod {
     }
 }
 
-/// signal(7).
-pub(super) const SIGKILL: u32 = 9;
+/// Makes an exec's process in the guest, and connects its streams. On an error nothing of it is left there.
+async fn run_exec(sandbox: &Sandbox, container: &Container, process: &Process) -> Result<(), TaskError> {
+    let request = ExecRequest {
+        container_id: container.id.clone(),
+        exec_id: process.key.exec.clone(),
+        process: container.exec_spec(&process.key.exec)?.to_vec(),
+        streams: MessageField::some(process.stdio.streams()),
+        ..ExecRequest::default()
+    };
+    sandbox.agent.exec(request).await?;
+    match ProcessIo::connect(&sandbox.agent, &process.key, &process.stdio).await {
+        Ok(io) => process.set_io(io),
+        Err(error) => {
+            let (agent, key) = (sandbox.agent.clone(), process.key.clone());
+            tokio::spawn(async move { agent.discard(&key).await });
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}

@@ -1,5 +1,5 @@
-//! Calls to the agent. Every one has a deadline, because the guest may never answer; only waiting for a process and for
-//! an event has none, and both end with the VM.
+//! Calls to the agent. Every one has a deadline, because the guest may never answer; only waiting for a process, for an event
+//! and for numbers has none, and these end with the VM.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
 use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
@@ -24,9 +25,6 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// not going to answer. `Kill` and `Delete` kill its VM then.
 const SHORT_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What the numbers of one container may take: the kubelet's collector waits 10 s for all containers of the node.
-const STATS_DEADLINE: Duration = Duration::from_secs(5);
-
 /// How long a VM may go on whose agent has ended the connection: it does so at its orderly end too, just before the VM's.
 const UNHEARD: Duration = Duration::from_secs(10);
 
@@ -35,6 +33,9 @@ const COMMON_PAGE_KIB: u64 = 2048;
 
 /// Longest text of the guest in an error message, in characters.
 const MAX_TEXT: usize = 1024;
+
+/// signal(7).
+pub const SIGKILL: u32 = 9;
 
 /// The agent of one guest. Cheap to clone.
 #[derive(Clone)]
@@ -102,6 +103,11 @@ impl Agent {
     pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
         let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
         Ok(Duration::from_nanos(answer.kernel_boot_ns))
+    }
+
+    /// See `Agent.AddNetwork`.
+    pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
+        within(DEADLINE, self.client.add_network(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.DestroySandbox`.
@@ -191,14 +197,31 @@ impl Agent {
         within(DEADLINE, self.client.update_volume(Context::default(), &request)).await.map(drop)
     }
 
-    /// See `Agent.GetStats`.
+    /// See `Agent.GetStats`. Ends with the answer or with the VM: who asks does not wait for it.
     pub async fn stats(&self, id: &str) -> Result<proto::Stats, AgentError> {
-        within(STATS_DEADLINE, self.client.get_stats(Context::default(), &container(id))).await
+        self.client.get_stats(Context::default(), &container(id)).await.map_err(AgentError::from)
     }
 
-    /// See `Agent.Exec`.
+    /// See `Agent.Exec`. A process that is there only after the deadline is killed: nobody would know of it.
     pub async fn exec(&self, request: proto::ExecRequest) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.exec(Context::default(), &request)).await.map(drop)
+        let (tell, told) = oneshot::channel();
+        let agent = self.clone();
+        tokio::spawn(async move {
+            let answer = agent.client.exec(Context::default(), &request).await.map(drop);
+            if let Err(Ok(())) = tell.send(answer) {
+                agent.discard(&ProcessKey { container: request.container_id, exec: request.exec_id }).await;
+            }
+        });
+        let answer = async { told.await.unwrap_or_else(|_| Err(ttrpc::Error::Others("the call is lost".to_owned()))) };
+        within(DEADLINE, answer).await
+    }
+
+    /// Kills an exec that nobody has, and makes the guest forget it. Ends with the process or with the VM.
+    pub async fn discard(&self, key: &ProcessKey) {
+        let _ = self.signal(key, SIGKILL, false).await;
+        if self.wait(key).await.is_ok() {
+            let _ = self.delete_process(key).await;
+        }
     }
 
     /// See `Agent.DeleteProcess`.

@@ -1,7 +1,8 @@
 //! The agent's RPC connection as the shim lets ttrpc see it: answers alone, and none longer than an answer has to be.
 //!
-//! ttrpc takes 4 MiB, of which a parser makes fifty times as much: two bytes of an empty entry become a hundred in memory. The
-//! shim asks for nothing long, so what is long, or is no answer, ends the connection (ttrpc: PROTOCOL.md, HOSTILE.md 21).
+//! ttrpc takes 4 MiB, of which a parser makes fifty times as much: two bytes of an empty entry become a hundred in memory.
+//! The shim asks for nothing long, so what is long, or is no answer, ends the connection (ttrpc: PROTOCOL.md,
+//! docs/negative-tests.md, 21).
 
 use std::io;
 use std::pin::Pin;

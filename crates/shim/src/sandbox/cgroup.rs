@@ -39,12 +39,9 @@ impl Cgroup {
 
     /// Moves the VMM into it, and the shim.
     pub fn add(&self, vmm: u32) {
-        for (pid, score) in [(vmm, VMM_OOM_SCORE), (std::process::id(), SHIM_OOM_SCORE)] {
+        for pid in [vmm, std::process::id()] {
             if let Err(error) = std::fs::write(self.0.join("cgroup.procs"), pid.to_string()) {
                 tracing::warn!(%error, dir = %self.0.display(), "the pod is not accounted");
-            }
-            if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
-                tracing::debug!(%error, pid, "the kernel chooses between VMM and shim when the pod has no more memory");
             }
         }
     }
@@ -97,6 +94,16 @@ impl Cgroup {
     pub fn noted(note: &Path) -> Option<Self> {
         let dir = PathBuf::from(std::fs::read_to_string(note).ok()?);
         dir.starts_with(ROOT).then_some(Self(dir))
+    }
+}
+
+/// Has the kernel kill the VMM before the shim when the pod, or the node, has no more memory. A VMM begins with the shim's
+/// score, which may be containerd's own.
+pub fn set_oom_scores(vmm: u32) {
+    for (pid, score) in [(vmm, VMM_OOM_SCORE), (std::process::id(), SHIM_OOM_SCORE)] {
+        if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+            tracing::debug!(%error, pid, "the kernel chooses between VMM and shim when there is no more memory");
+        }
     }
 }
 

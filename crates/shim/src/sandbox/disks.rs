@@ -1,16 +1,18 @@
 //! Block devices of the host that containers of the pod have (raw block volumes): each is a disk in a slot of the VM, one
-//! for all containers that name the device, and gone with the last of them (DESIGN D3).
+//! for all containers that name the device, and gone with the last of them (ARCHITECTURE.md, D3).
 //!
-//! A device that nobody may write is opened for reading alone: that the guest keeps to it is not trusted.
+//! A device that nobody may write is opened for reading alone: that the guest keeps to it is not trusted, nor that the VMM does
+//! not open the device again by its descriptor.
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
 
 use super::agent::{Agent, AgentError};
 use super::vm::{Vm, VmError};
+use crate::share;
 use crate::spec::{DeviceNumber, GuestDisk, HostDisk};
 
 /// The pod's disks. The lock is held while one comes or goes, so that two containers do not bring the same one.
@@ -94,14 +96,17 @@ async fn add(vm: &Vm, agent: &Agent, id: &str, host: &HostDisk) -> Result<Disk, 
     Ok(Disk { host: number, writable, slot, guest, users: HashSet::from([id.to_owned()]) })
 }
 
+/// Where the kernel keeps the nodes of devices (devtmpfs).
+const DEVICES: &str = "/dev";
+
 /// Opens a block device by its number. A spec does not say where its node is on the host, but the kernel does.
 fn open(number: DeviceNumber, writable: bool) -> Result<OwnedFd, DiskError> {
     let uevent = std::fs::read_to_string(format!("/sys/dev/block/{number}/uevent")).unwrap_or_default();
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).ok_or(DiskError::NoDevice(number))?;
-    let path = Path::new("/dev").join(name);
+    let path = Path::new(DEVICES).join(name);
     let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
     let failed = |error: rustix::io::Errno| DiskError::Open { path: path.clone(), source: error.into() };
-    let file = rustix::fs::open(&path, access | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let file = share::open_device(Path::new(DEVICES), Path::new(name), access).map_err(failed)?;
     let stat = rustix::fs::fstat(&file).map_err(failed)?;
     let is_block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
     if is_block && DeviceNumber::of(stat.st_rdev) == number { Ok(file) } else { Err(DiskError::NoDevice(number)) }

@@ -1,4 +1,4 @@
-//! The machine that a pod gets, as the VMM is told: descriptors, devices and kernel parameters (DESIGN D1).
+//! The machine that a pod gets, as the VMM is told: descriptors, devices and kernel parameters (ARCHITECTURE.md, D1).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -99,5 +99,49 @@ impl Machine<'_> {
             serial: None,
         };
         (spec, fds.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::annotations::Request;
+    use crate::config::{Node, RawConfig};
+    use crate::sandbox::Vm;
+
+    /// The test's own score, as it was.
+    struct OwnScore(String);
+
+    const OWN_SCORE: &str = "/proc/self/oom_score_adj";
+
+    impl Drop for OwnScore {
+        fn drop(&mut self) {
+            let _ = std::fs::write(OWN_SCORE, &self.0);
+        }
+    }
+
+    #[tokio::test]
+    async fn vmm_without_a_cgroup_is_no_less_likely_to_be_killed_than_any_process() {
+        assert!(rustix::process::geteuid().is_root(), "scores are lowered as root");
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = dir.path().join("vmm");
+        // Says its score when it has been told what to boot. Written by a process of its own, so that no other that is started
+        // meanwhile holds the file open for writing: it could not be executed then.
+        let script = "#!/bin/sh\nhead -c 1 > /dev/null\necho score $(cat /proc/self/oom_score_adj) >&2\n";
+        let write = r#"printf '%s' "$1" > "$0" && chmod +x "$0""#;
+        let written = std::process::Command::new("sh").args(["-c", write]).arg(&vmm).arg(script).status();
+        assert!(written.unwrap().success());
+        let _own = OwnScore(std::fs::read_to_string(OWN_SCORE).unwrap());
+        std::fs::write(OWN_SCORE, "7").unwrap();
+        let config = Config::validate(RawConfig::default(), Node { cpus: 2, memory_mib: 4096 }).unwrap();
+        let config = Config { vmm, ..config };
+        let plan = Plan::new(&config, &Request::default()).unwrap();
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let files = Files { kvm: null(), kernel: null(), initramfs: null() };
+        let machine = Machine { files, plan: &plan, devices: Vec::new(), share: null(), cgroup: None };
+        match Vm::boot(&config, machine, &dir.path().join("pid")).await {
+            Err(VmError::DiedEarly { last_words, .. }) => assert_eq!(last_words, "score 0"),
+            other => panic!("{other:?}"),
+        }
     }
 }

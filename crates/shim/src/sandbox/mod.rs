@@ -5,7 +5,10 @@ mod answers;
 mod cgroup;
 mod console;
 mod disks;
+#[cfg(test)]
+pub mod fake;
 mod hypervisor;
+mod late_network;
 mod pid_namespace;
 mod process;
 mod resize;
@@ -13,12 +16,13 @@ mod timeline;
 mod vm;
 mod volumes;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_protocol::agent::CreateSandboxRequest;
+use bulkhead_protocol::agent::{CreateSandboxRequest, IdRange, UserNamespace};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::oneshot;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
@@ -26,11 +30,12 @@ use crate::network::{self, Network, NetworkError};
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
 use crate::sizing::{Limits, Plan, SizeError};
-use crate::spec::{GuestDisk, HostDisk, SandboxSpec};
+use crate::spec::{GuestDisk, HostDisk, SandboxSpec, UserIds};
 use agent::{Agent, AgentError};
 pub use cgroup::Cgroup;
 pub use disks::DiskError;
 use disks::Disks;
+use late_network::PodNetwork;
 pub use process::{kill_recorded, record};
 pub use resize::ResizeError;
 use resize::Resizer;
@@ -59,21 +64,27 @@ pub struct Sandbox {
     resizer: Resizer,
     cgroup: Option<Cgroup>,
     run_dir: RunDir,
-    netns: Option<PathBuf>,
+    network: PodNetwork,
 }
 
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
     pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
-        let netns = spec.netns.clone();
-        let booted = Self::try_boot(&run_dir, spec, config).await;
+        let pod_network = PodNetwork::new(&spec.netns)?;
+        let netns = pod_network.prepared().map(Path::to_path_buf);
+        let booted = Self::try_boot(&run_dir, spec, pod_network, config).await;
         if booted.is_err() {
             release(&run_dir, netns.as_deref()).await;
         }
         booted
     }
 
-    async fn try_boot(run_dir: &RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
+    async fn try_boot(
+        run_dir: &RunDir,
+        spec: SandboxSpec,
+        pod_network: PodNetwork,
+        config: Config,
+    ) -> Result<Self, SandboxError> {
         let mut timeline = Timeline::begin();
         let plan = Plan::new(&config, &annotations::request(&spec.annotations, &config.annotations)?)?;
         let files = hypervisor::Files::open(&config)?;
@@ -83,8 +94,8 @@ impl Sandbox {
         })
         .await?;
         record(&run_dir.shim_pid(), std::process::id());
-        let mut network = match spec.netns.clone() {
-            Some(netns) => network::attach(netns).await?,
+        let mut network = match pod_network.prepared() {
+            Some(netns) => network::attach(netns.to_path_buf()).await?,
             None => Network::default(),
         };
         let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
@@ -112,7 +123,17 @@ impl Sandbox {
             tokio::spawn(leave(vm.clone(), cgroup));
         }
         let (disks, resizer, run_dir) = (Disks::default(), Resizer::new(plan), run_dir.clone());
-        Ok(Self { vm, agent, share, booted_at, volumes, disks, resizer, cgroup, run_dir, netns: spec.netns })
+        Ok(Self { vm, agent, share, booted_at, volumes, disks, resizer, cgroup, run_dir, network: pod_network })
+    }
+
+    /// The pod's network namespace on the host, for what shall be in it.
+    pub fn netns(&self) -> Option<PathBuf> {
+        self.network.path()
+    }
+
+    /// Carries interfaces into the guest that CNI has made since it was booted, if it makes them so late.
+    pub async fn attach_network(&self) -> Result<(), SandboxError> {
+        self.network.attach(&self.vm, &self.agent).await
     }
 
     /// Makes the VM large enough for one more container, which counts from now on until [`Self::container_ended`].
@@ -209,7 +230,7 @@ impl Sandbox {
     /// Stops the VM and removes everything that it had on the host.
     pub async fn destroy(&self) {
         self.stop().await;
-        release(&self.run_dir, self.netns.as_deref()).await;
+        release(&self.run_dir, self.network.prepared()).await;
     }
 }
 
@@ -229,7 +250,7 @@ async fn leave(vm: Vm, cgroup: Cgroup) {
 }
 
 /// Removes redirects, the cgroup, mounts and the pod's directory, after the VMM has ended. Goes on after a failure: each step is worth doing.
-async fn release(run_dir: &RunDir, netns: Option<&std::path::Path>) {
+async fn release(run_dir: &RunDir, netns: Option<&Path>) {
     if let Some(netns) = netns
         && let Err(error) = network::detach(netns).await
     {
@@ -240,7 +261,7 @@ async fn release(run_dir: &RunDir, netns: Option<&std::path::Path>) {
         cgroup.remove();
     }
     let run_dir = run_dir.clone();
-    if let Err(error) = blocking(move || Share::destroy(&run_dir)).await {
+    if let Err(error) = removing(move || Share::destroy(&run_dir)).await {
         tracing::warn!("{}", crate::pod::error::chain(&error));
     }
 }
@@ -253,7 +274,25 @@ where
 {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        Err(error) => Err(ShareError::MountTable(std::io::Error::other(error)).into()),
+        Err(error) => Err(ShareError::Thread(std::io::Error::other(error)).into()),
+    }
+}
+
+/// Runs system calls that remove something, on a thread of their own. They wait for no file system; all threads of
+/// [`blocking`] may wait for one that does not answer any more, and the pod must be removable all the same.
+pub async fn removing<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<ShareError> + Send + 'static,
+{
+    let (tell, told) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("bulkhead-remove".to_owned()).stack_size(256 << 10);
+    let spawned = thread.spawn(move || {
+        let _ = tell.send(work());
+    });
+    match spawned {
+        Ok(_) => told.await.unwrap_or_else(|error| Err(ShareError::Thread(std::io::Error::other(error)).into())),
+        Err(error) => Err(ShareError::Thread(error).into()),
     }
 }
 
@@ -263,6 +302,8 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     CreateSandboxRequest {
         hostname: spec.hostname.clone(),
+        domainname: spec.domainname.clone(),
+        user_namespace: spec.user.as_ref().map(user_namespace).into(),
         interfaces: network.interfaces,
         routes: network.routes,
         neighbours: network.neighbours,
@@ -273,6 +314,13 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         share_tag: SHARE_TAG.to_owned(),
         ..CreateSandboxRequest::default()
     }
+}
+
+fn user_namespace(user: &UserIds) -> UserNamespace {
+    let ranges = |ids: &[(u32, u32)]| {
+        ids.iter().map(|(first, count)| IdRange { first: *first, count: *count, ..IdRange::default() }).collect()
+    };
+    UserNamespace { uids: ranges(&user.uids), gids: ranges(&user.gids), ..UserNamespace::default() }
 }
 
 /// The VM cannot be had.

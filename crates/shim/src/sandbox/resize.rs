@@ -1,5 +1,5 @@
-//! Keeps the VM as large as its containers need (DESIGN D4): it grows before a container may use more, and shrinks after
-//! it may not any more. [`crate::sizing`] says how large that is.
+//! Keeps the VM as large as its containers need (ARCHITECTURE.md, D4): it grows before a container may use more, and shrinks
+//! after it may not any more. [`crate::sizing`] says how large that is.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

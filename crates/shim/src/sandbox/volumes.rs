@@ -85,14 +85,14 @@ impl FollowedVolumes {
     }
 }
 
-/// Tells the guest of each version. What the guest refuses is not tried again: the next version may be better.
+/// Tells the guest of each version. What it does not take is tried again with the next change, of whichever volume.
 async fn follow(watch: Arc<Watch>, agent: Agent) {
     while watch.changed().await.is_ok() {
         for (container, volume) in watch.updates() {
-            match agent.update_volume(&container, volume).await {
-                Ok(()) => {}
-                Err(error @ AgentError::Refused { .. }) => {
-                    tracing::warn!(%error, "the guest does not take a volume's update")
+            match agent.update_volume(&container, volume.clone()).await {
+                Ok(()) => watch.taken(&container, volume),
+                Err(error @ (AgentError::Refused { .. } | AgentError::Silent(_))) => {
+                    tracing::warn!(%error, container, "the guest does not take a volume's update");
                 }
                 Err(error) => {
                     tracing::debug!(%error, "no more updates of volumes");
@@ -181,17 +181,25 @@ impl Watch {
         }
     }
 
-    /// What the guest does not know yet, and does from now on.
+    /// What the guest does not know yet.
     fn updates(&self) -> Vec<(String, CopiedVolume)> {
         let mut updates = Vec::new();
-        for entry in self.entries().iter_mut().filter(|entry| entry.active) {
+        for entry in self.entries().iter().filter(|entry| entry.active) {
             if let Some(version) = version(&entry.dir).filter(|version| *version != entry.version) {
-                entry.version.clone_from(&version);
                 let volume = CopiedVolume { index: entry.index, version, ..CopiedVolume::default() };
                 updates.push((entry.container.clone(), volume));
             }
         }
         updates
+    }
+
+    /// The guest knows a version from now on.
+    fn taken(&self, container: &str, volume: CopiedVolume) {
+        let mut entries = self.entries();
+        let entry = entries.iter_mut().find(|entry| entry.container == container && entry.index == volume.index);
+        if let Some(entry) = entry {
+            entry.version = volume.version;
+        }
     }
 
     fn entries(&self) -> MutexGuard<'_, Vec<Entry>> {
@@ -209,6 +217,8 @@ fn version(dir: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::Sandbox;
+    use crate::spec::Access;
     use std::os::unix::fs::symlink;
 
     fn switch(dir: &Path, version: &str) {
@@ -230,8 +240,10 @@ mod tests {
         assert!(watch.updates().is_empty());
         switch(dir.path(), "..2");
         watch.changed().await.unwrap();
-        let told: Vec<_> = watch.updates().into_iter().map(|(id, volume)| (id, volume.index, volume.version)).collect();
-        assert_eq!(told, [("a".into(), 0, "..2".into()), ("b".into(), 3, "..2".into())]);
+        let updates = watch.updates();
+        let told: Vec<_> = updates.iter().map(|(id, volume)| (&**id, volume.index, &*volume.version)).collect();
+        assert_eq!(told, [("a", 0, "..2"), ("b", 3, "..2")]);
+        updates.into_iter().for_each(|(id, volume)| watch.taken(&id, volume));
         assert!(watch.updates().is_empty());
         // One of two users of the directory leaves; the other is still told.
         watch.remove("a");
@@ -252,6 +264,42 @@ mod tests {
         watch.activate("a");
         watch.changed().await.unwrap();
         assert_eq!(watch.updates().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn guest_that_does_not_take_a_version_is_told_again_with_the_next_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sandbox, guest) = Sandbox::fake(dir.path()).await;
+        let sources = ["one", "two"].map(|name| dir.path().join(name));
+        for (container, source) in ["a", "b"].into_iter().zip(&sources) {
+            std::fs::create_dir(source).unwrap();
+            switch(source, "..1");
+            let volume = Volume {
+                source: source.clone(),
+                recursive: true,
+                access: Access::ReadOnly,
+                follows_host: false,
+                copied: true,
+                scratch: false,
+            };
+            sandbox.volumes.add(&sandbox.agent, container, &[volume]);
+            sandbox.volumes.activate(container);
+        }
+        guest.hold("UpdateVolume");
+        switch(&sources[0], "..2");
+        guest.called("UpdateVolume a/0 ..2", 1).await;
+        tokio::time::pause();
+        tokio::time::advance(std::time::Duration::from_secs(61)).await;
+        tokio::time::resume();
+        guest.release("UpdateVolume");
+        guest.refuse("UpdateVolume");
+        switch(&sources[1], "..2");
+        guest.called("UpdateVolume a/0 ..2", 2).await;
+        guest.called("UpdateVolume b/0 ..2", 1).await;
+        guest.accept("UpdateVolume");
+        switch(&sources[0], "..3");
+        guest.called("UpdateVolume a/0 ..3", 1).await;
+        guest.called("UpdateVolume b/0 ..2", 2).await;
     }
 
     #[test]

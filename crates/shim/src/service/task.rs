@@ -35,7 +35,8 @@ impl Task for TaskService {
         if !r.checkpoint.is_empty() {
             return Err(status(TaskError::Unsupported("restoring a checkpoint")));
         }
-        let stdio = Stdio { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let (stdin, stdout, stderr, terminal) = (r.stdin, r.stdout, r.stderr, r.terminal);
+        let stdio = Stdio { stdin, stdout, stderr, terminal, ..Stdio::default() };
         let (bundle, options) = (r.bundle.into(), r.options.into_option());
         let task = CreateTask { id: r.id, bundle, rootfs: r.rootfs, stdio, options };
         let pid = detached(self.pod.clone().create(task)).await?;
@@ -90,7 +91,8 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, r: api::ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let stdio = Stdio { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let (stdin, stdout, stderr, terminal) = (r.stdin, r.stdout, r.stderr, r.terminal);
+        let stdio = Stdio { stdin, stdout, stderr, terminal, ..Stdio::default() };
         let process = r.spec.into_option().unwrap_or_default().value;
         self.pod.exec(ExecTask { id: r.id, exec_id: r.exec_id, stdio, process }).map_err(status)?;
         Ok(Empty::new())

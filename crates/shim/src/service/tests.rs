@@ -1,6 +1,7 @@
 //! The service over a real socket, without a VM: names, codes and what a bad setup gets.
 
 use super::*;
+use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::paths::RunDir;
 use crate::pod::PodIdentity;
@@ -20,7 +21,8 @@ async fn serve() -> Served {
     let dir = tempfile::tempdir().unwrap();
     let (publisher, _) = Publisher::start("k8s.io".into(), None);
     let run_dir = RunDir::new(&dir.path().join("run"), "k8s.io", "s");
-    let identity = PodIdentity { sandbox_id: "s".into(), run_dir };
+    let endpoint = Arc::new(Endpoint::new(dir.path().join("sock")));
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
     let pod = Arc::new(Pod::new(identity, publisher));
     let address = format!("unix://{}", dir.path().join("sock").display());
     let server = ttrpc::asynchronous::Server::new().bind(&address).unwrap();
@@ -85,11 +87,14 @@ async fn bad_setup_gets_one_sentence_and_leaves_nothing() {
             "linux": {"namespaces": namespaces}
         })
     };
-    let both = serde_json::json!([{"type": "network"}, {"type": "ipc"}]);
+    let both = serde_json::json!([{"type": "network"}, {"type": "ipc"}, {"type": "pid"}]);
     let host_network = create(&served, sandbox(serde_json::json!([{"type": "ipc"}]), ("a", "b"))).await;
     assert!(host_network.1.starts_with("hostNetwork is not possible"), "{host_network:?}");
     let host_ipc = create(&served, sandbox(serde_json::json!([{"type": "network"}]), ("a", "b"))).await;
     assert!(host_ipc.1.starts_with("hostIPC is not possible"), "{host_ipc:?}");
+    let without_pid = serde_json::json!([{"type": "network"}, {"type": "ipc"}]);
+    let host_pid = create(&served, sandbox(without_pid, ("a", "b"))).await;
+    assert!(host_pid.1.starts_with("hostPID is not possible"), "{host_pid:?}");
     let malformed = create(&served, sandbox(both.clone(), ("io.kubernetes.cri.sandbox-memory", "lots"))).await;
     assert!(malformed.1.contains("sandbox-memory") && malformed.1.contains("malformed"), "{malformed:?}");
     let member = serde_json::json!({

@@ -1,4 +1,4 @@
-//! The pod's share: the one directory of the host that the guest sees, through virtio-fs (DESIGN D5).
+//! The pod's share: the one directory of the host that the guest sees, through virtio-fs (ARCHITECTURE.md, D5).
 //!
 //! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes, most of them as links
 //! to what containers have in common ([`volumes`]). Nothing is copied, and removing a container is unmounting. What the pod
@@ -24,6 +24,7 @@ use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
+pub use tree::open_device;
 use tree::{Propagation, Tree};
 use volumes::Volumes;
 
@@ -189,6 +190,9 @@ pub enum ShareError {
     /// A device as a volume.
     #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
     Device(PathBuf),
+    /// A thread for what may block.
+    #[error("cannot run a thread for the pod's mounts; is the node out of threads?")]
+    Thread(#[source] std::io::Error),
     /// /proc/self/mountinfo.
     #[error("cannot read the mount table; is /proc mounted?")]
     MountTable(#[source] std::io::Error),
@@ -205,4 +209,4 @@ impl ShareError {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -39,7 +39,7 @@ fn bind_rootfs(entry: &Mount, options: &Options<'_>, target: &Path) -> Result<()
     let recursive = options.recursive || entry.type_ == "rbind";
     let tree = Tree::copy(Path::new(&entry.source), recursive, Propagation::Private)?;
     if options.flags.contains(MountFlags::RDONLY) {
-        tree.make_read_only(false)?;
+        tree.make_read_only()?;
     }
     tree.attach(target)
 }

@@ -11,7 +11,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
@@ -26,6 +26,20 @@ pub enum Propagation {
     Private,
     /// It does, and not the other way round.
     Slave,
+}
+
+/// Opens the device `name` below the directory `dir`, so that who gets the descriptor can do no more with it than it says.
+///
+/// /proc/self/fd leads from a descriptor to the mount by which its file was opened, and there it can be opened again, with other
+/// rights, as far as the node's owner and mode allow. So this is opened by a copy of the mount that allows no devices
+/// afterwards: that open fails (EACCES).
+pub fn open_device(dir: &Path, name: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let tree = Tree(open_tree(CWD, dir, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?);
+    // A link could lead out of the copy.
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let device = rustix::fs::openat2(&tree.0, name, flags | OFlags::CLOEXEC, Mode::empty(), inside)?;
+    tree.set(ONLY_DATA, None)?;
+    Ok(device)
 }
 
 /// A file or directory, whichever name or mount leads to it.
@@ -44,13 +58,13 @@ impl Tree {
         let all = if recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | all;
         let tree = Self(open_tree(CWD, source, flags)?);
-        tree.set(ONLY_DATA, Some(propagation), true)?;
+        tree.set(ONLY_DATA, Some(propagation))?;
         Ok(tree)
     }
 
-    /// Makes it read-only, with what is mounted below it or without.
-    pub fn make_read_only(&self, recursive: bool) -> Result<(), Errno> {
-        self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None, recursive)
+    /// Makes it read-only, and all that was copied with it from below.
+    pub fn make_read_only(&self) -> Result<(), Errno> {
+        self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None)
     }
 
     /// What it is a mount of.
@@ -69,7 +83,7 @@ impl Tree {
         move_mount(&self.0, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
     }
 
-    fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>, recursive: bool) -> Result<(), Errno> {
+    fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>) -> Result<(), Errno> {
         let attr = libc::mount_attr {
             attr_set: attributes.bits().into(),
             attr_clr: 0,
@@ -80,14 +94,13 @@ impl Tree {
             },
             userns_fd: 0,
         };
-        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
         // SAFETY: the path is empty and terminated, and the structure as large as said.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_mount_setattr,
                 self.0.as_raw_fd(),
                 c"".as_ptr(),
-                flags,
+                libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
                 &raw const attr,
                 size_of::<libc::mount_attr>(),
             )

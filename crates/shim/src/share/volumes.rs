@@ -158,8 +158,7 @@ fn copy(volume: &Volume) -> Result<Tree, Errno> {
 fn restrict(tree: &Tree, access: Access) -> Result<(), Errno> {
     match access {
         Access::ReadWrite => Ok(()),
-        Access::ReadOnly => tree.make_read_only(false),
-        Access::RecursiveReadOnly => tree.make_read_only(true),
+        Access::ReadOnly => tree.make_read_only(),
     }
 }
 

@@ -23,7 +23,7 @@ pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
-pub use sandbox::{SandboxSpec, sandbox};
+pub use sandbox::{Netns, SandboxSpec, UserIds, sandbox};
 
 /// A container as the agent is asked to create it.
 #[derive(Clone, Debug)]
@@ -70,14 +70,15 @@ pub struct Given {
 /// Rewrites a container's spec.
 pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, SpecError> {
     devices::renumber(&mut spec, &given.disks);
+    refuse_what_is_on_the_host(&spec)?;
     let pid = namespaces::strip(&mut spec)?;
-    users::rewrite(&mut spec, pid)?;
+    users::rewrite(&mut spec);
     let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes)?;
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
     spec.set_root(Some(root));
     if let Some(process) = spec.process_mut() {
-        strip_labels(process);
+        strip_process(process);
     }
     if let Some(linux) = spec.linux_mut() {
         strip_linux(linux);
@@ -86,16 +87,47 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
     Ok(GuestSpec { json, volumes, pid })
 }
 
+fn refuse_what_is_on_the_host(spec: &Spec) -> Result<(), SpecError> {
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(SpecError::NetDevices);
+    }
+    let listener = linux.seccomp().as_ref().and_then(|seccomp| seccomp.listener_path().as_ref());
+    if listener.is_some_and(|path| !path.as_os_str().is_empty()) {
+        return Err(SpecError::SeccompListener);
+    }
+    Ok(())
+}
+
 /// The root directory that a spec names, relative to the bundle unless absolute.
 pub fn root_path(spec: &Spec) -> std::path::PathBuf {
     spec.root().as_ref().map_or_else(|| "rootfs".into(), |root: &Root| root.path().clone())
 }
 
-/// Rewrites an exec's process: JSON in, JSON out.
-pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+/// Size of a terminal in characters; 0 is the kernel's choice.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ConsoleSize {
+    /// Columns.
+    pub width: u32,
+    /// Lines.
+    pub height: u32,
+}
+
+impl ConsoleSize {
+    /// What a process says of its terminal.
+    pub fn of(process: &Process) -> Self {
+        let cells = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        let size = process.console_size();
+        size.map_or_else(Self::default, |size| Self { width: cells(size.width()), height: cells(size.height()) })
+    }
+}
+
+/// Rewrites an exec's process, JSON in, JSON out, and says what size its terminal has.
+pub fn translate_process(json: &[u8]) -> Result<(Vec<u8>, ConsoleSize), SpecError> {
     let mut process: Process = serde_json::from_slice(json).map_err(SpecError::Process)?;
-    strip_labels(&mut process);
-    serde_json::to_vec(&process).map_err(SpecError::Encode)
+    strip_process(&mut process);
+    let size = ConsoleSize::of(&process);
+    Ok((serde_json::to_vec(&process).map_err(SpecError::Encode)?, size))
 }
 
 /// Reads an update's resources.
@@ -115,10 +147,11 @@ pub fn limits(spec: &Spec) -> Limits {
     resources.map(Limits::of).unwrap_or_default()
 }
 
-/// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement.
-fn strip_labels(process: &mut Process) {
+/// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement. Nor has it the host's CPUs.
+fn strip_process(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
+    process.set_exec_cpu_affinity(None);
 }
 
 fn strip_linux(linux: &mut Linux) {
@@ -160,17 +193,31 @@ pub enum SpecError {
         "hostIPC is not possible in a VM, which has a kernel of its own; remove hostIPC from the pod or run it with runc"
     )]
     HostIpc,
-    /// containerd makes the network of a pod with user namespaces only after the sandbox was started, in the namespace of
-    /// its process (containerd: internal/cri/server/sandbox_run.go), which the VM would never see.
+    /// The pod wants to see the host's processes.
     #[error(
-        "the pod's network namespace does not exist yet, as with hostUsers: false; remove that from the pod or run it with runc"
+        "hostPID is not possible in a VM, whose processes are not the host's; remove hostPID from the pod or run it with runc"
     )]
-    UserNetwork,
+    HostPid,
     /// A mount shall propagate into the host.
     #[error(
         "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"
     )]
     Bidirectional(std::path::PathBuf),
+    /// The container's devices shall be those of a directory of the host.
+    #[error(
+        "the mount at /dev would replace the container's devices by those of the host, which a VM cannot reach; mount it elsewhere, or run the pod with runc"
+    )]
+    Dev,
+    /// A network interface of the host is to be moved into the container.
+    #[error(
+        "the container is given a network device of the host (linux.netDevices), which cannot be moved into a VM; remove what adds it, or run the pod with runc"
+    )]
+    NetDevices,
+    /// A seccomp filter asks a program of the host.
+    #[error(
+        "the container's seccomp filter notifies a listener on the host (listenerPath), which cannot answer for processes of a VM; use a profile without one, or run the pod with runc"
+    )]
+    SeccompListener,
     /// A `createContainer` hook.
     #[error(
         "the container has an OCI hook createContainer, a program of the host that cannot run inside a VM; remove what adds it, or run the pod with runc"
@@ -181,11 +228,6 @@ pub enum SpecError {
         "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible (is privileged_without_host_devices = true set for the runtime in containerd's configuration?)"
     )]
     Device(std::path::PathBuf),
-    /// A user namespace in a pod that shares a pid namespace.
-    #[error(
-        "a container with a user namespace (hostUsers: false) cannot share a pid namespace inside a VM; turn off one of the two for the pod"
-    )]
-    UserAndPid,
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),

@@ -3,13 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, Spec};
 
 use super::{HugeVolume, SpecError};
 use crate::annotations;
 
-/// Devices that every kernel has and that behave the same: a bind of one means the guest's own.
-const COMMON_DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
+/// Devices that every kernel has, by the same numbers, and that behave the same: a bind of one means the guest's own. They
+/// are also the ones that every container has.
+const COMMON_DEVICES: [(&str, (i64, i64)); 6] = [
+    ("/dev/null", (1, 3)),
+    ("/dev/zero", (1, 5)),
+    ("/dev/full", (1, 7)),
+    ("/dev/random", (1, 8)),
+    ("/dev/urandom", (1, 9)),
+    ("/dev/tty", (5, 0)),
+];
 
 /// Something of the host that the container sees.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -20,7 +28,8 @@ pub struct Volume {
     pub recursive: bool,
     /// Whether the guest may write.
     pub access: Access,
-    /// What the host mounts below it later appears as well (HostToContainer).
+    /// What the host mounts below it later appears as well (HostToContainer). Never in what the guest may only read: such a
+    /// mount comes with the host's flags, and would be writable.
     pub follows_host: bool,
     /// The guest keeps a copy of it and is told of updates, which raise inotify(7) events in it then.
     pub copied: bool,
@@ -33,24 +42,28 @@ pub struct Volume {
 pub enum Access {
     /// Read and write.
     ReadWrite,
-    /// Read. What is mounted below the volume has a say of its own, as with every bind mount (mount(8)).
+    /// Read, also what is mounted below it, whether the mount says `ro` or `rro` (`recursiveReadOnly` of Kubernetes). A bind
+    /// mount leaves mounts below it writable (mount(8)), and runc goes by that: there the modes of files stop a container.
+    /// Here the file server is root, and a guest's kernel would write what it likes in the host's /proc and /sys.
     ReadOnly,
-    /// Read, also what is mounted below it (`rro`, `recursiveReadOnly` of Kubernetes).
-    RecursiveReadOnly,
 }
 
 /// Points the binds of a spec to the share and answers what belongs there.
 pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Volume>, SpecError> {
+    put_devices_in_place(spec);
     let mut volumes = Vec::new();
     let pod = spec.annotations().as_ref().and_then(annotations::pod_uid).map(str::to_owned);
     for mount in spec.mounts_mut().iter_mut().flatten().filter(|mount| is_bind(mount)) {
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| SpecError::NoSource(mount.destination().clone()))?;
+        if mount.destination() == Path::new("/dev") {
+            return Err(SpecError::Dev);
+        }
         if is_pod_shm(mount, &source) {
             mount.set_source(Some(SHM_DIR.into()));
         } else if let Some(volume) = huge.iter().find(|volume| volume.source == source) {
             mount.set_source(Some(volume.guest_path()));
-        } else if !COMMON_DEVICES.iter().any(|device| source == Path::new(device)) {
+        } else if common_device(&source).is_none() {
             let volume = volume(mount, source, pod.as_deref())?;
             let index = volumes.len();
             let place = if volume.copied {
@@ -63,6 +76,39 @@ pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Vol
         }
     }
     Ok(volumes)
+}
+
+fn common_device(path: &Path) -> Option<(i64, i64)> {
+    COMMON_DEVICES.iter().find(|(device, _)| path == Path::new(device)).map(|(_, number)| *number)
+}
+
+/// Makes a device node of a bind of one device onto another (urandom at /dev/random is the usual one): where a container has
+/// a device anyway, libcontainer makes its node after the mounts and finds the place taken, but leaves those of the spec.
+fn put_devices_in_place(spec: &mut Spec) {
+    let mut devices: Vec<LinuxDevice> = Vec::new();
+    if let Some(mounts) = spec.mounts_mut() {
+        mounts.retain(|mount| {
+            let device = in_place(mount);
+            let stays = device.is_none();
+            devices.extend(device);
+            stays
+        });
+    }
+    let Some(linux) = spec.linux_mut() else { return };
+    for device in devices {
+        let all = linux.devices_mut().get_or_insert_default();
+        // What is mounted last is what is seen.
+        all.retain(|other| other.path() != device.path());
+        all.push(device);
+    }
+}
+
+/// The node that a bind of a device onto one of a container's own amounts to.
+fn in_place(mount: &Mount) -> Option<LinuxDevice> {
+    let (major, minor) = common_device(mount.source().as_deref().filter(|_| is_bind(mount))?)?;
+    let place = COMMON_DEVICES.iter().find(|(device, _)| mount.destination() == Path::new(device))?.0;
+    let device = LinuxDeviceBuilder::default().path(place).typ(LinuxDeviceType::C).major(major).minor(minor);
+    device.file_mode(0o666_u32).build().ok()
 }
 
 fn options(mount: &Mount) -> impl Iterator<Item = &str> {
@@ -92,17 +138,13 @@ fn volume(mount: &Mount, source: PathBuf, pod: Option<&str>) -> Result<Volume, S
         source,
         access,
         recursive: options(mount).any(|option| option == "rbind"),
-        follows_host: options(mount).any(|option| matches!(option, "slave" | "rslave")),
+        follows_host: access == Access::ReadWrite && options(mount).any(|option| matches!(option, "slave" | "rslave")),
     })
 }
 
 fn access(mount: &Mount) -> Access {
-    let has = |wanted| options(mount).any(|option| option == wanted);
-    match (has("rro"), has("ro")) {
-        (true, _) => Access::RecursiveReadOnly,
-        (false, true) => Access::ReadOnly,
-        (false, false) => Access::ReadWrite,
-    }
+    let read_only = options(mount).any(|option| matches!(option, "ro" | "rro"));
+    if read_only { Access::ReadOnly } else { Access::ReadWrite }
 }
 
 /// Components of a path that say that it is an emptyDir of a pod.

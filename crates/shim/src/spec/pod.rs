@@ -4,9 +4,11 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use bulkhead_protocol::cri::{LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig};
+use bulkhead_protocol::cri::{
+    IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig,
+};
 
-use super::{SandboxSpec, SpecError};
+use super::{Netns, SandboxSpec, SpecError, UserIds};
 use crate::annotations;
 
 /// Translates a pod's configuration; refuses what shares a namespace of the host that a VM cannot share.
@@ -19,16 +21,24 @@ pub fn pod_sandbox(config: &PodSandboxConfig, id: &str, netns: &str) -> Result<S
     if namespaces.ipc.enum_value_or_default() == NamespaceMode::NODE {
         return Err(SpecError::HostIpc);
     }
-    if netns.is_empty() {
-        return Err(SpecError::UserNetwork);
+    if namespaces.pid.enum_value_or_default() == NamespaceMode::NODE {
+        return Err(SpecError::HostPid);
     }
+    let user = namespaces.userns_options.as_ref();
+    let user = user.filter(|user| user.mode.enum_value_or_default() == NamespaceMode::POD);
     Ok(SandboxSpec {
         hostname: config.hostname.clone(),
-        netns: Some(PathBuf::from(netns)),
+        domainname: String::new(),
+        netns: if netns.is_empty() { Netns::New } else { Netns::At(PathBuf::from(netns)) },
+        user: user.map(|user| UserIds { uids: ids(&user.uids), gids: ids(&user.gids) }),
         sysctls: linux.sysctls.clone(),
         cgroups_path: cgroups_path(linux, id),
         annotations: own_annotations(config, &linux.resources),
     })
+}
+
+fn ids(mappings: &[IDMapping]) -> Vec<(u32, u32)> {
+    mappings.iter().map(|mapping| (mapping.container_id, mapping.length)).collect()
 }
 
 /// Where the sandbox is accounted, in the form that containerd writes into specs.
@@ -59,6 +69,7 @@ fn own_annotations(config: &PodSandboxConfig, resources: &LinuxContainerResource
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_protocol::cri::UserNamespace;
     use protobuf::MessageField;
 
     fn config() -> PodSandboxConfig {
@@ -89,7 +100,7 @@ mod tests {
     #[test]
     fn pod_is_translated_and_its_owner_cannot_forge_its_size() {
         let spec = pod_sandbox(&config(), "s", "/run/netns/n").unwrap();
-        assert_eq!((spec.hostname.as_str(), spec.netns), ("web", Some("/run/netns/n".into())));
+        assert_eq!((spec.hostname.as_str(), spec.netns), ("web", Netns::At("/run/netns/n".into())));
         assert_eq!(spec.cgroups_path, Some("/kubepods/pod1/s".into()));
         assert_eq!(spec.sysctls["net.core.somaxconn"], "7");
         let request = annotations::request(&spec.annotations, &[annotations::OWN_VCPUS.into()]).unwrap();
@@ -103,7 +114,18 @@ mod tests {
         config.linux.mut_or_insert_default().cgroup_parent = "/kubepods.slice/kubepods-pod1.slice".into();
         let spec = pod_sandbox(&config, "s", "/n").unwrap();
         assert_eq!(spec.cgroups_path, Some("kubepods-pod1.slice:cri-containerd:s".into()));
-        assert!(matches!(pod_sandbox(&config, "s", ""), Err(SpecError::UserNetwork)));
+        assert_eq!((spec.user, pod_sandbox(&config, "s", "").unwrap().netns), (None, Netns::New));
+    }
+
+    #[test]
+    fn user_namespace_is_seen_from_inside() {
+        let mut config = config();
+        let linux = config.linux.mut_or_insert_default();
+        let options = linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+        let ids = |first| vec![IDMapping { host_id: 7 << 16, container_id: first, length: 9, ..Default::default() }];
+        options.userns_options = MessageField::some(UserNamespace { uids: ids(0), gids: ids(1), ..Default::default() });
+        let user = pod_sandbox(&config, "s", "").unwrap().user;
+        assert_eq!(user, Some(UserIds { uids: vec![(0, 9)], gids: vec![(1, 9)] }));
     }
 
     #[test]
@@ -116,6 +138,7 @@ mod tests {
         };
         assert!(matches!(with(|options| options.network = NamespaceMode::NODE.into()), Err(SpecError::HostNetwork)));
         assert!(matches!(with(|options| options.ipc = NamespaceMode::NODE.into()), Err(SpecError::HostIpc)));
+        assert!(matches!(with(|options| options.pid = NamespaceMode::NODE.into()), Err(SpecError::HostPid)));
         assert!(with(|_| {}).is_ok());
     }
 }

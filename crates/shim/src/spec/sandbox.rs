@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 
 use super::SpecError;
 
@@ -12,14 +12,40 @@ use super::SpecError;
 pub struct SandboxSpec {
     /// The guest's host name; may be empty.
     pub hostname: String,
-    /// The CNI's network namespace; `None` for a pod with no network but loopback.
-    pub netns: Option<PathBuf>,
+    /// NIS domain name; may be empty.
+    pub domainname: String,
+    /// Where its network is.
+    pub netns: Netns,
+    /// Its user namespace, if it has one.
+    pub user: Option<UserIds>,
     /// sysctls of the pod's namespaces.
     pub sysctls: HashMap<String, String>,
     /// Where the pod is accounted on the host.
     pub cgroups_path: Option<PathBuf>,
     /// All annotations.
     pub annotations: HashMap<String, String>,
+}
+
+/// A pod's network namespace on the host.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum Netns {
+    /// There is none: no network but loopback.
+    #[default]
+    None,
+    /// CNI has prepared it.
+    At(PathBuf),
+    /// The sandbox's process has to have one of its own, in which CNI makes the network when the sandbox runs (containerd 2:
+    /// internal/cri/server/sandbox_run.go, for pods with a user namespace).
+    New,
+}
+
+/// First ids and counts of a user namespace, as its processes see them (see [`super::users`]).
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct UserIds {
+    /// Of users.
+    pub uids: Vec<(u32, u32)>,
+    /// Of groups.
+    pub gids: Vec<(u32, u32)>,
 }
 
 /// Reads the sandbox's spec; refuses what shares a namespace of the host that a VM cannot share.
@@ -29,15 +55,27 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let find = |typ| namespaces.and_then(|list| list.iter().find(|namespace| namespace.typ() == typ));
     let network = find(LinuxNamespaceType::Network).ok_or(SpecError::HostNetwork)?;
     find(LinuxNamespaceType::Ipc).ok_or(SpecError::HostIpc)?;
-    let netns = network.path().clone().filter(|path| !path.as_os_str().is_empty());
-    if netns.is_none() && find(LinuxNamespaceType::User).is_some() {
-        return Err(SpecError::UserNetwork);
-    }
+    find(LinuxNamespaceType::Pid).ok_or(SpecError::HostPid)?;
+    let user = find(LinuxNamespaceType::User).and(linux).map(|linux| UserIds {
+        uids: ids(linux.uid_mappings().as_deref().unwrap_or_default()),
+        gids: ids(linux.gid_mappings().as_deref().unwrap_or_default()),
+    });
+    let netns = match network.path().clone().filter(|path| !path.as_os_str().is_empty()) {
+        Some(path) => Netns::At(path),
+        None if user.is_some() => Netns::New,
+        None => Netns::None,
+    };
     Ok(SandboxSpec {
         hostname: spec.hostname().clone().unwrap_or_default(),
+        domainname: spec.domainname().clone().unwrap_or_default(),
         netns,
+        user,
         sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         annotations: spec.annotations().clone().unwrap_or_default(),
     })
+}
+
+fn ids(mappings: &[LinuxIdMapping]) -> Vec<(u32, u32)> {
+    mappings.iter().map(|mapping| (mapping.container_id(), mapping.size())).collect()
 }

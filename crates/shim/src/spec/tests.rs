@@ -89,10 +89,39 @@ fn binds_come_through_the_share() {
 }
 
 #[test]
+fn device_bound_onto_another_becomes_its_node() {
+    let mut value = container();
+    let bind = |source: &str, at: &str| json!({"destination": at, "type": "bind", "source": source, "options": ["ro"]});
+    value["mounts"] = json!([
+        bind("/dev/zero", "/dev/random"),
+        bind("/dev/urandom", "/dev/random/"),
+        bind("/dev/null", "/etc/motd"),
+        bind("/srv/data", "/data")
+    ]);
+    let node =
+        |path: &str, minor: u32| json!({"path": path, "type": "c", "major": 1, "minor": minor, "fileMode": 0o666});
+    value["linux"]["devices"] = json!([node("/dev/random", 8), node("/dev/own", 3)]);
+    let (json, guest) = translated(value);
+    let places: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].clone()).collect();
+    assert_eq!(places, ["/etc/motd", "/data"]);
+    assert_eq!(json["linux"]["devices"], json!([node("/dev/own", 3), node("/dev/random", 9)]));
+    assert_eq!((guest.volumes.len(), &json["mounts"][0]["source"]), (1, &json!("/dev/null")));
+}
+
+#[test]
+fn hostile_11_read_only_volume_gets_no_mounts_that_the_host_makes_later() {
+    for (access, follows) in [("rw", true), ("ro", false), ("rro", false)] {
+        let mut value = container();
+        value["mounts"][3]["options"] = json!(["rbind", "rslave", access]);
+        assert_eq!(translated(value).1.volumes[1].follows_host, follows, "{access}");
+    }
+}
+
+#[test]
 fn volumes_that_the_kubelet_updates_are_copied() {
     for (plugin, options, copied, access) in [
         ("configmap", json!(["rbind", "ro"]), true, Access::ReadOnly),
-        ("projected", json!(["rbind", "rro"]), true, Access::RecursiveReadOnly),
+        ("projected", json!(["rbind", "rro"]), true, Access::ReadOnly),
         ("secret", json!(["rbind", "rw"]), false, Access::ReadWrite),
         ("empty-dir", json!(["rbind", "ro"]), false, Access::ReadOnly),
     ] {
@@ -148,6 +177,15 @@ fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
     assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
+    let mut interface = container();
+    interface["linux"]["netDevices"] = json!({"eth7": {"name": "eth1"}});
+    assert!(matches!(translate(spec(interface), "c", &Given::default()), Err(SpecError::NetDevices)));
+    let mut listener = container();
+    listener["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock"});
+    assert!(matches!(translate(spec(listener), "c", &Given::default()), Err(SpecError::SeccompListener)));
+    let mut devices = container();
+    devices["mounts"][3]["destination"] = "/dev/".into();
+    assert!(matches!(translate(spec(devices), "c", &Given::default()), Err(SpecError::Dev)));
     let mut hooked = container();
     hooked["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
     assert!(matches!(take_hooks(&mut spec(hooked)), Err(SpecError::CreateContainerHook)));
@@ -176,7 +214,7 @@ fn hooks_run_where_their_programs_are() {
 }
 
 #[test]
-fn user_namespace_maps_ids_to_themselves() {
+fn ids_are_left_to_the_pods_user_namespace() {
     let map = |host: u32| json!([{"containerID": 0, "hostID": host, "size": 65536}]);
     let mut value = container();
     value["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "user", "path": "/proc/7/ns/user"}]);
@@ -184,29 +222,47 @@ fn user_namespace_maps_ids_to_themselves() {
     value["linux"]["gidMappings"] = map(131_072);
     value["mounts"][3]["uidMappings"] = map(131_072);
     value["mounts"][3]["gidMappings"] = map(131_072);
-    let (json, _) = translated(value.clone());
+    let (json, _) = translated(value);
     assert_eq!(json["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "user"}]));
-    assert_eq!((&json["linux"]["uidMappings"], &json["linux"]["gidMappings"]), (&map(0), &map(0)));
+    assert!(json["linux"]["uidMappings"].is_null() && json["linux"]["gidMappings"].is_null());
     assert!(json["mounts"][3]["uidMappings"].is_null());
-    value["linux"]["namespaces"] = json!([{"type": "user"}]);
-    assert!(matches!(translate(spec(value), "c", &Given::default()), Err(SpecError::UserAndPid)));
 }
 
 #[test]
 fn sandbox_says_what_the_vm_is() {
     let mut value = container();
     value["hostname"] = "pod-1".into();
+    value["domainname"] = "corp".into();
     value["linux"]["namespaces"][3]["path"] = "/var/run/netns/cni-1".into();
     let got = sandbox(&spec(value)).unwrap();
-    assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Some("/var/run/netns/cni-1".into())));
-    assert_eq!(got.sysctls["net.core.somaxconn"], "1");
+    assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Netns::At("/var/run/netns/cni-1".into())));
+    assert_eq!((got.sysctls["net.core.somaxconn"].as_str(), got.domainname.as_str(), got.user), ("1", "corp", None));
+}
+
+#[test]
+fn network_of_a_sandbox_with_a_user_namespace_comes_later() {
+    let mut value = container();
+    value["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "network"}, {"type": "ipc"}, {"type": "pid"}]);
+    value["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+    value["linux"]["gidMappings"] = json!([{"containerID": 1, "hostID": 65536, "size": 2}]);
+    let got = sandbox(&spec(value)).unwrap();
+    let user = UserIds { uids: vec![(0, 65536)], gids: vec![(1, 2)] };
+    assert_eq!((got.netns, got.user), (Netns::New, Some(user)));
 }
 
 #[test]
 fn process_and_resources_are_rewritten_alone() {
-    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p"});
-    let out: Value = serde_json::from_slice(&translate_process(process.to_string().as_bytes()).unwrap()).unwrap();
-    assert!(out["apparmorProfile"].is_null());
+    let process = json!({
+        "user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["x"], "apparmorProfile": "p",
+        "execCPUAffinity": {"initial": "30-31", "final": "31"}
+    });
+    let translated = |process: &Value| translate_process(process.to_string().as_bytes()).unwrap();
+    let (out, size) = translated(&process);
+    let out: Value = serde_json::from_slice(&out).unwrap();
+    assert_eq!(size, ConsoleSize::default());
+    let sized = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "consoleSize": {"height": 23, "width": 1_u64 << 40}});
+    assert_eq!(translated(&sized).1, ConsoleSize { width: u32::MAX, height: 23 });
+    assert!(out["apparmorProfile"].is_null() && out["execCPUAffinity"].is_null());
     let resources = json!({"cpu": {"quota": 5, "cpus": "1"}});
     let out: Value =
         serde_json::from_slice(&translate_resources(serde_json::from_value(resources).unwrap()).unwrap()).unwrap();

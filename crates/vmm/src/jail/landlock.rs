@@ -5,14 +5,15 @@ use std::os::fd::OwnedFd;
 
 use ::landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
-    RulesetError, Scope,
+    RulesetError, RulesetStatus, Scope,
 };
 
 /// The newest rules that we know; a kernel with fewer has what it has.
 const KNOWN: ABI = ABI::V6;
 
-/// Allows the process what is in the share, but no program, no block device, and no network or signal at all.
-pub fn restrict(share: Option<&OwnedFd>) -> Result<(), RulesetError> {
+/// Allows the process what is in the share, but no program, no block device, and no network or signal at all. Answers whether the
+/// kernel holds it to that, as far as it knows such rules.
+pub fn restrict(share: Option<&OwnedFd>) -> Result<bool, RulesetError> {
     let all = AccessFs::from_all(KNOWN);
     let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -26,5 +27,5 @@ pub fn restrict(share: Option<&OwnedFd>) -> Result<(), RulesetError> {
         Some(share) => rules.add_rule(PathBeneath::new(share, allowed))?,
         None => rules,
     };
-    rules.restrict_self().map(drop)
+    Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
 }

@@ -1,4 +1,4 @@
-//! The jail: what a shim's VMM gives up before its guest runs (DESIGN D1).
+//! The jail: what a shim's VMM gives up before its guest runs (ARCHITECTURE.md, D1).
 //!
 //! [`enter`] is called once, before there is a second thread and before a byte of the guest's is looked at. From then on the
 //! process has namespaces of its own (mount, network, IPC, UTS and cgroup; the shim has given it a pid namespace), its root is
@@ -84,7 +84,11 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Option<OwnedFd>, JailError> {
     let inside = inside.transpose().map_err(step("open the share from inside"))?;
     limit_resources()?;
     drop_privileges()?;
-    landlock::restrict(inside.as_ref())?;
+    if !landlock::restrict(inside.as_ref())? {
+        crate::vmm_log!(
+            "the host's kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=landlock): the jail is one lock short"
+        );
+    }
     seccomp::report_violations().map_err(JailError::Handler)?;
     if JAIL.set(Jail { descriptors, filters }).is_err() {
         return Err(JailError::Twice);
@@ -99,7 +103,7 @@ pub fn confine_thread(kind: Kind) {
     let kept = if kind == Kind::FileServer { FILE_SERVER } else { CapabilitySet::empty() };
     let confined = keep_capabilities(kept).map_err(JailError::from).and_then(|()| Ok(jail.filters.install(kind)?));
     if let Err(error) = confined {
-        eprintln!("bulkhead-vmm: {}: {}", kind.name(), crate::control::describe(&error));
+        crate::vmm_log!("{}: {}", kind.name(), crate::control::describe(&error));
         std::process::abort();
     }
 }

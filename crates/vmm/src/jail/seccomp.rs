@@ -71,7 +71,7 @@ impl Kind {
     /// What it may ask of devices of the host.
     fn ioctls(self) -> &'static [libc::Ioctl] {
         match self {
-            Self::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO],
+            Self::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ],
             Self::Vcpu => &[KVM_RUN, libc::TUNSETOFFLOAD],
             Self::Devices => &[libc::FIONBIO],
             Self::Memory => &[KVM_SET_USER_MEMORY_REGION],

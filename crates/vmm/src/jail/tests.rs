@@ -1,4 +1,4 @@
-//! The filters' tables. What a filter does to a process is tested with the whole binary, tests/vmm/jail.rs.
+//! The filters' tables. What a filter does to a process is tested with processes, tests/vmm/jail/filters.rs.
 
 use super::*;
 

@@ -102,7 +102,7 @@ impl Vcpu {
                 // A vCPU that waits for its startup IPI was woken for something else.
                 Err(error) if error.errno() == libc::EAGAIN => continue,
                 Err(error) => {
-                    eprintln!("bulkhead-vmm: vcpu{}: KVM_RUN failed: {error}", self.id);
+                    crate::vmm_log!("vcpu{}: KVM_RUN failed: {error}", self.id);
                     return Some(ExitReason::VcpuFault);
                 }
             };
@@ -129,12 +129,12 @@ fn last_exit(id: u8, exit: &VcpuExit<'_>) -> ExitReason {
     match exit {
         // Our guests reset by the keyboard controller; this one met a fault that it could not handle, and could not say so.
         VcpuExit::Shutdown => {
-            eprintln!("bulkhead-vmm: vcpu{id}: triple fault");
+            crate::vmm_log!("vcpu{id}: triple fault");
             ExitReason::Reset
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET, _) => ExitReason::Reset,
         fault => {
-            eprintln!("bulkhead-vmm: vcpu{id}: KVM cannot run the guest any further: {fault:?}");
+            crate::vmm_log!("vcpu{id}: KVM cannot run the guest any further: {fault:?}");
             ExitReason::VcpuFault
         }
     }

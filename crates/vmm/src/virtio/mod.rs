@@ -105,6 +105,9 @@ pub enum ActivateError {
     /// The driver made fewer queues ready than the device works with.
     #[error("driver left queue {0} unconfigured")]
     QueueMissing(u16),
+    /// The driver asks too often for what costs the host more than the guest.
+    #[error("driver changes {0} too often")]
+    TooOften(&'static str),
     /// The device loop would not take the worker.
     #[error("device loop refused the device's worker")]
     EventLoop(#[from] EventLoopError),

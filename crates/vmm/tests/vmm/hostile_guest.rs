@@ -1,7 +1,6 @@
 //! A guest that is hostile to the whole path: the real binary in service mode, with one of every device, boots a small
 //! kernel of ours (`hostile_guest/*.c`) instead of Linux. It programs the devices by hand, wrongly, and reports on the
-//! serial port how they took it. The numbers in the tests' names are those of the list of what has gone wrong in other
-//! virtual machine monitors, which these tests follow.
+//! serial port how they took it. The numbers in the tests' names are those of docs/negative-tests.md.
 
 mod machine;
 mod memory;
@@ -130,7 +129,7 @@ fn hostile_14_output_that_nobody_reads_neither_stalls_nor_grows_the_vmm() {
     guest.process_ends_well();
 }
 
-/// A few seconds; `BULKHEAD_FLOOD_SECONDS=60` for a measurement.
+/// A few seconds; tools/hostile makes it a minute (`BULKHEAD_FLOOD_SECONDS=60`) and reads the line that is printed.
 #[test]
 fn hostile_07_flood_of_every_queue_leaves_memory_flat() {
     const MOST_KIB: u64 = 8 << 10;

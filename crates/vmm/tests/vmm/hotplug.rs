@@ -13,6 +13,7 @@ use bulkhead_vmm::virtio::transport::Slot;
 
 use crate::common::{file, kvm, spec};
 use crate::control::{SPIN, Vmm};
+use crate::tap::tap;
 
 fn disk() -> (DeviceSpec, OwnedFd) {
     let device = DeviceSpec::Block { file: FdIndex(0), read_only: false, serial: "disk".into() };
@@ -77,6 +78,22 @@ fn disks_are_added_to_a_running_machine_and_removed() {
     is_refused(add(&vmm, 16), "16 slots");
     vmm.send(17, Command::AddDevice(disk().0), &[]);
     is_refused(vmm.reply(), "slots");
+    assert!(vmm.end());
+}
+
+#[test]
+fn network_device_is_added_to_a_running_machine() {
+    let vmm = Vmm::start();
+    vmm.boot(1, VmSpec { devices: vec![DeviceSpec::Rng], ..spec() }, &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    let device = DeviceSpec::Net { tap: FdIndex(0), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    let tap = tap(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    vmm.send(2, Command::AddDevice(device.clone()), &[tap.into()]);
+    assert_eq!(vmm.reply(), Some(Reply::Added { id: 2, slot: 1 }));
+    vmm.send(3, Command::AddDevice(device), &[file(&[]).into()]);
+    is_refused(vmm.reply(), "not that of a tap");
+    vmm.send(4, Command::RemoveDevice { slot: 1 }, &[]);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 4 }));
     assert!(vmm.end());
 }
 

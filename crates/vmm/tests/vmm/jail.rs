@@ -1,12 +1,19 @@
 //! The jail of service mode: what a VMM with a guest has left. These tests take root.
 
+mod child;
+mod filters;
+mod landlock;
+
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::process::Stdio;
 
 use bulkhead_protocol::control::{Command, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::common::{Start, kernel, kvm, spec};
 use crate::control::{SPIN, Vmm};
@@ -122,13 +129,31 @@ fn hostile_19_descriptors_that_the_parent_left_open_are_closed() {
     assert!(vmm.end());
 }
 
+/// Soft and hard limits of a process by name (proc_pid_limits(5)).
+fn limits(process: &str) -> BTreeMap<String, [String; 2]> {
+    let text = fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
+    // Columns of words that are parted by two spaces at least.
+    let rows = text.lines().skip(1).map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()));
+    rows.map(|mut cells| {
+        let mut next = || cells.next().unwrap().to_owned();
+        (next(), [next(), next()])
+    })
+    .collect()
+}
+
 #[test]
-fn hostile_19_core_files_and_crash_handlers_get_nothing() {
+fn hostile_19_core_files_locked_memory_and_message_queues_are_limited_to_nothing() {
     let share = tempfile::tempdir().unwrap();
     let vmm = jailed(share.path());
-    let limits = fs::read_to_string(format!("/proc/{}/limits", vmm.pid())).unwrap();
-    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    let mut expected = limits("self");
+    for nothing in ["Max core file size", "Max locked memory", "Max msgqueue size"] {
+        expected.insert(nothing.to_owned(), ["0", "0"].map(str::to_owned));
+    }
+    let mut found = limits(&vmm.pid().to_string());
+    // The file server raises its soft limit as far as it needs; the hard one stays.
+    let [own, jailed] = [&mut expected, &mut found].map(|limits| limits.remove("Max open files").unwrap());
+    assert_eq!(own[1], jailed[1]);
+    assert_eq!(found, expected);
     assert!(vmm.end());
 }
 
@@ -150,4 +175,30 @@ fn hostile_19_filters_are_printed_with_their_size() {
         assert_eq!(words[1].parse::<usize>().unwrap(), words.len() - 2, "{line}");
     }
     assert_eq!(text.lines().count(), 6, "{text}");
+}
+
+#[test]
+fn kernel_without_landlock_is_named_once() {
+    let absent = SeccompFilter::new(
+        [(libc::SYS_landlock_create_ruleset, vec![])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
+        TargetArch::x86_64,
+    );
+    let absent: BpfProgram = absent.unwrap().try_into().unwrap();
+    let mut log = tempfile::tempfile().unwrap();
+    let stderr = Stdio::from(log.try_clone().unwrap());
+    // A filter is a thread's, and that of the processes that it starts.
+    let start = || {
+        seccompiler::apply_filter(&absent).unwrap();
+        Vmm::start_with(stderr)
+    };
+    let vmm = std::thread::scope(|scope| scope.spawn(start).join().unwrap());
+    vmm.boot(1, spec(), &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    assert!(vmm.end());
+    let mut said = String::new();
+    log.seek(SeekFrom::Start(0)).unwrap();
+    log.read_to_string(&mut said).unwrap();
+    assert_eq!(said.matches("has no Landlock").count(), 1, "{said}");
 }

@@ -3,17 +3,20 @@
 use std::fs::{File, OpenOptions};
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use bulkhead_vmm::event_loop::EventLoop;
-use bulkhead_vmm::virtio::VirtioDevice;
+use bulkhead_vmm::kvm::create_memory;
 use bulkhead_vmm::virtio::net::{Net, NetError};
+use bulkhead_vmm::virtio::{ActivateError, Activation, Interrupt, VirtioDevice};
 use rustix::thread::UnshareFlags;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A tap with a name that the kernel chooses; it goes with its descriptor.
 #[allow(unsafe_code)] // ioctl(2)
-fn tap(flags: libc::c_int) -> File {
+pub fn tap(flags: libc::c_int) -> File {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("no tap device; run as root");
     // SAFETY: all zeroes is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -81,4 +84,32 @@ fn tap_in_another_mode_is_refused() {
 fn tap_without_an_interface_is_refused() {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("no tap device; run as root");
     assert!(matches!(net(file), Err(NetError::NoTap(_))));
+}
+
+/// The driver has no interrupt.
+struct Unheard;
+
+impl Interrupt for Unheard {
+    fn notify_queue(&self, _: u16) {}
+    fn notify_config(&self) {}
+    fn needs_reset(&self) {}
+}
+
+#[test]
+fn hostile_09_offloads_are_set_when_they_change_and_not_for_ever() {
+    let mut device = net(tap_in_own_namespace().0).unwrap();
+    let memory = create_memory(16, 0).unwrap();
+    let mut activate = |features: u64| {
+        let (memory, interrupt) = (Arc::clone(&memory), Arc::new(Unheard));
+        // Without queues it goes as far as the offloads, and no further.
+        device.activate(Activation { memory, features, queues: vec![None, None], interrupt })
+    };
+    for _ in 0..100 {
+        assert!(matches!(activate(0), Err(ActivateError::QueueMissing(_))), "the same again");
+    }
+    let changes: Vec<_> = (1..100).map(|turn| activate((turn % 2) << VIRTIO_NET_F_GUEST_CSUM)).collect();
+    assert!(matches!(changes[0], Err(ActivateError::QueueMissing(_))), "a driver may change its mind");
+    let refused = changes.iter().filter(|change| matches!(change, Err(ActivateError::TooOften(_)))).count();
+    assert!(refused > 40, "{refused}");
+    assert!(matches!(changes.last(), Some(Err(ActivateError::TooOften(_) | ActivateError::QueueMissing(_)))));
 }

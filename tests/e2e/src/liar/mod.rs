@@ -1,4 +1,4 @@
-//! A VMM with a guest in one, neither of which is to be trusted (HOSTILE.md, negative test 21).
+//! A VMM with a guest in one, neither of which is to be trusted (docs/negative-tests.md, 21).
 //!
 //! It answers the control socket and, as the guest's agent, the RPC and stream connections: honestly, but for the lies that
 //! its script names. The script is the kernel parameter `liar=WHERE:WHAT,...`, which the operator's configuration sets:

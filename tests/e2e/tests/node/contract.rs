@@ -336,6 +336,20 @@ fn sandbox_that_cannot_be_created_leaves_nothing() {
 }
 
 #[test]
+fn daemon_without_a_pod_is_ended_by_delete() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd2_1).await?;
+        contract.host.sandbox_bundle(contract.sandbox, contract.netns.path())?;
+        let (_, shim) = contract.host.start(contract.sandbox).await?;
+        let connect = async || code(&shim.task::<api::ConnectResponse>("Connect", &connect(contract.sandbox)).await);
+        ensure!(connect().await == Code::NOT_FOUND, "a pod that nobody has made");
+        contract.host.delete(contract.sandbox)?;
+        ensure!(connect().await == Code::UNAVAILABLE, "the daemon is still there");
+        Ok(())
+    });
+}
+
+#[test]
 fn shim_killed_under_the_sandbox_api_is_cleaned_up_by_delete() {
     on_node(async |_| {
         let contract = Contract::new(Caller::Containerd2_1).await?;

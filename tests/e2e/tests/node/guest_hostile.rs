@@ -1,4 +1,4 @@
-//! Containers that try to leave, in a guest (HOSTILE.md, negative test 25; the agent's own tests have more of them, without
+//! Containers that try to leave, in a guest (docs/negative-tests.md, 25; the agent's own tests have more of them, without
 //! one). What a container reaches is its own: not the pod's other containers, not the agent, not the host.
 
 use std::os::unix::fs::symlink;

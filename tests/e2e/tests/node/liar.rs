@@ -1,4 +1,4 @@
-//! A guest's agent and a VMM that lie (HOSTILE.md, negative test 21): the shim keeps its time, its memory and its word to
+//! A guest's agent and a VMM that lie (docs/negative-tests.md, 21): the shim keeps its time, its memory and its word to
 //! containerd, and other pods notice nothing.
 //!
 //! No guest is booted: the shim starts [`bulkhead_e2e::liar`] in place of the VMM, which says what its script says. Each
@@ -31,7 +31,7 @@ const BOOT: Duration = Duration::from_secs(5);
 /// The shim's own bounds: for calls that make something, for those that do not, and for numbers.
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_secs(20);
-const NUMBERS: Duration = Duration::from_secs(5);
+const NUMBERS: Duration = Duration::from_secs(1);
 
 /// How far a shim's memory may grow over that of an idle pod's, KiB.
 const GROWTH_KIB: u64 = 8 << 10;

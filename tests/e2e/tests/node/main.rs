@@ -22,6 +22,7 @@ mod restart;
 mod soak;
 mod standalone;
 mod stuck;
+mod user_namespace;
 mod volumes;
 
 /// A file of the node, trimmed.

@@ -1,4 +1,4 @@
-//! Who may speak to a shim, what a pod may ask for, and root file systems that are none (HOSTILE.md, negative tests 23 and
+//! Who may speak to a shim, what a pod may ask for, and root file systems that are none (docs/negative-tests.md, 23 and
 //! 24). The guest is [`bulkhead_e2e::liar`]'s, which tells what it was asked to boot: no VM is needed for a refusal.
 
 use std::collections::BTreeSet;

@@ -12,20 +12,20 @@ use bulkhead_e2e::{PATIENCE, TestPod, WATCH, on_node, sh};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount};
 
 /// A directory of a pod as the kubelet has it, removed at the end with what is mounted there.
-struct KubeletDir {
+pub struct KubeletDir {
     dir: PathBuf,
     mounts: Vec<PathBuf>,
 }
 
 impl KubeletDir {
-    fn new(name: &str) -> Result<Self> {
+    pub fn new(name: &str) -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("bulkhead-volumes-{}-{name}", std::process::id()));
         fs::create_dir_all(&dir).context("cannot create the kubelet's directory")?;
         Ok(Self { dir, mounts: Vec::new() })
     }
 
     /// An empty volume of a plugin.
-    fn volume(&self, plugin: &str, name: &str) -> Result<PathBuf> {
+    pub fn volume(&self, plugin: &str, name: &str) -> Result<PathBuf> {
         let path = self.dir.join(format!("volumes/kubernetes.io~{plugin}/{name}"));
         fs::create_dir_all(&path)?;
         Ok(path)

@@ -18,7 +18,7 @@ const SPEC: &str = r#"{
 }"#;
 
 fn adapted(pid_namespace: Option<u32>) -> Spec {
-    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace, holder: None, terminal: false };
     adapt(SPEC.as_bytes(), &placement).unwrap()
 }
 
@@ -69,6 +69,16 @@ fn shares_become_the_weight_that_runc_makes_of_them() {
 }
 
 #[test]
+fn group_that_is_to_be_idle_gets_no_weight() {
+    let adapted = |idle: i64| adapt_resources(format!(r#"{{"cpu": {{"shares": 512, "idle": {idle}}}}}"#).as_bytes());
+    let idle = adapted(1).unwrap();
+    assert!(idle.unified().is_none());
+    let cpu = idle.cpu().as_ref().unwrap();
+    assert_eq!((cpu.shares(), cpu.idle()), (None, Some(1)));
+    assert!(adapted(0).unwrap().unified().is_some());
+}
+
+#[test]
 fn swap_equal_to_memory_means_no_swap() {
     let resources = adapt_resources(br#"{"memory": {"limit": 4096, "swap": 4096}}"#).unwrap();
     assert_eq!(resources.unified().as_ref().unwrap().get("memory.swap.max").map(String::as_str), Some("0"));
@@ -106,8 +116,20 @@ fn sets_of_capabilities_that_are_missing_are_empty() {
 }
 
 #[test]
+fn namespaces_of_a_pod_with_a_user_namespace_are_joined() {
+    use LinuxNamespaceType::{Mount, Network, Pid, User};
+    let with_user = SPEC.replace(r#"{"type": "cgroup"}"#, r#"{"type": "user"}"#);
+    let placement = |holder| Placement { cgroup: "/pod/c".into(), pid_namespace: None, holder, terminal: false };
+    let of = |kind: &str| Some(format!("/proc/7/ns/{kind}"));
+    let spec = adapt(with_user.as_bytes(), &placement(Some(7))).unwrap();
+    assert_eq!(kinds(&spec), [(Mount, None), (User, of("user")), (Network, of("net")), (Pid, None)]);
+    let refused = adapt(with_user.as_bytes(), &placement(None));
+    assert!(matches!(refused, Err(ContainerError::NoUserNamespace)));
+}
+
+#[test]
 fn specs_that_lack_something_are_refused() {
-    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, terminal: false };
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, holder: None, terminal: false };
     assert!(matches!(adapt(b"{", &placement), Err(ContainerError::Json { .. })));
     let bare = br#"{"ociVersion": "1.0.2", "root": {"path": "/x"}}"#;
     assert!(matches!(adapt(bare, &placement), Err(ContainerError::Incomplete { what: "process" })));

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use bulkhead_protocol::agent::InterfaceStats;
+use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
 
 use super::NetworkError;
 
@@ -91,9 +92,11 @@ fn syntax(what: &'static str, text: &str) -> NetworkError {
     NetworkError::Syntax { what, text: text.into() }
 }
 
-/// The table of /proc/net/dev: two lines of headings, then name and sixteen counters.
+/// The table of /proc/net/dev: two lines of headings, then name and sixteen counters. The kernel goes by age, so the pod's own
+/// interfaces are before those that containers make.
 pub(super) fn interface_stats(table: &str) -> Vec<InterfaceStats> {
-    table.lines().skip(2).filter_map(interface).filter(|stats| stats.name != "lo").collect()
+    let stats = table.lines().skip(2).filter_map(interface);
+    stats.filter(|stats| stats.name != "lo").take(MAX_STATS_ENTRIES).collect()
 }
 
 fn interface(line: &str) -> Option<InterfaceStats> {
@@ -158,5 +161,14 @@ mod tests {
         assert_eq!(stats.len(), 1);
         assert_eq!((stats[0].name.as_str(), stats[0].rx_bytes, stats[0].rx_dropped), ("eth0", 100, 4));
         assert_eq!((stats[0].tx_bytes, stats[0].tx_errors, stats[0].tx_dropped), (500, 7, 8));
+    }
+
+    #[test]
+    fn interfaces_that_a_container_makes_without_end_are_left_out() {
+        let line = |name: String| format!("{name}: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n");
+        let made = (0..3000).map(|n| line(format!("d{n}")));
+        let table: String = ["\n\n".into(), line("eth0".into())].into_iter().chain(made).collect();
+        let stats = interface_stats(&table);
+        assert_eq!((stats.len(), stats[0].name.as_str()), (MAX_STATS_ENTRIES, "eth0"));
     }
 }

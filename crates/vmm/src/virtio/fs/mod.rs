@@ -1,5 +1,5 @@
 //! virtio-fs (section 5.11): the pod's share, served by virtiofsd's `PassthroughFs` in a thread of this process
-//! (DESIGN D5).
+//! (ARCHITECTURE.md, D5).
 //!
 //! The thread is its own because host file systems block, and because virtiofsd changes the credentials, the working
 //! directory and the umask of the thread that serves a request. What it opens is found from the descriptor of the share:

@@ -27,7 +27,8 @@ impl Pages {
         if agreed.get(&inode) == Some(&changed) {
             return true;
         }
-        if changed + GRAIN < now {
+        // virtiofsd makes of a time before the epoch one at the end of all times.
+        if changed.saturating_add(GRAIN) < now {
             agreed.insert(inode, changed);
         } else {
             agreed.remove(&inode);
@@ -84,6 +85,15 @@ mod tests {
         // What was read in between may be older than a change of the same time: once more.
         assert!(!pages.may_keep(7, just_now, NOW + GRAIN));
         assert!(pages.may_keep(7, just_now, NOW + GRAIN));
+    }
+
+    #[test]
+    fn hostile_11_change_before_the_epoch_is_a_time_like_others() {
+        // -1 s, as a network file system may say, in virtiofsd's unsigned seconds.
+        let changed = Duration::from_secs(u64::MAX);
+        let pages = Pages::default();
+        assert!(!pages.may_keep(7, changed, NOW));
+        assert!(!pages.may_keep(7, changed, NOW));
     }
 
     #[test]

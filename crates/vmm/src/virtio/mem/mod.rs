@@ -1,5 +1,5 @@
 //! virtio-mem (section 5.15): memory that the guest plugs and unplugs on request, so that a pod grows and shrinks while it
-//! runs (DESIGN D4). Requests are parsed first ([`request`]) and executed then ([`blocks`]).
+//! runs (ARCHITECTURE.md, D4). Requests are parsed first ([`request`]) and executed then ([`blocks`]).
 //!
 //! What is not plugged is not the guest's: KVM knows nothing of a memory block without plugged parts, and the host has
 //! taken the pages back.

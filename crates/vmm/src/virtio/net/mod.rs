@@ -1,5 +1,5 @@
 //! virtio-net (section 5.1) over a tap, in this process: no vhost-net, whose kernel code the guest would reach
-//! (DESIGN section 4).
+//! (ARCHITECTURE.md, D5).
 //!
 //! One queue pair, no control queue: the guest's MAC address is given, and it sees every frame that the tap delivers.
 //! Frames go between guest memory and tap without a copy of ours; [`header`] checks what the guest asks to be done with
@@ -23,7 +23,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
-use self::tap::Tap;
+use self::tap::{Offloads, Tap};
 use self::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
 use crate::event_loop::{EventLoop, WorkerGuard};
@@ -52,6 +52,7 @@ const FEATURES: [u32; 12] = [
 /// The device.
 pub struct Net {
     tap: Arc<Tap>,
+    offloads: Offloads,
     mac: [u8; 6],
     mtu: u16,
     event_loop: EventLoop,
@@ -64,7 +65,7 @@ impl Net {
         if mtu < MIN_MTU {
             return Err(NetError::Mtu(mtu));
         }
-        Ok(Self { tap: Arc::new(Tap::new(tap)?), mac, mtu, event_loop, worker: None })
+        Ok(Self { tap: Arc::new(Tap::new(tap)?), offloads: Offloads::default(), mac, mtu, event_loop, worker: None })
     }
 }
 
@@ -92,9 +93,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
-        self.tap
-            .set_offloads(activation.features)
-            .map_err(|source| ActivateError::Host { action: "set the tap's offloads", source })?;
+        self.offloads.set(&self.tap, activation.features)?;
         let worker = Worker::new(Arc::clone(&self.tap), self.mtu, activation)?;
         self.worker = Some(self.event_loop.add(Box::new(worker))?);
         Ok(())

@@ -3,13 +3,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
 };
 
-use super::NetError;
 use super::header::HEADER_LEN;
+use super::{ActivateError, NetError};
+use crate::ratelimit::RateLimit;
 
 /// A tap device that carries a virtio header before each frame.
 pub struct Tap(OwnedFd);
@@ -42,10 +44,34 @@ impl Tap {
         Self(fd)
     }
 
-    /// Tells the host's kernel which unfinished frames the guest can take, by the features that were negotiated.
-    pub fn set_offloads(&self, features: u64) -> io::Result<()> {
+    /// Sets TUN_F_* flags.
+    fn set_offloads(&self, offloads: usize) -> io::Result<()> {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        unsafe { ioctl(&self.0, libc::TUNSETOFFLOAD, std::ptr::without_provenance_mut(offloads(features))) }
+        unsafe { ioctl(&self.0, libc::TUNSETOFFLOAD, std::ptr::without_provenance_mut(offloads)) }
+    }
+}
+
+/// What the tap's offloads are. To set them takes the lock that the host's kernel has for the interfaces of all its network
+/// namespaces (rtnl), and a driver could do nothing else: so they are set when they change, and few times in a minute.
+#[derive(Default)]
+pub struct Offloads {
+    set: Option<usize>,
+    changes: RateLimit,
+}
+
+impl Offloads {
+    /// Tells the host's kernel which unfinished frames the guest can take, by the features that were negotiated.
+    pub fn set(&mut self, tap: &Tap, features: u64) -> Result<(), ActivateError> {
+        let wanted = offloads(features);
+        if self.set == Some(wanted) {
+            return Ok(());
+        }
+        if self.changes.admit(Instant::now()).is_none() {
+            return Err(ActivateError::TooOften("the network device's offloads"));
+        }
+        tap.set_offloads(wanted).map_err(|source| ActivateError::Host { action: "set the tap's offloads", source })?;
+        self.set = Some(wanted);
+        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! A place on the bus where a device is, or may come to be (DESIGN D3).
+//! A place on the bus where a device is, or may come to be (ARCHITECTURE.md, D3).
 //!
 //! Every slot is declared on the guest's command line. An empty one has a device ID of 0, which makes a driver leave it
 //! alone (section 4.2.2.2) until the slot has been filled and the guest is told to look again.

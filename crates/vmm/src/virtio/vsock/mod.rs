@@ -1,4 +1,4 @@
-//! virtio-vsock (section 5.10), stream sockets only, in which the host starts every connection (DESIGN D2).
+//! virtio-vsock (section 5.10), stream sockets only, in which the host starts every connection (ARCHITECTURE.md, D2).
 //!
 //! The host asks for a connection by handing over one end of a stream socketpair; what the guest starts is reset. So no
 //! socket of the host listens, and the number of connections is the host's choice. [`packet`] and [`connection`] are the

@@ -14,7 +14,7 @@ use crate::compat::{Act, Group, Probe, act, shell};
 
 /// A pod with volumes on a disk.
 pub fn group() -> Group {
-    Group::new("volumes").on_disk().probes([root(), bind(), memory(), read_only()]).acts(acts())
+    Group::new("volumes").on_disk().probes([root(), bind(), memory(), read_only(), device()]).acts(acts())
 }
 
 fn root() -> Probe {
@@ -71,6 +71,15 @@ fn read_only() -> Probe {
         })
         .case(Volumes, "read-only volume", "touch /ro/x; mkdir /ro/y; chmod 700 /ro; echo x > /etc/single; cat /etc/single; mount -o remount,rw /ro; rm /etc/single")
         .case(Volumes, "file as a volume", "echo more >> /etc/written; cat /etc/single; rm /etc/written; mv /etc/single /tmp/; stat -c '%F %s' /etc/written")
+}
+
+/// The usual way around a random that blocks.
+fn device() -> Probe {
+    Probe::new("device-on-device")
+        .config(|config, place| {
+            config.mounts = vec![v1::Mount { host_path: "/dev/urandom".into(), ..place.mount("", "/dev/random") }];
+        })
+        .case(Volumes, "urandom in the place of random", "stat -c '%F %t:%T %a %u:%g' /dev/random; head -c 4 /dev/random | wc -c; echo x > /dev/random && echo written")
 }
 
 /// Every entry below a directory in one line each, sorted. With times of files only, in whole seconds: busybox's tar keeps no
@@ -222,6 +231,37 @@ fn shared() -> Vec<Act> {
         .differs(
             "the guest's kernel knows files of the mount until it forgets them, so the host unmounts it with umount -l",
         ),
+        act!(Volumes, "mount below a read-only volume", |stage| {
+            let below = stage.place.directory("fixed/below").to_string_lossy().into_owned();
+            let mounted = stage.on_node(format!("mount -t tmpfs compat {below} && echo x > {below}/there")).await?;
+            let mut config = shell("fixed", "exec sleep 1000");
+            config.mounts = vec![v1::Mount { readonly: true, ..stage.place.mount("fixed", "/fixed") }];
+            let id = stage.run(config).await?;
+            let seen = stage.shell(&id, "cat /fixed/below/there; touch /fixed/new; touch /fixed/below/new").await?;
+            stage.remove_container(&id).await?;
+            let end = stage.on_node(format!("umount {below}")).await?;
+            Ok(format!("{mounted}{seen:?}{end}"))
+        })
+        .differs(
+            "a read-only volume is read-only with all that is mounted below it: the guest's kernel is the pod's, and no mode of a file on the host would stop it",
+        ),
+        act!(Volumes, "mount on the node below a read-only volume with HostToContainer", |stage| {
+            let propagation = v1::MountPropagation::PropagationHostToContainer.into();
+            let at = stage.place.directory("fixed-slave").to_string_lossy().into_owned();
+            let mounted = stage
+                .on_node(format!("mount --bind {at} {at} && mount --make-rshared {at} && mkdir -p {at}/sub"))
+                .await?;
+            let mut config = shell("fixed-slave", "exec sleep 1000");
+            let mount = stage.place.mount("fixed-slave", "/slave");
+            config.mounts = vec![v1::Mount { readonly: true, propagation, ..mount }];
+            let id = stage.run(config).await?;
+            let come = stage.on_node(format!("mount -t tmpfs compat {at}/sub && echo x > {at}/sub/there")).await?;
+            let after = stage.shell(&id, "ls /slave/sub").await?;
+            stage.remove_container(&id).await?;
+            let end = stage.on_node(format!("umount {at}/sub; umount {at}")).await?;
+            Ok(format!("{mounted}{come}{after:?}{end}"))
+        })
+        .differs("such a mount would come with the host's flags and be writable for the guest's kernel, so it does not come"),
         act!(Volumes, "change on the node is seen in the container and the other way round", |stage| {
             let mut config = shell("both-ways", "exec sleep 1000");
             config.mounts = vec![stage.place.mount("both", "/both")];

@@ -1,0 +1,285 @@
+//! Calls of containerd's on a pod whose VM and agent are fakes ([`crate::sandbox::fake`]).
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use containerd_shim_protos::types::task::Status;
+use futures::FutureExt;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use super::hooks::ContainerHooks;
+use super::*;
+use crate::io::Stdio;
+use crate::sandbox::agent::ProcessKey;
+use crate::sandbox::fake::FakeAgent;
+use crate::share::tests::in_mount_namespace;
+use crate::sizing::Limits;
+use crate::spec::HostHooks;
+
+/// A pod with a running container, `c`.
+struct Fixture {
+    pod: Arc<Pod>,
+    sandbox: Arc<Sandbox>,
+    agent: Arc<FakeAgent>,
+    _dir: Option<tempfile::TempDir>,
+}
+
+async fn pod() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = pod_in(dir.path()).await;
+    Fixture { _dir: Some(dir), ..fixture }
+}
+
+async fn pod_in(dir: &Path) -> Fixture {
+    let (publisher, _) = Publisher::start("k8s.io".into(), None);
+    let endpoint = Arc::new(Endpoint::new(dir.join("socket")));
+    std::fs::write(endpoint.socket(), "").unwrap();
+    std::fs::write(endpoint.record(), "").unwrap();
+    let run_dir = RunDir::new(&dir.join("run"), "k8s.io", "s");
+    let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
+    let pod = Arc::new(Pod::new(identity, publisher));
+    let (sandbox, agent) = Sandbox::fake(dir).await;
+    *pod.sandbox_slot() = Some(sandbox.clone());
+    let fixture = Fixture { pod, sandbox, agent, _dir: None };
+    fixture.agent.run("c", "");
+    fixture.add("c", Kind::Member).init.set_status(Status::RUNNING);
+    fixture
+}
+
+/// Runs a test that mounts.
+fn with_mounts<F: Future<Output = ()>>(test: impl FnOnce(PathBuf) -> F + Send + 'static) {
+    in_mount_namespace(|dir| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test(dir.to_path_buf()));
+    });
+}
+
+/// The bundle of a container whose creation waits for us at its end, in a hook.
+struct SlowBundle {
+    path: PathBuf,
+    begun: pipe::Receiver,
+    go_on: pipe::Sender,
+}
+
+impl SlowBundle {
+    fn new(path: PathBuf) -> Self {
+        std::fs::create_dir_all(path.join("rootfs")).unwrap();
+        let fifo = |name: &str| {
+            mknodat(CWD, path.join(name), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+            path.join(name)
+        };
+        let (begun, go_on) = (fifo("begun"), fifo("go-on"));
+        let hook = serde_json::json!({ "path": "/bin/sh", "args": ["sh", "-c", "echo > begun; read line < go-on"] });
+        let spec = serde_json::json!({
+            "ociVersion": "1.1.0",
+            "root": { "path": "rootfs" },
+            "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+            "annotations": {
+                "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "s",
+            },
+            "hooks": { "createRuntime": [hook] },
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }] },
+        });
+        std::fs::write(path.join("config.json"), spec.to_string()).unwrap();
+        Self {
+            path,
+            begun: pipe::OpenOptions::new().read_write(true).open_receiver(begun).unwrap(),
+            go_on: pipe::OpenOptions::new().read_write(true).open_sender(go_on).unwrap(),
+        }
+    }
+
+    fn task(&self, id: &str) -> CreateTask {
+        CreateTask { id: id.into(), bundle: self.path.clone(), ..CreateTask::default() }
+    }
+
+    /// Returns when everything but the hook is done.
+    async fn begun(&mut self) {
+        self.begun.read_u8().await.unwrap();
+    }
+
+    async fn go_on(&mut self) {
+        self.go_on.write_all(b"\n").await.unwrap();
+    }
+}
+
+impl Fixture {
+    /// Has a created container.
+    fn add(&self, id: &str, kind: Kind) -> Arc<Container> {
+        let init = Process::new(ProcessKey { container: id.into(), exec: String::new() }, Stdio::default());
+        init.assign_pid(None).unwrap();
+        let spec = oci_spec::runtime::Spec::default();
+        let hooks = ContainerHooks::new(HostHooks::default(), &spec, id, Path::new("/"));
+        let container = Arc::new(Container::new(id.into(), kind, "/".into(), Arc::new(init), hooks));
+        self.pod.containers().insert(id.into(), container.clone());
+        self.pod.watch_init(container.clone(), self.sandbox.clone());
+        container
+    }
+
+    /// Adds an exec to the container, and somebody who waits for it.
+    fn exec(&self, id: &str) -> (Arc<Process>, JoinHandle<process::Exit>) {
+        let process = serde_json::json!({ "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } });
+        let process = process.to_string().into_bytes();
+        let task = ExecTask { id: "c".into(), exec_id: id.into(), stdio: Stdio::default(), process };
+        self.pod.exec(task).unwrap();
+        let process = self.pod.process("c", id).unwrap();
+        (process.clone(), tokio::spawn(async move { process.wait().await }))
+    }
+
+    fn start(&self, exec: &str) -> JoinHandle<Result<u32, TaskError>> {
+        tokio::spawn(self.pod.clone().start("c".into(), exec.into()))
+    }
+
+    fn kill(&self, exec: &str) -> JoinHandle<Result<(), TaskError>> {
+        tokio::spawn(self.pod.clone().kill("c".into(), exec.into(), 9, false))
+    }
+
+    fn delete(&self, id: &str, exec: &str) -> JoinHandle<Result<end::Deleted, TaskError>> {
+        tokio::spawn(self.pod.clone().delete(id.into(), exec.into()))
+    }
+}
+
+#[tokio::test]
+async fn exec_that_cannot_be_started_has_ended_and_keeps_no_thread() {
+    let fixture = pod().await;
+    fixture.agent.refuse("Exec");
+    let (exec, waiter) = fixture.exec("e");
+    assert_eq!(fixture.start("e").await.unwrap().unwrap_err().code(), ttrpc::Code::INVALID_ARGUMENT);
+    assert_eq!(waiter.await.unwrap().code, 137);
+    // The thread ends by itself, a moment after nobody holds it.
+    assert!(!exec.holds_pid());
+    fixture.delete("c", "e").await.unwrap().unwrap();
+    assert!(fixture.pod.process("c", "e").is_err());
+}
+
+#[tokio::test]
+async fn exec_that_was_never_started_ends_with_its_deletion_or_its_containers() {
+    let fixture = pod().await;
+    let (_, waiter) = fixture.exec("deleted");
+    fixture.delete("c", "deleted").await.unwrap().unwrap();
+    assert_eq!(waiter.await.unwrap().code, 137);
+    let (_, waiter) = fixture.exec("left");
+    fixture.kill("").await.unwrap().unwrap();
+    fixture.pod.process("c", "").unwrap().wait().await;
+    fixture.delete("c", "").await.unwrap().unwrap();
+    assert_eq!(waiter.await.unwrap().code, 137);
+}
+
+#[tokio::test]
+async fn kill_and_delete_of_an_exec_wait_for_its_start() {
+    let fixture = pod().await;
+    fixture.agent.hold("Exec");
+    let (exec, _) = fixture.exec("e");
+    let start = fixture.start("e");
+    fixture.agent.called("Exec c/e", 1).await;
+    let (kill, delete) = (fixture.kill("e"), fixture.delete("c", "e"));
+    tokio::task::yield_now().await;
+    assert!(!kill.is_finished() && !delete.is_finished());
+    fixture.agent.release("Exec");
+    start.await.unwrap().unwrap();
+    assert_eq!(delete.await.unwrap().unwrap_err().code(), ttrpc::Code::FAILED_PRECONDITION);
+    kill.await.unwrap().unwrap();
+    assert_eq!(exec.wait().await.code, 137);
+    fixture.delete("c", "e").await.unwrap().unwrap();
+    assert!(!fixture.agent.has("c", "e"), "the guest is made to forget it");
+}
+
+#[tokio::test]
+async fn exec_that_the_guest_makes_too_late_is_killed() {
+    let fixture = pod().await;
+    fixture.agent.hold("Exec");
+    let (exec, _) = fixture.exec("e");
+    let start = fixture.start("e");
+    fixture.agent.called("Exec c/e", 1).await;
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(61)).await;
+    assert_eq!(start.await.unwrap().unwrap_err().code(), ttrpc::Code::DEADLINE_EXCEEDED);
+    assert_eq!(exec.status(), Status::STOPPED);
+    tokio::time::resume();
+    fixture.agent.release("Exec");
+    fixture.agent.called("SignalProcess c/e 9", 1).await;
+    fixture.agent.called("DeleteProcess c/e", 1).await;
+}
+
+#[test]
+fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
+    with_mounts(async |dir| {
+        let fixture = pod_in(&dir).await;
+        let mut bundle = SlowBundle::new(dir.join("bundle"));
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        let second = fixture.pod.clone().create(bundle.task("late")).await;
+        assert_eq!(second.unwrap_err().code(), ttrpc::Code::ALREADY_EXISTS);
+        assert_eq!(fixture.delete("late", "").await.unwrap().unwrap_err().code(), ttrpc::Code::NOT_FOUND);
+        bundle.go_on().await;
+        assert!(matches!(create.await.unwrap(), Err(TaskError::Deleted(_))));
+        assert!(fixture.pod.container("late").is_err() && !fixture.agent.has("late", ""));
+        assert_eq!(fixture.sandbox.limits("late"), Limits::default());
+        assert!(!fixture.pod.identity.run_dir.share().join("late").exists());
+        // Its id is free again.
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        bundle.go_on().await;
+        create.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
+    with_mounts(async |dir| {
+        let fixture = pod_in(&dir).await;
+        let mut bundle = SlowBundle::new(dir.join("bundle"));
+        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        bundle.begun().await;
+        fixture.sandbox.vm.kill().await;
+        fixture.pod.teardown().await;
+        bundle.go_on().await;
+        create.await.unwrap().unwrap();
+        assert_eq!(fixture.delete("late", "").await.unwrap().unwrap().exit.code, 137);
+    });
+}
+
+#[tokio::test]
+async fn daemon_that_was_asked_to_end_with_its_sandbox_ends_with_the_last_member() {
+    for asked in [true, false] {
+        let fixture = pod().await;
+        let (pod, endpoint) = (&fixture.pod, &fixture.pod.identity.endpoint);
+        fixture.add("s", Kind::Sandbox);
+        pod.shutdown();
+        assert!(endpoint.record().exists(), "there is a VM");
+        fixture.sandbox.vm.kill().await;
+        for id in ["s", "c"] {
+            pod.process(id, "").unwrap().wait().await;
+        }
+        fixture.delete("s", "").await.unwrap().unwrap();
+        if asked {
+            pod.shutdown();
+        }
+        assert_eq!(endpoint.record().exists(), !asked, "delete must not kill it");
+        assert!(endpoint.socket().exists() && pod.finished().now_or_never().is_none());
+        fixture.delete("c", "").await.unwrap().unwrap();
+        assert_eq!(pod.finished().now_or_never().is_some(), asked);
+        assert_eq!(endpoint.socket().exists(), !asked);
+    }
+}
+
+#[test]
+fn container_and_pod_are_removed_while_other_calls_wait_for_the_hosts_file_systems() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let (answer, hung) = std::sync::mpsc::channel::<()>();
+    runtime.block_on(async {
+        let fixture = pod().await;
+        tokio::task::spawn_blocking(move || hung.recv());
+        fixture.kill("").await.unwrap().unwrap();
+        let removed = async {
+            fixture.pod.process("c", "").unwrap().wait().await;
+            fixture.delete("c", "").await.unwrap().unwrap();
+            fixture.sandbox.vm.kill().await;
+            fixture.pod.teardown().await;
+        };
+        tokio::time::timeout(Duration::from_secs(30), removed).await.unwrap();
+    });
+    drop(answer);
+}

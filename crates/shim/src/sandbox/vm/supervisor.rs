@@ -1,0 +1,294 @@
+//! The task that owns a VMM's process and its control socket. It ends, and with it the VM as far as anyone else is
+//! concerned, when the process has been waited for; that happens at once when the process dies, however it dies.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
+use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
+use tokio::process::Child;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::VmError;
+
+/// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
+/// to do is to say why on stderr, and to give the guest's memory back.
+pub(super) const AFTERWORD: Duration = Duration::from_secs(3);
+
+/// Requests that wait for the task.
+const REQUESTS: usize = 64;
+
+/// Requests that wait until the VMM reads its socket. A VMM that reads has hardly ever one waiting; a kubelet probes all
+/// containers of a pod at once, and each probe is a connection.
+pub(super) const UNSENT: usize = 1024;
+
+type Answer = oneshot::Sender<Result<Reply, VmError>>;
+
+/// What the task is told.
+#[derive(Debug)]
+pub(super) enum Order {
+    Ask(Unsent),
+    Kill,
+}
+
+/// A request that the VMM has not been told of.
+#[derive(Debug)]
+pub(super) struct Unsent {
+    pub command: Command,
+    pub fds: Vec<OwnedFd>,
+    /// `None` if nobody waits.
+    pub answer: Option<Answer>,
+}
+
+/// A task that has been started.
+pub(super) struct Supervised {
+    /// Tells it something; its process is killed when nobody can any more.
+    pub orders: mpsc::Sender<Order>,
+    /// Set when the process is gone.
+    pub ended: watch::Receiver<bool>,
+    /// Answers when the machine was built, once the agent listens.
+    pub ready: oneshot::Receiver<Result<Instant, VmError>>,
+}
+
+/// Starts the task of a VMM that has been told to boot.
+pub(super) fn supervise(socket: OwnedFd, child: Child) -> Result<Supervised, VmError> {
+    // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
+    let socket = std::os::unix::net::UnixDatagram::from(socket);
+    socket.set_nonblocking(true).map_err(VmError::Socket)?;
+    let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
+    let (orders, received) = mpsc::channel(REQUESTS);
+    let (tell_end, ended) = watch::channel(false);
+    let (tell_ready, ready) = oneshot::channel();
+    let supervisor = Supervisor {
+        socket,
+        child,
+        unsent: VecDeque::new(),
+        waiting: HashMap::new(),
+        next_id: 1,
+        built: Instant::now(),
+        ready: Some(tell_ready),
+        deaf: false,
+        over: None,
+        ends: false,
+        reason: None,
+    };
+    tokio::spawn(supervisor.run(received, tell_end));
+    Ok(Supervised { orders, ended, ready })
+}
+
+struct Supervisor {
+    socket: UnixDatagram,
+    child: Child,
+    /// Connections that the VMM has not been told of.
+    unsent: VecDeque<Unsent>,
+    waiting: HashMap<u64, Answer>,
+    next_id: u64,
+    /// When the machine was built.
+    built: Instant,
+    ready: Option<oneshot::Sender<Result<Instant, VmError>>>,
+    /// The socket has ended, or spoke nonsense: only the process's end is awaited.
+    deaf: bool,
+    /// The process has to end by itself, by then; `None` when it is being killed for it.
+    over: Option<tokio::time::Instant>,
+    /// `over` has been set once.
+    ends: bool,
+    /// Why the guest has ended.
+    reason: Option<ExitReason>,
+}
+
+impl Supervisor {
+    async fn run(mut self, mut orders: mpsc::Receiver<Order>, ended: watch::Sender<bool>) {
+        loop {
+            tokio::select! {
+                status = self.child.wait() => {
+                    tracing::info!(?status, "the VMM has ended");
+                    self.hear_the_end();
+                    self.tell_ready(Err(early_end(status.ok(), self.reason)));
+                    break;
+                }
+                received = receive(&self.socket), if !self.deaf => self.take(received),
+                () = until(self.over) => {
+                    tracing::warn!("killing a VMM that goes on after its end");
+                    self.over = None;
+                    self.kill();
+                }
+                // Beside the orders, not among them: a VMM that reads nothing can still be killed.
+                sent = send_next(&self.socket, self.next_id, self.unsent.front()) => self.sent(sent),
+                order = orders.recv() => match order {
+                    Some(Order::Ask(request)) => self.ask(request),
+                    Some(Order::Kill) => self.kill(),
+                    None => {
+                        self.kill();
+                        let _ = self.child.wait().await;
+                        break;
+                    }
+                },
+            }
+        }
+        ended.send_replace(true);
+    }
+
+    /// What the VMM has sent and this task has not read when the process is gone. As nobody sends any more, it ends.
+    fn hear_the_end(&mut self) {
+        while !self.deaf
+            && let Ok(Some((reply, _))) = control::receive::<Reply>(&self.socket)
+        {
+            if matches!(reply, Reply::GuestExited { .. } | Reply::Failed { .. }) {
+                self.answer(reply);
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
+            tracing::warn!(%error, "cannot kill the VMM");
+        }
+    }
+
+    fn take(&mut self, received: Result<Option<Reply>, ControlError>) {
+        match received {
+            Ok(Some(reply)) => self.answer(reply),
+            Ok(None) => {
+                self.deaf = true;
+                self.over();
+            }
+            Err(error) => {
+                tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
+                self.deaf = true;
+                self.kill();
+            }
+        }
+    }
+
+    fn answer(&mut self, reply: Reply) {
+        match reply {
+            Reply::GuestReady => self.tell_ready(Ok(self.built)),
+            Reply::GuestExited { reason } => {
+                if self.over() {
+                    tracing::info!(?reason, "the guest has ended");
+                    self.reason = Some(reason);
+                }
+            }
+            Reply::Done { id: 0 } => self.built = Instant::now(),
+            Reply::Done { id } | Reply::Added { id, .. } | Reply::Resized { id, .. } => {
+                if let Some(answer) = self.waiting.remove(&id) {
+                    let _ = answer.send(Ok(reply));
+                }
+            }
+            Reply::Failed { id: 0, message } => self.tell_ready(Err(VmError::Refused(bounded(&message)))),
+            Reply::Failed { id, message } => {
+                if let Some(answer) = self.waiting.remove(&id) {
+                    let _ = answer.send(Err(VmError::Refused(bounded(&message))));
+                }
+            }
+        }
+    }
+
+    /// The process has to end now by itself. Answers whether that is news.
+    fn over(&mut self) -> bool {
+        let news = !self.ends;
+        if news {
+            self.ends = true;
+            self.over = Some(tokio::time::Instant::now() + AFTERWORD);
+        }
+        news
+    }
+
+    fn tell_ready(&mut self, result: Result<Instant, VmError>) {
+        if let Some(ready) = self.ready.take() {
+            let _ = ready.send(result);
+        }
+    }
+
+    fn ask(&mut self, request: Unsent) {
+        // Whoever gave up is forgotten, so that both hold no more than what is being waited for.
+        self.waiting.retain(|_, answer| !answer.is_closed());
+        self.unsent.retain(|unsent| !unsent.answer.as_ref().is_some_and(Answer::is_closed));
+        if self.unsent.len() < UNSENT {
+            self.unsent.push_back(request);
+        } else if let Some(answer) = request.answer {
+            let _ = answer.send(Err(VmError::Busy));
+        }
+    }
+
+    /// The first of the unsent requests has been told to the VMM, or cannot be.
+    fn sent(&mut self, sent: Result<(), ControlError>) {
+        let Some(Unsent { answer, .. }) = self.unsent.pop_front() else { return };
+        let id = self.next_id;
+        self.next_id += 1;
+        let Some(answer) = answer else { return };
+        match sent {
+            Ok(()) => drop(self.waiting.insert(id, answer)),
+            Err(error) => drop(answer.send(Err(VmError::Control(error)))),
+        }
+    }
+}
+
+/// Why there is no guest, when the VMM's process has ended before it was ready.
+fn early_end(status: Option<ExitStatus>, reason: Option<ExitReason>) -> VmError {
+    if let Some(signal) = status.and_then(|status| status.signal()) {
+        return VmError::Killed(signal);
+    }
+    let how = match reason {
+        Some(ExitReason::Reset) => "it reset itself, as its kernel does when it panics",
+        Some(ExitReason::VcpuFault) => "its vCPU met something that KVM cannot go on from",
+        None => "the VMM ended",
+    };
+    VmError::DiedEarly { how, last_words: String::new() }
+}
+
+async fn until(time: Option<tokio::time::Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Tells the VMM of a request as soon as it can take it; never returns without one. May be dropped at any time: a
+/// message has left whole exactly when this returns.
+async fn send_next(socket: &UnixDatagram, id: u64, next: Option<&Unsent>) -> Result<(), ControlError> {
+    let Some(Unsent { command, fds, .. }) = next else { return std::future::pending().await };
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    send(socket, &Request { id, command: command.clone() }, &fds).await
+}
+
+async fn receive(socket: &UnixDatagram) -> Result<Option<Reply>, ControlError> {
+    let mut got = Ok(None);
+    let wait = socket.async_io(Interest::READABLE, || {
+        got = control::receive::<Reply>(socket);
+        would_block(matches!(&got, Err(ControlError::Receive(error)) if *error == Errno::AGAIN))
+    });
+    // An error of the reactor's own: the socket is of no use any more.
+    if wait.await.is_err() {
+        return Ok(None);
+    }
+    // A VMM sends no descriptors; what came is closed here.
+    got.map(|message| message.map(|(reply, _)| reply))
+}
+
+async fn send(socket: &UnixDatagram, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+    let mut sent = Ok(());
+    let wait = socket.async_io(Interest::WRITABLE, || {
+        sent = control::send(socket, request, fds);
+        would_block(matches!(&sent, Err(ControlError::Send(error)) if *error == Errno::AGAIN))
+    });
+    match wait.await {
+        Ok(()) => sent,
+        Err(_) => Err(ControlError::Send(Errno::PIPE)),
+    }
+}
+
+fn would_block(yes: bool) -> std::io::Result<()> {
+    if yes { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+}
+
+/// The VMM's words may be the guest's: bounded, and one line.
+fn bounded(message: &str) -> String {
+    message.chars().filter(|c| !c.is_control()).take(512).collect()
+}
