@@ -1,7 +1,7 @@
 //! The few system calls that have no safe wrapper, and helpers for talking about errors.
 #![allow(
     unsafe_code,
-    reason = "random(4), real-time signals, waitid(2) with its pid and dispositions have no safe wrapper"
+    reason = "random(4), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
 )]
 
 use std::error::Error;
@@ -107,6 +107,15 @@ pub fn kill(pid: u32, signal: u32) -> io::Result<()> {
     };
     // SAFETY: a plain system call on two integers.
     if unsafe { libc::kill(pid, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Puts this thread under a filter (seccomp(2), SECCOMP_SET_MODE_FILTER). The flags must not ask for a listener.
+pub fn install_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+    let len = libc::c_ushort::try_from(program.len()).map_err(io::Error::other)?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the kernel reads the structure and as many instructions as it counts, and writes neither.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes the event loop watch a descriptor.

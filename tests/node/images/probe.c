@@ -170,6 +170,15 @@ static void calls(void)
     unlink("/tmp/probe-disk");
 }
 
+/* Without a stack the child is a copy, as of fork. */
+static long clone_user(void)
+{
+    long child = syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);
+    if (child == 0)
+        _exit(0);
+    return child;
+}
+
 /* What a kernel may be built without, or the node forbid. */
 static void options(void)
 {
@@ -186,6 +195,7 @@ static void options(void)
     TRY("acct", syscall(SYS_acct, "/none"));
     TRY("swapon", syscall(SYS_swapon, "/none", 0));
     TRY("unshare user", unshare(CLONE_NEWUSER));
+    TRY("clone user", clone_user());
     TRY("unshare cgroup", unshare(CLONE_NEWCGROUP));
     TRY("fanotify_init", syscall(SYS_fanotify_init, 0, 0));
     TRY("quotactl", syscall(SYS_quotactl, 0x80000100, 0, 0, 0));
@@ -195,6 +205,10 @@ static void options(void)
     TRY("set_mempolicy", syscall(SYS_set_mempolicy, 0, 0, 0));
     TRY("move_pages", syscall(SYS_move_pages, 0, 0, 0, 0, 0, 0));
     TRY("landlock", syscall(SYS_landlock_create_ruleset, 0, 0, 1));
+    /* Younger than the profiles of container engines: fchmodat2, mseal, and one that does not exist. */
+    TRY("call 452", syscall(452, AT_FDCWD, "/none", 0600, 0));
+    TRY("call 462", syscall(462, 0, 0, 1));
+    TRY("call 1000", syscall(1000));
     TRY("socket alg", socket(AF_ALG, SOCK_SEQPACKET, 0));
     TRY("socket sctp", socket(AF_INET, SOCK_STREAM, 132));
 }

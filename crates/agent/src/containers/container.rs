@@ -1,8 +1,9 @@
 //! One container: its phase, its processes, its control group.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use oci_spec::runtime::LinuxCapabilities;
 
 use super::error::ContainerError;
 use super::process::Process;
@@ -45,8 +46,8 @@ impl Phase {
 pub struct Container {
     id: String,
     cgroup: Cgroup,
-    /// Known once its spec is.
-    rootfs: OnceLock<PathBuf>,
+    /// Those of its init, known once its spec is.
+    capabilities: OnceLock<LinuxCapabilities>,
     state: Mutex<State>,
 }
 
@@ -60,7 +61,7 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self { id: id.into(), cgroup, rootfs: OnceLock::new(), state: Mutex::new(state) }
+        Self { id: id.into(), cgroup, capabilities: OnceLock::new(), state: Mutex::new(state) }
     }
 
     /// Its id.
@@ -73,13 +74,13 @@ impl Container {
         &self.cgroup
     }
 
-    pub(super) fn set_rootfs(&self, path: PathBuf) {
-        let _ = self.rootfs.set(path);
+    pub(super) fn set_capabilities(&self, capabilities: LinuxCapabilities) {
+        let _ = self.capabilities.set(capabilities);
     }
 
-    /// Its root file system in the guest; an empty path before its creation.
-    pub(super) fn rootfs(&self) -> &Path {
-        self.rootfs.get().map_or(Path::new(""), PathBuf::as_path)
+    /// What an exec gets that asks for none; `None` before its creation.
+    pub(super) fn capabilities(&self) -> Option<&LinuxCapabilities> {
+        self.capabilities.get()
     }
 
     /// One of its processes; an empty id means init.

@@ -5,7 +5,6 @@
 
 mod container;
 pub mod error;
-mod home;
 mod process;
 mod share;
 mod spec;
@@ -123,13 +122,12 @@ impl Containers {
             spec::adapt(&json, &placement)
         })
         .await?;
-        if let Some(root) = spec.root() {
-            container.set_rootfs(root.path().clone());
+        if let Some(capabilities) = spec.process().as_ref().and_then(|process| process.capabilities().clone()) {
+            container.set_capabilities(capabilities);
         }
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        if let Some(rules) = resources.and_then(|resources| resources.devices().as_deref()) {
-            container.cgroup().restrict_devices(rules)?;
-        }
+        let rules = resources.and_then(|resources| resources.devices().as_deref());
+        container.cgroup().restrict_devices(rules.unwrap_or_default())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let created = self.runtime.create(id, &spec, stdio).await?;
         let process = self.adopt(container, "", created, ours, &request.streams)?;
@@ -183,9 +181,8 @@ impl Containers {
     }
 
     async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
-        let (json, terminal, rootfs) =
-            (request.process.clone(), request.streams.terminal, container.rootfs().to_owned());
-        let process = blocking(move || spec::adapt_process(&json, terminal, &rootfs)).await?;
+        let process =
+            spec::adapt_process(&request.process, request.streams.terminal, container.capabilities().cloned())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let init = container.process("")?;
         // Until it has, nobody may look at the namespaces that it has joined (ptrace(2), access mode checks).

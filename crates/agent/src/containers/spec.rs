@@ -6,15 +6,15 @@
 
 mod links;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Hooks, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Capabilities, Hooks, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
+    Mount, Process, Spec,
 };
 
 use super::error::ContainerError;
-use super::home;
-use crate::runtime::{directory, tmpfs};
+use crate::runtime::{directory, home, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -37,7 +37,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
     let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
     let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
-    fit_process(&mut process, placement.terminal, &rootfs);
+    fit_process(&mut process, placement.terminal, None);
     if let Some(resources) = linux.resources_mut() {
         fit_resources(resources);
     }
@@ -69,11 +69,15 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     Ok(spec)
 }
 
-/// Reads an exec's process and makes it the guest's. Blocks as [`adapt`] does.
-pub fn adapt_process(json: &[u8], terminal: bool, rootfs: &Path) -> Result<Process, ContainerError> {
+/// Reads an exec's process and makes it the guest's; one that says nothing of capabilities has the container's.
+pub fn adapt_process(
+    json: &[u8],
+    terminal: bool,
+    capabilities: Option<LinuxCapabilities>,
+) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
-    fit_process(&mut process, terminal, rootfs);
+    fit_process(&mut process, terminal, capabilities);
     Ok(process)
 }
 
@@ -144,7 +148,8 @@ fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
-fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {
+fn fit_process(process: &mut Process, terminal: bool, capabilities: Option<LinuxCapabilities>) {
+    fit_capabilities(process, capabilities);
     process.set_terminal(Some(terminal)).set_apparmor_profile(None).set_selinux_label(None);
     // libcontainer takes the mere presence of the flag for the promise that filters can be installed without privilege.
     if process.no_new_privileges() == Some(false) {
@@ -157,9 +162,22 @@ fn fit_process(process: &mut Process, terminal: bool, rootfs: &Path) {
     let mut env = process.env().clone().unwrap_or_default();
     if !env.iter().any(|pair| pair.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
         env.retain(|pair| pair != "HOME=");
-        env.push(format!("HOME={}", home::find(rootfs, process.user().uid())));
+        env.push(home::PLACEHOLDER.into());
     }
     process.set_env(Some(env));
+}
+
+/// A set that is missing is empty; libcontainer would leave the agent's own, which is every capability.
+fn fit_capabilities(process: &mut Process, otherwise: Option<LinuxCapabilities>) {
+    let given = process.capabilities().clone().or(otherwise);
+    let set = |of: fn(&LinuxCapabilities) -> &Option<Capabilities>| given.as_ref().and_then(|sets| of(sets).clone());
+    let mut sets = LinuxCapabilities::default();
+    sets.set_bounding(Some(set(LinuxCapabilities::bounding).unwrap_or_default()))
+        .set_effective(Some(set(LinuxCapabilities::effective).unwrap_or_default()))
+        .set_inheritable(Some(set(LinuxCapabilities::inheritable).unwrap_or_default()))
+        .set_permitted(Some(set(LinuxCapabilities::permitted).unwrap_or_default()))
+        .set_ambient(Some(set(LinuxCapabilities::ambient).unwrap_or_default()));
+    process.set_capabilities(Some(sets));
 }
 
 /// The container's namespaces: those of the spec that are not the pod's, those of the pod that are not the guest's, and the

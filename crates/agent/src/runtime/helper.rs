@@ -12,14 +12,16 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::{Hook, Process, Spec};
 use rustix::fs::{Gid, Uid};
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::executor::{AgentExecutor, Confinement};
+use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
+use super::seccomp::{Filter, FilterError};
 use super::{PID_NAMESPACE_ARG, id_maps};
 use crate::sys;
 
@@ -52,7 +54,9 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
     let window = request.terminal;
     let pid = match request.action {
         Action::Create { id, bundle, state } => {
-            let executor = AgentExecutor { window, confinement: None };
+            let (hooks, confinement) = take_over(&bundle.join("config.json"))?;
+            let init = Some(Init { id: id.clone(), bundle: bundle.clone(), hooks });
+            let executor = AgentExecutor { init, window, confinement };
             let mut container = builder(id, &state, console_path, stdio, executor)?
                 .as_init(bundle)
                 .with_systemd(false)
@@ -65,7 +69,7 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
         }
         Action::Exec { id, state, process, seccomp, cgroup } => {
             let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
-            let executor = AgentExecutor { window, confinement };
+            let executor = AgentExecutor { init: None, window, confinement };
             join_user_namespace(&state.join(&id))?;
             let pid = builder(id, &state, console_path, stdio, executor)?
                 .as_tenant()
@@ -117,14 +121,26 @@ fn give_streams(stdio: &[OwnedFd], uid: u32) -> Result<(), HelperError> {
     Ok(())
 }
 
-/// Takes an exec's seccomp filter out of libcontainer's hands, which would leave it out: see [`Confinement`].
+/// Takes out of libcontainer's hands what the executor does for a container's init: see [`Init`] and [`Confinement`].
+fn take_over(config: &Path) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
+    let mut spec: Spec = read_json(config)?;
+    let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
+    let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
+    let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
+    let process = spec.process_mut().as_mut();
+    let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
+    if confinement.is_some() || !hooks.is_empty() {
+        write_json(config, &spec)?;
+    }
+    Ok((hooks, confinement))
+}
+
+/// The same for an exec, which has a filter only.
 fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperError> {
-    let seccomp: LinuxSeccomp = read_json(seccomp)?;
+    let filter = Filter::compile(&read_json(seccomp)?)?;
     let mut process: Process = read_json(process_path)?;
-    let confinement = Confinement::take_over(seccomp, &mut process);
-    let text = serde_json::to_vec(&process).map_err(io::Error::from);
-    text.and_then(|text| std::fs::write(process_path, text))
-        .map_err(|source| HelperError::File { path: process_path.into(), source })?;
+    let confinement = Confinement::take_over(filter, &mut process);
+    write_json(process_path, &process)?;
     Ok(confinement)
 }
 
@@ -149,6 +165,11 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HelperError> {
     std::fs::read(path)
         .and_then(|text| serde_json::from_slice(&text).map_err(Into::into))
         .map_err(|source| HelperError::File { path: path.into(), source })
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), HelperError> {
+    let text = serde_json::to_vec(value).map_err(io::Error::from);
+    text.and_then(|text| std::fs::write(path, text)).map_err(|source| HelperError::File { path: path.into(), source })
 }
 
 /// The socket over which libcontainer hands out the master of a terminal.
@@ -221,6 +242,8 @@ fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
 enum HelperError {
     #[error(transparent)]
     Libcontainer(#[from] LibcontainerError),
+    #[error(transparent)]
+    Seccomp(#[from] FilterError),
     #[error("the agent did not send three standard streams")]
     Streams,
     #[error("libcontainer does not tell the pid of the process that it has created")]

@@ -9,9 +9,11 @@
 pub mod directory;
 mod executor;
 pub mod helper;
+pub mod home;
 pub mod id_maps;
 pub mod message;
 pub mod pid_namespace;
+mod seccomp;
 pub mod tmpfs;
 
 use std::io;

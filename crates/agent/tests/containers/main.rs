@@ -8,6 +8,7 @@ mod fixture;
 mod hostile;
 mod mounts;
 mod process;
+mod program;
 
 use std::time::Duration;
 

@@ -41,7 +41,7 @@ fn what_belongs_to_the_host_is_left_out() {
     assert!(spec.hooks().is_none() && spec.hostname().is_none());
     let linux = spec.linux().as_ref().unwrap();
     assert!(linux.sysctl().is_none());
-    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/pod/c")));
+    assert_eq!(linux.cgroups_path().as_deref(), Some(std::path::Path::new("/pod/c")));
     let process = spec.process().as_ref().unwrap();
     assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
     assert_eq!(process.terminal(), Some(false));
@@ -51,7 +51,7 @@ fn what_belongs_to_the_host_is_left_out() {
 fn what_would_be_inherited_or_looked_up_is_filled_in() {
     let spec = adapted(None);
     let process = spec.process().as_ref().unwrap();
-    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "HOME=/"]);
+    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", home::PLACEHOLDER]);
     assert_eq!(process.oom_score_adj(), Some(0));
     assert_eq!(process.no_new_privileges(), None);
 }
@@ -88,9 +88,31 @@ fn swap_equal_to_memory_means_no_swap() {
 #[test]
 fn exec_keeps_its_home() {
     let json = br#"{"cwd": "/", "args": ["id"], "env": ["HOME=/srv"], "user": {"uid": 0, "gid": 0}, "oomScoreAdj": 5}"#;
-    let process = adapt_process(json, true, Path::new("/nowhere")).unwrap();
+    let process = adapt_process(json, true, None).unwrap();
     assert_eq!(process.env().as_ref().unwrap(), &["HOME=/srv"]);
     assert_eq!((process.oom_score_adj(), process.terminal()), (Some(5), Some(true)));
+}
+
+#[test]
+fn sets_of_capabilities_that_are_missing_are_empty() {
+    use oci_spec::runtime::Capability::{Chown, Kill};
+    let sets = |process: &Process| {
+        let sets = process.capabilities().as_ref().unwrap();
+        [sets.bounding(), sets.effective(), sets.inheritable(), sets.permitted(), sets.ambient()]
+            .map(|set| set.as_ref().unwrap().iter().copied().collect::<Vec<_>>())
+    };
+    let spec = adapted(None);
+    let init = spec.process().as_ref().unwrap();
+    assert_eq!(sets(init), [const { Vec::new() }; 5]);
+    let some = r#"{"cwd": "/", "user": {"uid": 0, "gid": 0}, "capabilities": {"bounding": ["CAP_CHOWN"]}}"#;
+    let process = adapt_process(some.as_bytes(), false, None).unwrap();
+    assert_eq!(sets(&process), [vec![Chown], vec![], vec![], vec![], vec![]]);
+
+    let none = br#"{"cwd": "/", "user": {"uid": 0, "gid": 0}}"#;
+    let mut own = init.capabilities().clone().unwrap();
+    own.set_permitted(Some([Kill].into()));
+    let process = adapt_process(none, false, Some(own)).unwrap();
+    assert_eq!(sets(&process), [vec![], vec![], vec![], vec![Kill], vec![]]);
 }
 
 #[test]

@@ -22,6 +22,9 @@ pub fn probes() -> Vec<Probe> {
         runtime_default(),
         runtime_default_by_exec(),
         localhost_profile(),
+        profile_of_the_programs_calls(),
+        passwd_volume(Probe::new("passwd-volume"), "home of a volume's passwd file"),
+        passwd_volume(Probe::by_exec("passwd-volume-by-exec"), "home of a volume's passwd file in an exec"),
         limits(),
         environment(),
     ]
@@ -179,6 +182,36 @@ fn localhost_profile() -> Probe {
             security(config).seccomp = profile(Localhost, &file.to_string_lossy());
         })
         .case(Security, "seccomp profile of the node", "grep Seccomp /proc/self/status; mkdir /tmp/x; sh -c 'ln -s a /tmp/b'; echo $?; sleep 60 & kill -USR1 $! 2>/dev/null; echo $?; kill -TERM $! && echo killed")
+}
+
+/// A profile without calls that a runtime may want on its way to the program, but the program does not make.
+const WITHOUT_THE_RUNTIME: &str = r#"{
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "architectures": ["SCMP_ARCH_X86_64"],
+    "syscalls": [{"names": ["faccessat2", "sendmsg", "recvmsg", "accept4"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]
+}"#;
+
+fn profile_of_the_programs_calls() -> Probe {
+    use v1::security_profile::ProfileType::Localhost;
+    Probe::new("programs-calls")
+        .config(|config, place| {
+            let file = place.path("programs-calls.json");
+            // A failure shows in the container's creation.
+            let _ = std::fs::write(&file, WITHOUT_THE_RUNTIME);
+            security(config).seccomp = profile(Localhost, &file.to_string_lossy());
+        })
+        .case(Security, "seccomp profile without what a runtime calls", "grep Seccomp /proc/self/status")
+}
+
+fn passwd_volume(probe: Probe, name: &'static str) -> Probe {
+    probe
+        .config(|config, place| {
+            // A failure shows in the case.
+            let _ = std::fs::write(place.path("passwd"), "known:x:1001:1001::/home/of-the-volume:/bin/sh\n");
+            config.mounts = vec![place.mount("passwd", "/etc/passwd")];
+            security(config).run_as_user = id(1001);
+        })
+        .case(Security, name, "echo $HOME; id -un")
 }
 
 fn limits() -> Probe {

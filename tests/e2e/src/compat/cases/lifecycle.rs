@@ -25,7 +25,8 @@ pub fn acts() -> Vec<Act> {
         fails("program not in PATH", "no-such-program"),
         fails("program without permission", "/etc/passwd"),
         fails("directory as program", "/etc"),
-        fails("program with a missing interpreter", "/tmp/../proc/self/environ"),
+        unfit("program with a missing interpreter", "/bin/no-interpreter"),
+        unfit("program of another machine", "/bin/other-machine"),
     ];
     acts.extend(bad_configurations());
     acts.extend(stops());
@@ -82,6 +83,18 @@ fn fails(name: &'static str, program: &'static str) -> Act {
             let mut config = shell(&identifier(name), "");
             config.command = vec![program.to_owned()];
             failure(stage, config).await
+        })
+    })
+}
+
+/// A container that starts, and whose program is then refused by the kernel: only its log can tell why.
+fn unfit(name: &'static str, program: &'static str) -> Act {
+    Act::new(Lifecycle, name, move |stage| {
+        Box::pin(async move {
+            let mut config = shell(&identifier(name), "");
+            config.command = vec![program.to_owned()];
+            let (id, status) = stage.run_to_end(config).await?;
+            Ok(ending(&status) + &stage.text(&id, "stderr").await?)
         })
     })
 }

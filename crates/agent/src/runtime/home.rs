@@ -1,8 +1,8 @@
 //! HOME of a process whose environment has none.
 //!
 //! The C library would ask NSS, and a static one would load the container's own libraries for that (ARCHITECTURE.md, D6). So
-//! this reads the container's passwd(5) file, and never leaves the root file system in doing so: the image may have made
-//! /etc or the file a symbolic link.
+//! this reads the passwd(5) file, as the process itself and inside of the container: a volume may be mounted over the image's,
+//! and links lead where they lead there.
 
 use std::io::Read;
 use std::path::Path;
@@ -12,8 +12,18 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
 /// Most bytes of a passwd file that are read; the image's owner chooses its size.
 const MAX_PASSWD: u64 = 1 << 20;
 
+/// In place of HOME in the environment that libcontainer gets, which would ask the C library if there were none.
+pub const PLACEHOLDER: &str = "HOME=(of the container's passwd file)";
+
+/// Puts a user's home directory for the placeholder.
+pub fn fill_in(env: &mut [String], uid: u32) {
+    if let Some(home) = env.iter_mut().find(|pair| *pair == PLACEHOLDER) {
+        *home = format!("HOME={}", find(Path::new("/"), uid));
+    }
+}
+
 /// The home directory of a user in a root file system; "/" if it names none.
-pub fn find(rootfs: &Path, uid: u32) -> String {
+fn find(rootfs: &Path, uid: u32) -> String {
     read_passwd(rootfs).ok().and_then(|passwd| home_of(&passwd, uid)).unwrap_or_else(|| "/".into())
 }
 

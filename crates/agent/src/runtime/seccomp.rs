@@ -1,0 +1,205 @@
+//! A container's seccomp filter, from its profile to the program that the kernel takes (seccomp(2)).
+//!
+//! libcontainer 0.7 has this too, with two faults. It takes the mask of a masked comparison for the value: what the default
+//! profiles of container engines say of clone(2), no new namespaces, then allows them all. And a system call that is younger
+//! than a profile gets the profile's error, while C libraries fall back to an older call on ENOSYS only. As runc does, this
+//! puts a few instructions for that before those of libseccomp.
+
+use std::io::{self, Read, Seek};
+
+use libc::{c_ulong, sock_filter};
+use libseccomp::error::SeccompError;
+use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
+use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSyscall};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::sys;
+
+/// Architectures as the kernel tells them to a filter (linux/audit.h).
+const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// In the number of a system call of the x32 ABI, whose architecture is x86_64.
+const X32_BIT: u32 = 1 << 30;
+
+/// Offsets in `struct seccomp_data` (linux/seccomp.h).
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+
+/// The instructions that are needed here (linux/bpf_common.h): load a word, jump if equal, greater or a bit is set, return.
+const LOAD: u16 = 0x20;
+const JUMP_EQUAL: u16 = 0x15;
+const JUMP_GREATER: u16 = 0x25;
+const JUMP_SET: u16 = 0x45;
+const RETURN: u16 = 0x06;
+
+/// A filter, ready to be installed.
+#[derive(Clone)]
+pub struct Filter {
+    program: Vec<sock_filter>,
+    flags: c_ulong,
+}
+
+impl Filter {
+    /// Compiles a profile.
+    pub fn compile(profile: &LinuxSeccomp) -> Result<Self, FilterError> {
+        let default = action(profile.default_action(), profile.default_errno_ret())?;
+        let mut context = ScmpFilterContext::new(default)?;
+        let architectures = architectures(profile)?;
+        for architecture in &architectures {
+            context.add_arch(*architecture)?;
+        }
+        for rule in profile.syscalls().iter().flatten() {
+            let action = action(rule.action(), rule.errno_ret())?;
+            // libseccomp refuses rules that say what the default says.
+            if action != default {
+                add_rule(&mut context, rule, action)?;
+            }
+        }
+        let mut program = if answers_unknown(profile) { stub(profile, &architectures) } else { Vec::new() };
+        program.extend(export(&context).map_err(FilterError::Export)?);
+        Ok(Self { program, flags: flags(profile) })
+    }
+
+    /// Puts this thread under the filter, which takes CAP_SYS_ADMIN or no_new_privs.
+    pub fn install(&self) -> io::Result<()> {
+        sys::install_filter(&self.program, self.flags)
+    }
+}
+
+/// An action; its number is an error's, EPERM unless told otherwise.
+fn action(action: LinuxSeccompAction, number: Option<u32>) -> Result<ScmpAction, FilterError> {
+    if action == LinuxSeccompAction::ScmpActNotify {
+        return Err(FilterError::Listener);
+    }
+    let number = number.map_or(libc::EPERM, |number| i32::from(u16::try_from(number).unwrap_or(u16::MAX)));
+    Ok(ScmpAction::from_str(&action.to_string(), Some(number))?)
+}
+
+/// The profile's architectures, and this machine's.
+fn architectures(profile: &LinuxSeccomp) -> Result<Vec<ScmpArch>, SeccompError> {
+    let mut list = vec![ScmpArch::native()];
+    for name in profile.architectures().iter().flatten() {
+        let architecture = name.to_string().parse()?;
+        if architecture != ScmpArch::Native && !list.contains(&architecture) {
+            list.push(architecture);
+        }
+    }
+    Ok(list)
+}
+
+fn add_rule(context: &mut ScmpFilterContext, rule: &LinuxSyscall, action: ScmpAction) -> Result<(), FilterError> {
+    let arguments: Vec<LinuxSeccompArg> = rule.args().clone().unwrap_or_default();
+    let conditions = arguments.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
+    let indices: std::collections::HashSet<usize> = arguments.iter().map(LinuxSeccompArg::index).collect();
+    for name in rule.names() {
+        // Profiles name calls of other architectures, and newer ones than libseccomp knows.
+        let Ok(call) = ScmpSyscall::from_name(name) else { continue };
+        if indices.len() == conditions.len() {
+            context.add_rule_conditional(action, call, &conditions)?;
+            continue;
+        }
+        // A rule compares an argument once. Several conditions on one are alternatives, as runc reads them.
+        for condition in &conditions {
+            context.add_rule_conditional(action, call, std::slice::from_ref(condition))?;
+        }
+    }
+    Ok(())
+}
+
+/// A condition. Of a masked comparison OCI's first value is the mask.
+fn condition(argument: &LinuxSeccompArg) -> Result<ScmpArgCompare, FilterError> {
+    let index = u32::try_from(argument.index()).map_err(|_| FilterError::Argument { index: argument.index() })?;
+    let (op, value) = match argument.op().to_string().parse()? {
+        ScmpCompareOp::MaskedEqual(_) => {
+            (ScmpCompareOp::MaskedEqual(argument.value()), argument.value_two().unwrap_or_default())
+        }
+        op => (op, argument.value()),
+    };
+    Ok(ScmpArgCompare::new(index, op, value))
+}
+
+/// Those of the profile's flags that mean something to a single thread whose filter has no listener.
+fn flags(profile: &LinuxSeccomp) -> c_ulong {
+    profile.flags().iter().flatten().fold(0, |flags, flag| {
+        flags
+            | match flag {
+                LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+                _ => 0,
+            }
+    })
+}
+
+/// Whether calls that are younger than the profile need an answer of their own: not where the default is to let them
+/// through (a tracer has its own answer), nor where it is the same.
+fn answers_unknown(profile: &LinuxSeccomp) -> bool {
+    use LinuxSeccompAction::{ScmpActAllow, ScmpActLog, ScmpActTrace};
+    !matches!(profile.default_action(), ScmpActAllow | ScmpActLog | ScmpActTrace)
+        && profile.default_errno_ret() != Some(libc::ENOSYS.unsigned_abs())
+}
+
+/// Answers ENOSYS to every call with a higher number than any that the profile names, and otherwise goes on to what follows.
+fn stub(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<sock_filter> {
+    let mut program = Vec::new();
+    for architecture in architectures {
+        // Where x86_64 jumps if the number is one of x32.
+        let (audit, x32) = match architecture {
+            ScmpArch::X8664 => (AUDIT_ARCH_X86_64, Some((2, 0))),
+            ScmpArch::X32 => (AUDIT_ARCH_X86_64, Some((0, 2))),
+            ScmpArch::X86 => (AUDIT_ARCH_I386, None),
+            // Programs of no other run here.
+            _ => continue,
+        };
+        let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
+        let numbers = names.filter_map(|name| ScmpSyscall::from_name_by_arch(name, *architecture).ok());
+        // Calls that an architecture does not have have negative numbers.
+        let Some(last) = numbers.filter_map(|call| u32::try_from(i32::from(call)).ok()).max() else { continue };
+        program.extend([instruction(LOAD, ARCHITECTURE, 0, 0)]);
+        program.extend([instruction(JUMP_EQUAL, audit, 0, if x32.is_some() { 4 } else { 3 })]);
+        program.extend([instruction(LOAD, NUMBER, 0, 0)]);
+        program.extend(x32.map(|(set, clear)| instruction(JUMP_SET, X32_BIT, set, clear)));
+        program.extend([instruction(JUMP_GREATER, last, 0, 1)]);
+        program.extend([instruction(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(), 0, 0)]);
+    }
+    program
+}
+
+fn instruction(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
+
+/// libseccomp's program.
+fn export(context: &ScmpFilterContext) -> io::Result<Vec<sock_filter>> {
+    let mut file = std::fs::File::from(memfd_create("filter", MemfdFlags::CLOEXEC)?);
+    context.export_bpf(&file).map_err(io::Error::other)?;
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let (instructions, _) = bytes.as_chunks::<8>();
+    Ok(instructions
+        .iter()
+        .map(|&[c0, c1, jt, jf, k0, k1, k2, k3]| {
+            instruction(u16::from_ne_bytes([c0, c1]), u32::from_ne_bytes([k0, k1, k2, k3]), jt, jf)
+        })
+        .collect())
+}
+
+/// A profile makes no filter.
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    /// libseccomp's words.
+    #[error("the seccomp profile cannot be compiled")]
+    Compile(#[from] SeccompError),
+    /// It needs a program beside the container.
+    #[error("seccomp profiles that notify a listener are not supported")]
+    Listener,
+    /// System calls have six.
+    #[error("the seccomp profile has a condition on argument {index}")]
+    Argument { index: usize },
+    /// The way out of libseccomp.
+    #[error("cannot read the compiled seccomp filter")]
+    Export(#[source] io::Error),
+}
+
+#[cfg(test)]
+mod tests;
