@@ -114,6 +114,10 @@ impl Contract {
             ensure!(self.host.events.next(2).await? == ["/tasks/create", "/tasks/start"], "the sandbox's events");
         }
         self.whole_container(&shim, pid).await?;
+        self.end_by_task(&shim).await
+    }
+
+    async fn end_by_task(&self, shim: &Shim) -> Result<()> {
         let _: api::Empty = shim.task("Kill", &kill(self.sandbox, 9)).await?;
         let ended: api::WaitResponse = shim.task("Wait", &wait(self.sandbox, "")).await?;
         ensure!(ended.exit_status == 137, "{ended:?}");
@@ -185,6 +189,30 @@ fn pod_of_containerd_2_3() {
 #[test]
 fn pod_of_crio() {
     on_node(async |_| Contract::new(Caller::CriO).await?.whole_pod_by_task().await);
+}
+
+/// A daemon lives as long as its pod; what containerd has open when it runs `start` is not the daemon's to hold.
+#[test]
+fn hostile_19_descriptors_of_who_starts_a_shim_are_neither_its_daemons_nor_its_vmms() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let leaked = contract.host.path("leaked");
+        let file = std::fs::File::create_new(&leaked)?;
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?;
+        let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let of_child = bulkhead_e2e::node_command("readlink", &[&format!("/proc/self/fd/{number}")])?;
+        ensure!(std::path::Path::new(of_child.trim()) == leaked, "nothing leaks: {of_child}");
+        let (shim, _) = contract.pod_by_task().await?;
+        drop(file);
+        let connected: api::ConnectResponse = shim.task("Connect", &connect(contract.sandbox)).await?;
+        let note = crate::read(&format!("/run/bulkhead/k8s.io/{}/vmm.pid", contract.sandbox))?;
+        for pid in [connected.shim_pid.to_string(), note.split(' ').next().unwrap_or_default().to_owned()] {
+            let open = std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("no process {pid}"))?;
+            let open: Vec<_> = open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect();
+            ensure!(open.len() > 3 && !open.contains(&leaked), "process {pid} has {open:?}");
+        }
+        contract.end_by_task(&shim).await
+    });
 }
 
 /// The pod as the CRI describes it, in the CRI's own types.
