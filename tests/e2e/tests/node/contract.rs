@@ -191,6 +191,48 @@ fn pod_of_crio() {
     on_node(async |_| Contract::new(Caller::CriO).await?.whole_pod_by_task().await);
 }
 
+/// The kernel kills an exec with its container's init; containerd must learn of the exec's end first, though its output
+/// is still on the way.
+#[test]
+fn exec_that_its_containers_init_takes_along_ends_before_it() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let (shim, pid) = contract.pod_by_task().await?;
+        let (host, id) = (&contract.host, "contract-order");
+        let bundle = host.container_bundle(id, contract.sandbox, pid, "while :; do sleep 3600; done")?;
+        host.start(id).await?;
+        let create =
+            api::CreateTaskRequest { id: id.into(), bundle: bundle.display().to_string(), ..Default::default() };
+        let _: api::CreateTaskResponse = shim.task("Create", &create).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        // More than all the pipes take, so that the exec's end waits for who reads it.
+        let output = Output::new(host.path("exec-out"))?;
+        let script = "exec cat /dev/zero";
+        let _: api::Empty = shim.task("Exec", &exec(id, "taken", script, &output.path())).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "taken")).await?;
+        let topics = host.events.next(6).await?;
+        ensure!(topics.last().is_some_and(|topic| topic == "/tasks/exec-started"), "{topics:?}");
+        output.begun().await?;
+        let _: api::Empty = shim.task("Kill", &kill(id, 9)).await?;
+        while processes(&shim, id).await? > 0 {}
+        output.to_end().await?;
+        let exits = host.events.next_exits(2).await?;
+        let exits: Vec<_> = exits.iter().map(|exit| (&*exit.container_id, &*exit.id, exit.exit_status)).collect();
+        ensure!(exits == [(id, "taken", 137), (id, id, 137)], "{exits:?}");
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "taken")).await?;
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
+        host.delete(id)?;
+        contract.end_by_task(&shim).await
+    });
+}
+
+/// How many processes a container has, as its guest counts them.
+async fn processes(shim: &Shim, id: &str) -> Result<u64> {
+    let numbers: api::StatsResponse = shim.task("Stats", &stats(id)).await?;
+    let numbers = containerd_shim_protos::cgroups_v2::metrics::Metrics::parse_from_bytes(&numbers.stats.value)?;
+    Ok(numbers.pids.current)
+}
+
 /// A daemon lives as long as its pod; what containerd has open when it runs `start` is not the daemon's to hold.
 #[test]
 fn hostile_19_descriptors_of_who_starts_a_shim_are_neither_its_daemons_nor_its_vmms() {
