@@ -7,6 +7,7 @@ use bulkhead_e2e::shim::{Caller, Code, Host, Output, Shim, code};
 use bulkhead_e2e::{Netns, on_node};
 use containerd_shim_protos::api;
 use containerd_shim_protos::sandbox_api as sandbox;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
@@ -255,6 +256,27 @@ fn hostile_19_descriptors_of_who_starts_a_shim_are_neither_its_daemons_nor_its_v
         }
         contract.end_by_task(&shim).await
     });
+}
+
+/// containerd 2.x asks once, before any pod, and turns on what is listed (containerd: core/runtime/v2, PluginInfo).
+#[test]
+fn info_is_told_without_a_pod() {
+    on_node(async |_| {
+        let answer = std::process::Command::new(SHIM).arg("-info").stdin(std::process::Stdio::null()).output()?;
+        ensure!(answer.status.success() && answer.stderr.is_empty(), "{answer:?}");
+        let info = RuntimeInfo::parse_from_bytes(&answer.stdout)?;
+        ensure!(info.name == "io.containerd.bulkhead.v2" && !info.version.version.is_empty(), "{info}");
+        ensure!(info.features.type_url.ends_with("/opencontainers/runtime-spec/1/features/Features"), "{info}");
+        let features: serde_json::Value = serde_json::from_slice(&info.features.value)?;
+        let lists = |list: &str, name: &str| features.pointer(list).is_some_and(|list| has(list, name));
+        ensure!(lists("/mountOptions", "rro") && lists("/linux/namespaces", "pid"), "{features}");
+        ensure!(!lists("/linux/namespaces", "user") && features["linux"]["seccomp"]["enabled"] == true, "{features}");
+        Ok(())
+    });
+}
+
+fn has(list: &serde_json::Value, name: &str) -> bool {
+    list.as_array().is_some_and(|list| list.iter().any(|one| one == name))
 }
 
 /// The pod as the CRI describes it, in the CRI's own types.
