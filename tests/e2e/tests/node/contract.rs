@@ -279,6 +279,77 @@ fn has(list: &serde_json::Value, name: &str) -> bool {
     list.as_array().is_some_and(|list| list.iter().any(|one| one == name))
 }
 
+/// The kinds of hooks that run on the host, in their order.
+const HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
+
+/// What hooks of a bundle have left: which of them have run, and the state that the last one of a name was given.
+struct HookNotes(std::path::PathBuf);
+
+impl HookNotes {
+    /// Gives a bundle hooks that take notes in a directory of their own.
+    fn plant(bundle: &std::path::Path, directory: std::path::PathBuf) -> Result<Self> {
+        std::fs::create_dir(&directory)?;
+        let config = bundle.join("config.json");
+        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config)?)?;
+        for name in HOOKS {
+            let script = format!("cd {}; echo {name} >> order; cat > {name}", directory.display());
+            spec["hooks"][name] = serde_json::json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+        }
+        std::fs::write(config, spec.to_string())?;
+        Ok(Self(directory))
+    }
+
+    /// Those that have run are the first ones, and the last of them was told this.
+    fn check(&self, count: usize, id: &str, status: &str, pid: Option<u32>) -> Result<()> {
+        let order = std::fs::read_to_string(self.0.join("order")).unwrap_or_default();
+        ensure!(order.lines().eq(HOOKS.into_iter().take(count)), "of {id} have run {order:?}, expected {count}");
+        let name = HOOKS[..count].last().context("no hook")?;
+        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(self.0.join(name))?)?;
+        let told = state["pid"].as_u64();
+        ensure!(state["id"] == id && state["status"] == status && told == pid.map(u64::from), "{name}: {state}");
+        ensure!(state["ociVersion"] == "1.1.0" && state["annotations"].is_object(), "{name}: {state}");
+        let bundle = state["bundle"].as_str().context("no bundle")?;
+        ensure!(bundle.ends_with(id), "{name}: {state}");
+        Ok(())
+    }
+}
+
+#[test]
+fn hooks_of_bundles_run_on_the_host_when_the_runtime_specification_says() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let (host, pod, id) = (&contract.host, contract.sandbox, "contract-hooks");
+        let bundle = host.sandbox_bundle(pod, contract.netns.path())?;
+        let of_pod = HookNotes::plant(&bundle, host.path("pod-hooks"))?;
+        let shim = host.start(pod).await?.1;
+        let create = |id: &str, bundle: std::path::PathBuf| api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.display().to_string(),
+            ..Default::default()
+        };
+        let sandbox: api::CreateTaskResponse = shim.task("Create", &create(pod, bundle)).await?;
+        of_pod.check(2, pod, "created", Some(sandbox.pid))?;
+        let _: api::StartResponse = shim.task("Start", &start(pod, "")).await?;
+        of_pod.check(3, pod, "running", Some(sandbox.pid))?;
+
+        let bundle = host.container_bundle(id, pod, sandbox.pid, "exit 0")?;
+        let of_container = HookNotes::plant(&bundle, host.path("container-hooks"))?;
+        host.start(id).await?;
+        let created: api::CreateTaskResponse = shim.task("Create", &create(id, bundle)).await?;
+        of_container.check(2, id, "created", Some(created.pid))?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        of_container.check(3, id, "running", Some(created.pid))?;
+        let _: api::WaitResponse = shim.task("Wait", &wait(id, "")).await?;
+        // Deleted is more than ended.
+        of_container.check(3, id, "running", Some(created.pid))?;
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
+        of_container.check(4, id, "stopped", None)?;
+        host.delete(id)?;
+        contract.end_by_task(&shim).await?;
+        of_pod.check(4, pod, "stopped", None)
+    });
+}
+
 /// The pod as the CRI describes it, in the CRI's own types.
 fn pod_config() -> Any {
     use prost::Message as _;
