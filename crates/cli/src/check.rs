@@ -79,15 +79,19 @@ pub fn run(arguments: &CheckArguments) -> Result<()> {
     namespaces(vmm, &mut gaps)?;
     root(vmm, &mut gaps)?;
     let filters = filters(vmm)?;
+    let of_shim = threads(shim)?;
+    let inherited = of_shim.iter().map(|thread| thread.filters).max().unwrap_or(0);
     for thread in threads(vmm)? {
         println!("  {}", thread.describe(&filters));
-        thread.judge(&mut gaps);
+        thread.judge(&Promise::of_vmm(&thread, inherited), &mut gaps);
     }
     descriptors(vmm)?;
     println!("\nshim, process {shim}");
-    for thread in threads(shim)? {
+    for thread in of_shim {
         println!("  {}", thread.describe(&[]));
+        thread.judge(&Promise::OF_SHIM, &mut gaps);
     }
+    descriptors(shim)?;
     if gaps.is_empty() {
         println!("\nthe jail is closed");
         return Ok(());
@@ -205,25 +209,50 @@ impl Thread {
         )
     }
 
-    fn judge(&self, gaps: &mut Vec<String>) {
+    fn judge(&self, promise: &Promise, gaps: &mut Vec<String>) {
         let who = format!("thread {} ({})", self.tid, self.name);
-        if self.filters == 0 {
-            gaps.push(format!("{who} has no system call filter"));
+        if self.filters < promise.filters {
+            gaps.push(format!("{who} has no system call filter of its own"));
         }
         if !self.no_new_privs {
             gaps.push(format!("{who} may gain privileges"));
         }
-        if self.permitted != 0 && self.name != FILE_SERVER {
-            gaps.push(format!("{who} has capabilities: {}", capabilities(self.permitted)));
+        let beyond = self.permitted & !promise.permitted;
+        if beyond != 0 {
+            gaps.push(format!("{who} has capabilities: {}", capabilities(beyond)));
         }
-        if self.bounding & !FILE_SERVERS_CAPABILITIES != 0 {
-            gaps.push(format!("{who} could be given capabilities: {}", capabilities(self.bounding)));
+        let beyond = self.bounding & !promise.bounding;
+        if beyond != 0 {
+            gaps.push(format!("{who} could be given capabilities: {}", capabilities(beyond)));
         }
+    }
+}
+
+/// What a thread has at least of filters and at most of capabilities.
+struct Promise {
+    filters: u32,
+    permitted: u64,
+    bounding: u64,
+}
+
+impl Promise {
+    /// Without new privileges a bounding set gives nothing, and the shim starts what has a bounding set of its own.
+    const OF_SHIM: Self = Self { filters: 1, permitted: !OVER_THE_NODE, bounding: u64::MAX };
+
+    /// The VMM inherits the shim's filters, and a thread's own comes on top of them.
+    fn of_vmm(thread: &Thread, inherited: u32) -> Self {
+        let permitted = if thread.name == FILE_SERVER { FILE_SERVERS_CAPABILITIES } else { 0 };
+        Self { filters: inherited + 1, permitted, bounding: FILE_SERVERS_CAPABILITIES }
     }
 }
 
 /// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP.
 const FILE_SERVERS_CAPABILITIES: u64 = 0b1101_1011 | 1 << 31;
+
+/// Those over the node as a whole, which a shim drops: CAP_LINUX_IMMUTABLE, NET_BROADCAST, IPC_OWNER, SYS_MODULE, SYS_RAWIO,
+/// SYS_PACCT, SYS_BOOT, SYS_TIME, SYS_TTY_CONFIG, LEASE, AUDIT_WRITE, AUDIT_CONTROL, MAC_OVERRIDE, MAC_ADMIN, SYSLOG,
+/// WAKE_ALARM, BLOCK_SUSPEND, AUDIT_READ, CHECKPOINT_RESTORE.
+const OVER_THE_NODE: u64 = 0x0000_013f_7653_8a00;
 
 fn capabilities(set: u64) -> String {
     let names: Vec<_> =
@@ -239,7 +268,7 @@ fn threads(pid: u32) -> Result<Vec<Thread>> {
 }
 
 fn descriptors(pid: u32) -> Result<()> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).context("the VMM has ended")?.flatten();
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).context("the process has ended")?.flatten();
     let mut found: Vec<(u32, String)> = entries
         .filter_map(|entry| {
             let target = fs::read_link(entry.path()).ok()?.display().to_string();
@@ -261,12 +290,39 @@ mod tests {
 
     #[test]
     fn thread_that_is_not_confined_is_a_gap() {
-        let thread = Thread::parse(STATUS).unwrap();
+        let mut thread = Thread::parse(STATUS).unwrap();
         assert_eq!(thread.kind(), "vcpu");
         let mut gaps = Vec::new();
-        thread.judge(&mut gaps);
+        thread.judge(&Promise::of_vmm(&thread, 0), &mut gaps);
         assert_eq!(gaps.len(), 3, "{gaps:?}");
+        gaps.clear();
+        thread = Thread { permitted: 0, no_new_privs: true, filters: 1, ..thread };
+        thread.judge(&Promise::of_vmm(&thread, 1), &mut gaps);
+        assert!(gaps.len() == 1 && gaps[0].contains("filter"), "the shim's filter is not the thread's: {gaps:?}");
         assert!(thread.describe(&[("vcpu".into(), vec!["ioctl".into()])]).contains("1 system calls: ioctl"));
+    }
+
+    #[test]
+    fn shim_that_is_not_confined_is_a_gap() {
+        let mut thread = Thread::parse(STATUS).unwrap();
+        thread.permitted = u64::MAX;
+        let mut gaps = Vec::new();
+        thread.judge(&Promise::OF_SHIM, &mut gaps);
+        assert_eq!(gaps.len(), 3, "{gaps:?}");
+        assert!(gaps[2].contains("sys_module") && !gaps[2].contains("sys_admin"), "{gaps:?}");
+        thread = Thread { permitted: !OVER_THE_NODE, no_new_privs: true, filters: 1, ..thread };
+        gaps.clear();
+        thread.judge(&Promise::OF_SHIM, &mut gaps);
+        assert!(gaps.is_empty(), "{gaps:?}");
+    }
+
+    #[test]
+    fn shim_drops_what_is_over_the_node() {
+        assert_eq!(
+            capabilities(OVER_THE_NODE),
+            "linux_immutable net_broadcast ipc_owner sys_module sys_rawio sys_pacct sys_boot sys_time sys_tty_config lease \
+             audit_write audit_control mac_override mac_admin syslog wake_alarm block_suspend audit_read checkpoint_restore"
+        );
     }
 
     #[test]

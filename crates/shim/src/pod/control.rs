@@ -39,6 +39,7 @@ impl Pod {
             // The sandbox has no process to limit.
             return Ok(());
         }
+        container.init.expect("update", &[Status::CREATED, Status::RUNNING, Status::PAUSED])?;
         let resources = spec::parse_resources(&resources)?;
         let sandbox = self.sandbox()?;
         let mut limits = sandbox.limits(&id);

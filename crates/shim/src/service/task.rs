@@ -120,7 +120,8 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+    async fn checkpoint(&self, _: &TtrpcContext, r: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        self.pod.container(&r.id).map_err(status)?;
         Err(status(TaskError::Unsupported("checkpointing a container")))
     }
 

@@ -61,13 +61,13 @@ async fn both_versions_are_answered() {
 }
 
 #[tokio::test]
-async fn unknown_container_is_not_found_and_checkpoint_is_unimplemented() {
+async fn unknown_container_is_not_found_even_by_calls_that_are_not_implemented() {
     let served = serve().await;
     let tasks = TaskClient::new(served.client.clone());
     let state = StateRequest { id: "none".into(), ..StateRequest::default() };
     assert_eq!(code(tasks.state(Context::default(), &state).await.unwrap_err()).0, Code::NOT_FOUND);
     let checkpoint = tasks.checkpoint(Context::default(), &Default::default()).await;
-    assert_eq!(code(checkpoint.unwrap_err()).0, Code::UNIMPLEMENTED);
+    assert_eq!(code(checkpoint.unwrap_err()).0, Code::NOT_FOUND);
 }
 
 #[tokio::test]

@@ -143,6 +143,11 @@ impl Output {
         self.path.display().to_string()
     }
 
+    /// Waits until there is something to read, and leaves it there.
+    pub async fn begun(&self) -> Result<()> {
+        tokio::time::timeout(LIMIT, self.reader.readable()).await.context("no output")?.context("cannot wait")
+    }
+
     /// Reads until the other side has closed its end.
     pub async fn to_end(mut self) -> Result<String> {
         let mut text = String::new();

@@ -7,6 +7,7 @@ use bulkhead_e2e::shim::{Caller, Code, Host, Output, Shim, code};
 use bulkhead_e2e::{Netns, on_node};
 use containerd_shim_protos::api;
 use containerd_shim_protos::sandbox_api as sandbox;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
@@ -114,6 +115,10 @@ impl Contract {
             ensure!(self.host.events.next(2).await? == ["/tasks/create", "/tasks/start"], "the sandbox's events");
         }
         self.whole_container(&shim, pid).await?;
+        self.end_by_task(&shim).await
+    }
+
+    async fn end_by_task(&self, shim: &Shim) -> Result<()> {
         let _: api::Empty = shim.task("Kill", &kill(self.sandbox, 9)).await?;
         let ended: api::WaitResponse = shim.task("Wait", &wait(self.sandbox, "")).await?;
         ensure!(ended.exit_status == 137, "{ended:?}");
@@ -185,6 +190,164 @@ fn pod_of_containerd_2_3() {
 #[test]
 fn pod_of_crio() {
     on_node(async |_| Contract::new(Caller::CriO).await?.whole_pod_by_task().await);
+}
+
+/// The kernel kills an exec with its container's init; containerd must learn of the exec's end first, though its output
+/// is still on the way.
+#[test]
+fn exec_that_its_containers_init_takes_along_ends_before_it() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let (shim, pid) = contract.pod_by_task().await?;
+        let (host, id) = (&contract.host, "contract-order");
+        let bundle = host.container_bundle(id, contract.sandbox, pid, "while :; do sleep 3600; done")?;
+        host.start(id).await?;
+        let create =
+            api::CreateTaskRequest { id: id.into(), bundle: bundle.display().to_string(), ..Default::default() };
+        let _: api::CreateTaskResponse = shim.task("Create", &create).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        // More than all the pipes take, so that the exec's end waits for who reads it.
+        let output = Output::new(host.path("exec-out"))?;
+        let script = "exec cat /dev/zero";
+        let _: api::Empty = shim.task("Exec", &exec(id, "taken", script, &output.path())).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "taken")).await?;
+        let topics = host.events.next(6).await?;
+        ensure!(topics.last().is_some_and(|topic| topic == "/tasks/exec-started"), "{topics:?}");
+        output.begun().await?;
+        let _: api::Empty = shim.task("Kill", &kill(id, 9)).await?;
+        while processes(&shim, id).await? > 0 {}
+        output.to_end().await?;
+        let exits = host.events.next_exits(2).await?;
+        let exits: Vec<_> = exits.iter().map(|exit| (&*exit.container_id, &*exit.id, exit.exit_status)).collect();
+        ensure!(exits == [(id, "taken", 137), (id, id, 137)], "{exits:?}");
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "taken")).await?;
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
+        host.delete(id)?;
+        contract.end_by_task(&shim).await
+    });
+}
+
+/// How many processes a container has, as its guest counts them.
+async fn processes(shim: &Shim, id: &str) -> Result<u64> {
+    let numbers: api::StatsResponse = shim.task("Stats", &stats(id)).await?;
+    let numbers = containerd_shim_protos::cgroups_v2::metrics::Metrics::parse_from_bytes(&numbers.stats.value)?;
+    Ok(numbers.pids.current)
+}
+
+/// A daemon lives as long as its pod; what containerd has open when it runs `start` is not the daemon's to hold.
+#[test]
+fn hostile_19_descriptors_of_who_starts_a_shim_are_neither_its_daemons_nor_its_vmms() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let leaked = contract.host.path("leaked");
+        let file = std::fs::File::create_new(&leaked)?;
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?;
+        let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let of_child = bulkhead_e2e::node_command("readlink", &[&format!("/proc/self/fd/{number}")])?;
+        ensure!(std::path::Path::new(of_child.trim()) == leaked, "nothing leaks: {of_child}");
+        let (shim, _) = contract.pod_by_task().await?;
+        drop(file);
+        let connected: api::ConnectResponse = shim.task("Connect", &connect(contract.sandbox)).await?;
+        let note = crate::read(&format!("/run/bulkhead/k8s.io/{}/vmm.pid", contract.sandbox))?;
+        for pid in [connected.shim_pid.to_string(), note.split(' ').next().unwrap_or_default().to_owned()] {
+            let open = std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("no process {pid}"))?;
+            let open: Vec<_> = open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect();
+            ensure!(open.len() > 3 && !open.contains(&leaked), "process {pid} has {open:?}");
+        }
+        contract.end_by_task(&shim).await
+    });
+}
+
+/// containerd 2.x asks once, before any pod, and turns on what is listed (containerd: core/runtime/v2, PluginInfo).
+#[test]
+fn info_is_told_without_a_pod() {
+    on_node(async |_| {
+        let answer = std::process::Command::new(SHIM).arg("-info").stdin(std::process::Stdio::null()).output()?;
+        ensure!(answer.status.success() && answer.stderr.is_empty(), "{answer:?}");
+        let info = RuntimeInfo::parse_from_bytes(&answer.stdout)?;
+        ensure!(info.name == "io.containerd.bulkhead.v2" && !info.version.version.is_empty(), "{info}");
+        ensure!(info.features.type_url.ends_with("/opencontainers/runtime-spec/1/features/Features"), "{info}");
+        let features: serde_json::Value = serde_json::from_slice(&info.features.value)?;
+        let lists = |list: &str, name: &str| features.pointer(list).is_some_and(|list| has(list, name));
+        ensure!(lists("/mountOptions", "rro") && lists("/linux/namespaces", "pid"), "{features}");
+        ensure!(!lists("/linux/namespaces", "user") && features["linux"]["seccomp"]["enabled"] == true, "{features}");
+        Ok(())
+    });
+}
+
+fn has(list: &serde_json::Value, name: &str) -> bool {
+    list.as_array().is_some_and(|list| list.iter().any(|one| one == name))
+}
+
+/// The kinds of hooks that run on the host, in their order.
+const HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
+
+/// What hooks of a bundle have left: which of them have run, and the state that the last one of a name was given.
+struct HookNotes(std::path::PathBuf);
+
+impl HookNotes {
+    /// Gives a bundle hooks that take notes in a directory of their own.
+    fn plant(bundle: &std::path::Path, directory: std::path::PathBuf) -> Result<Self> {
+        std::fs::create_dir(&directory)?;
+        let config = bundle.join("config.json");
+        let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config)?)?;
+        for name in HOOKS {
+            let script = format!("cd {}; echo {name} >> order; cat > {name}", directory.display());
+            spec["hooks"][name] = serde_json::json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+        }
+        std::fs::write(config, spec.to_string())?;
+        Ok(Self(directory))
+    }
+
+    /// Those that have run are the first ones, and the last of them was told this.
+    fn check(&self, count: usize, id: &str, status: &str, pid: Option<u32>) -> Result<()> {
+        let order = std::fs::read_to_string(self.0.join("order")).unwrap_or_default();
+        ensure!(order.lines().eq(HOOKS.into_iter().take(count)), "of {id} have run {order:?}, expected {count}");
+        let name = HOOKS[..count].last().context("no hook")?;
+        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(self.0.join(name))?)?;
+        let told = state["pid"].as_u64();
+        ensure!(state["id"] == id && state["status"] == status && told == pid.map(u64::from), "{name}: {state}");
+        ensure!(state["ociVersion"] == "1.1.0" && state["annotations"].is_object(), "{name}: {state}");
+        let bundle = state["bundle"].as_str().context("no bundle")?;
+        ensure!(bundle.ends_with(id), "{name}: {state}");
+        Ok(())
+    }
+}
+
+#[test]
+fn hooks_of_bundles_run_on_the_host_when_the_runtime_specification_says() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let (host, pod, id) = (&contract.host, contract.sandbox, "contract-hooks");
+        let bundle = host.sandbox_bundle(pod, contract.netns.path())?;
+        let of_pod = HookNotes::plant(&bundle, host.path("pod-hooks"))?;
+        let shim = host.start(pod).await?.1;
+        let create = |id: &str, bundle: std::path::PathBuf| api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.display().to_string(),
+            ..Default::default()
+        };
+        let sandbox: api::CreateTaskResponse = shim.task("Create", &create(pod, bundle)).await?;
+        of_pod.check(2, pod, "created", Some(sandbox.pid))?;
+        let _: api::StartResponse = shim.task("Start", &start(pod, "")).await?;
+        of_pod.check(3, pod, "running", Some(sandbox.pid))?;
+
+        let bundle = host.container_bundle(id, pod, sandbox.pid, "exit 0")?;
+        let of_container = HookNotes::plant(&bundle, host.path("container-hooks"))?;
+        host.start(id).await?;
+        let created: api::CreateTaskResponse = shim.task("Create", &create(id, bundle)).await?;
+        of_container.check(2, id, "created", Some(created.pid))?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        of_container.check(3, id, "running", Some(created.pid))?;
+        let _: api::WaitResponse = shim.task("Wait", &wait(id, "")).await?;
+        // Deleted is more than ended.
+        of_container.check(3, id, "running", Some(created.pid))?;
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
+        of_container.check(4, id, "stopped", None)?;
+        host.delete(id)?;
+        contract.end_by_task(&shim).await?;
+        of_pod.check(4, pod, "stopped", None)
+    });
 }
 
 /// The pod as the CRI describes it, in the CRI's own types.

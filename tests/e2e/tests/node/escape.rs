@@ -166,8 +166,12 @@ fn device_numbers_of_the_host_lead_nowhere() {
             done; true";
         let out = pod.sh(&container, script).await?;
         ensure!(!out.contains("read") && !out.contains("wrote") && !out.contains("no node"), "{out}");
-        let out = pod.sh(&container, "ls /sys/block /sys/bus/pci 2>/dev/null; ls /dev/kvm 2>&1; true").await?;
-        ensure!(out.ends_with("No such file or directory"), "disks, PCI or KVM in the guest: {out}");
+        let list = async |at: &str| pod.sh(&container, &format!("ls -d {at} 2> /dev/null; true")).await;
+        ensure!(list("/sys/class/net/eth0").await? == "/sys/class/net/eth0", "no /sys to look into");
+        for absent in ["/sys/block/*", "/sys/bus/pci", "/sys/class/block/*", "/dev/kvm", "/dev/vhost*"] {
+            let out = list(absent).await?;
+            ensure!(out.is_empty(), "in the guest there is {out}");
+        }
         host.assert_unchanged()
     });
 }
@@ -209,26 +213,31 @@ fn names_and_links_in_a_volume_do_not_reach_files_of_the_host() {
         symlink(&secret, volume.join("absolute"))?;
         symlink("../host-secret", volume.join("relative"))?;
         symlink("..", volume.join("up"))?;
+        // What may be read, by all the same ways.
+        fs::write(volume.join("within"), "of the volume\n")?;
+        symlink("within", volume.join("own-link"))?;
         node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "names").await?;
         let container = pod.run(with_volume(privileged("main"), &volume, false)).await?;
         let script = format!(
-            "cd /volume; ln -s {0} own; ln -s ../../../../../../{0} chain; ln -s /proc/self/root/{0} magic
+            "cd /volume; cat within own-link; ln -s {0} own; ln -s ../../../../../../{0} chain; ln -s /proc/self/root/{0} magic
              for name in absolute relative up/host-secret own chain magic ../host-secret ../../{0} {0}; do
                cat /volume/$name 2> /dev/null; ln /volume/$name hard 2> /dev/null && cat hard
              done; true",
             secret.display()
         );
         let out = pod.sh(&container, &script).await?;
-        ensure!(out.is_empty(), "{out}");
+        ensure!(out == "of the volume\nof the volume", "{out}");
         let script = format!(
-            "for name in absolute relative up/host-secret own chain magic ../host-secret ../../../../../../{0}; do
-               $run cat {SHARE}/*/mounts/0/$name 2> /dev/null
+            "$run cat {SHARE}/*/mounts/*/own-link
+             for name in absolute relative up/host-secret own chain magic ../host-secret ../../../../../../{0}; do
+               $run cat {SHARE}/*/mounts/*/$name {SHARE}/{SHARED_VOLUMES}/*/$name 2> /dev/null
              done
              $run find {SHARE}/.. {SHARE} -name host-secret",
             secret.display()
         );
         let out = guest_root::sh(&pod, &container, &script).await?;
+        ensure!(out.contains("of the volume"), "the guest's root does not reach the volume: {out}");
         ensure!(!out.contains(SECRET) && !out.contains("host-secret"), "{out}");
         node.cri.remove_pod(&pod.id).await?;
         ensure!(fs::read_to_string(&secret)? == SECRET, "the host's file was changed");
@@ -236,19 +245,31 @@ fn names_and_links_in_a_volume_do_not_reach_files_of_the_host() {
     });
 }
 
+/// CVE-2021-30465: while a container exchanges a directory of a volume for a link, others mount the volume, and another one
+/// below that directory, whose mount must not go where the link leads: not on the host, and not in the guest.
 #[test]
-fn swaps_of_directories_and_links_do_not_lead_anyone_out() {
+fn hostile_25_swaps_of_directories_and_links_lead_neither_anyone_nor_a_mount_out() {
     on_node(async |node| {
         let outside = Outside::new("swaps")?;
-        let volume = outside.volume()?;
-        fs::create_dir(volume.join("inside"))?;
-        fs::write(volume.join("inside/host-secret"), "of the volume")?;
-        symlink(&outside.0, volume.join("link"))?;
+        let (volume, second) = (outside.volume()?, outside.0.join("second"));
+        fs::create_dir(&second)?;
+        // One link leads to the host's directory, the other one to the guest's.
+        for (directory, link, to) in [("inside", "link", &*outside.0), ("guest", "guest-link", Path::new("/run"))] {
+            fs::create_dir(volume.join(directory))?;
+            fs::write(volume.join(directory).join("host-secret"), "of the volume")?;
+            symlink(to, volume.join(link))?;
+        }
+        fs::write(second.join("mark"), "of the second volume")?;
         node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "swaps").await?;
         let swapper = with_volume(privileged("swapper"), &volume, false);
         let swapper = pod.run(swapper).await?;
-        pod.sh(&swapper, "escape swap /volume/inside /volume/link > /dev/null 2>&1 &").await?;
+        let in_guest = "$run ls /run";
+        let before = guest_root::sh(&pod, &swapper, in_guest).await?;
+        let swap = "for pair in 'inside /volume/link' 'guest /volume/guest-link'; do
+              escape swap /volume/$pair > /dev/null 2>&1 &
+            done";
+        pod.sh(&swapper, swap).await?;
         // Another container of the pod walks, and others come and go with the volume meanwhile.
         let mut walker = with_volume(sh("walker", ""), &volume, false);
         walker.command[2] =
@@ -256,18 +277,43 @@ fn swaps_of_directories_and_links_do_not_lead_anyone_out() {
                              echo $l; done 2> /dev/null; i=$((i+1)); done; find /volume || true" // it meets swaps as well
                 .into();
         let walker = pod.run(walker).await?;
-        for number in 0..2 {
-            let config =
-                with_volume(sh(&format!("late-{number}"), "cat /volume/*/host-secret; exit 0"), &volume, false);
-            let (status, out) = pod.run_to_end(config).await?;
-            ensure!(status.exit_code == 0 && !out.contains(SECRET), "{status:?} {out}");
+        let late = |name: &str, below: &str| {
+            let look = "cat /volume/*/host-secret; cat /volume/*/mounted/mark /run/mounted/mark; exit 0";
+            let mut config = with_volume(with_volume(sh(name, look), &volume, false), &second, false);
+            if let Some(mount) = config.mounts.last_mut() {
+                mount.container_path = format!("/volume/{below}/mounted");
+            }
+            config
+        };
+        for number in 0..4 {
+            match pod.run_to_end(late(&format!("late-{number}"), ["inside", "guest"][number % 2])).await {
+                Ok((status, out)) => {
+                    println!("escape: late-{number} says {out:?}");
+                    ensure!(status.exit_code == 0 && !out.contains(SECRET), "{status:?} {out}");
+                }
+                // The directory was exchanged in the middle.
+                Err(error) => println!("escape: late-{number} was refused: {error:#}"),
+            }
         }
         let status = pod.wait_exit(&walker, PATIENCE).await?;
         let out = bulkhead_cli::log::text_of(&pod.log(&walker).await?, "stdout");
         ensure!(status.exit_code == 0 && out.contains("of the volume") && !out.contains(SECRET), "{status:?} {out}");
+        pod.sh(&swapper, "killall escape").await?;
+        // Where the directory and its link are now, a mount below either is in the container's own root.
+        for below in ["inside", "guest"] {
+            let (status, out) = pod.run_to_end(late(&format!("last-{below}"), below)).await?;
+            ensure!(status.exit_code == 0 && out.contains("of the second volume"), "{status:?} {out}");
+            ensure!(!out.contains(SECRET), "{out}");
+        }
+        let after = guest_root::sh(&pod, &swapper, in_guest).await?;
+        ensure!(before == after, "the guest's /run had {before:?} and has {after:?}");
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        ensure!(!mounts.contains("/mounted"), "something is mounted on the host: {mounts}");
         node.cri.remove_pod(&pod.id).await?;
-        ensure!(fs::read_to_string(outside.secret())? == SECRET, "the host's file was changed");
-        Ok(())
+        fs::remove_dir_all(volume)?;
+        ensure!(listing(&second)? == "mark ", "the second volume has {}", listing(&second)?);
+        fs::remove_dir_all(second)?;
+        outside.assert_untouched()
     });
 }
 
@@ -279,19 +325,31 @@ fn device_nodes_on_the_share_are_refused() {
         node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "nodes").await?;
         let container = pod.run(with_volume(privileged("main"), &volume, false)).await?;
-        let made = "for where in /volume /; do mknod $where/null c 1 3 && echo made; mknod $where/disk b 8 0 && echo made; done; true";
+        // A fifo is made by the same call at the same place, and is no device.
+        let made = "for where in /volume /; do
+              mknod $where/fifo p && echo a fifo in $where
+              mknod $where/null c 1 3 && echo made; mknod $where/disk b 8 0 && echo made
+            done; true";
         let out = pod.sh(&container, made).await?;
-        ensure!(out.is_empty(), "{out}");
+        ensure!(out == "a fifo in /volume\na fifo in /", "{out}");
         let made = format!(
-            "for where in {SHARE}/*/mounts/0 {SHARE}/*/rootfs; do
+            "for where in {SHARE}/{container}/mounts/* {SHARE}/{SHARED_VOLUMES}/* {SHARE}/{container}/rootfs; do
+               $run mknod $where/fifo-$$ p && echo a fifo in $where; $run rm $where/fifo-$$
                $run mknod $where/null c 1 3 && echo made; $run mknod $where/disk b 8 0 && echo made
              done"
         );
         let out = guest_root::sh(&pod, &container, &made).await?;
-        ensure!(!out.contains("made"), "{out}");
-        for entry in fs::read_dir(&volume)?.flatten() {
-            let kind = entry.file_type()?;
-            ensure!(!kind.is_block_device() && !kind.is_char_device(), "{} is a device", entry.path().display());
+        for place in ["mounts/0", "rootfs"].map(|at| format!("a fifo in {SHARE}/{container}/{at}")) {
+            ensure!(out.contains(&place), "not {place}: {out}");
+        }
+        ensure!(out.contains(&format!("a fifo in {SHARE}/{SHARED_VOLUMES}/")) && !out.contains("made"), "{out}");
+        let root = Path::new("/run/bulkhead/k8s.io").join(&pod.id).join("share").join(&container).join("rootfs");
+        for directory in [volume, root] {
+            ensure!(fs::symlink_metadata(directory.join("fifo"))?.file_type().is_fifo(), "not the pod's directory");
+            for entry in fs::read_dir(directory)?.flatten() {
+                let kind = entry.file_type()?;
+                ensure!(!kind.is_block_device() && !kind.is_char_device(), "{} is a device", entry.path().display());
+            }
         }
         Ok(())
     });
@@ -356,13 +414,17 @@ fn read_only_volume_that_is_remounted_in_the_guest_refuses_writes() {
         let out = pod.sh(&container, writes).await?;
         ensure!(out.is_empty(), "{out}");
         let writes = format!(
-            "$run mount -o remount,rw {SHARE}; $run mount -t virtiofs share /tmp
-             for file in {SHARE}/*/mounts/0/file /tmp/*/mounts/0/file; do
+            "for at in {SHARE} {SHARE}/{SHARED_VOLUMES}/*; do $run mount -o remount,rw $at; done
+             for file in {SHARE}/*/mounts/*/file {SHARE}/{SHARED_VOLUMES}/*/file; do
+               $run cat $file && echo \" in $file\"
                echo x > $file && echo done; $run rm $file && echo done; $run chmod 777 $file && echo done
                $run truncate -s 0 $file && echo done
              done"
         );
         let out = guest_root::sh(&pod, &container, &writes).await?;
+        for place in [&format!("{SHARE}/{container}/mounts"), &format!("{SHARE}/{SHARED_VOLUMES}")] {
+            ensure!(out.contains(&format!("as it was in {place}/")), "not {place}: {out}");
+        }
         ensure!(!out.contains("done"), "{out}");
         let after = fs::metadata(&file)?;
         ensure!(listing(&volume)? == "file " && fs::read_to_string(&file)? == "as it was", "the volume was changed");

@@ -117,14 +117,18 @@ fn hostile_25_links_of_an_image_lead_to_no_other_container() {
         let attacked = Attacked::new().await?;
         let volume = attacked.host.path("volume");
         std::fs::write(&volume, "the volume's")?;
+        // The last of each says whether there is such a container: the link leads to a place in its own root, as on runc, where
+        // the volume is then; only /proc has no room for one.
         let links = [
-            ("etc/resolv.conf", IN_GUEST.to_owned(), "/etc/resolv.conf"),
-            ("etc/resolv.conf", format!("/proc/1/root{IN_GUEST}"), "/etc/resolv.conf"),
-            ("etc/resolv.conf", "../../../witness/rootfs/etc/secret".to_owned(), "/etc/resolv.conf"),
-            ("data", "/run/bulkhead/share/witness/rootfs/etc".to_owned(), "/data/secret"),
-            ("data", "../../witness/rootfs/etc".to_owned(), "/data/secret"),
+            ("etc/resolv.conf", "own".to_owned(), "/etc/resolv.conf", true),
+            ("etc/resolv.conf", IN_GUEST.to_owned(), "/etc/resolv.conf", true),
+            ("etc/resolv.conf", format!("/proc/1/root{IN_GUEST}"), "/etc/resolv.conf", false),
+            ("etc/resolv.conf", "../../../witness/rootfs/etc/secret".to_owned(), "/etc/resolv.conf", true),
+            ("data", "tmp".to_owned(), "/data/secret", true),
+            ("data", "/run/bulkhead/share/witness/rootfs/etc".to_owned(), "/data/secret", true),
+            ("data", "../../witness/rootfs/etc".to_owned(), "/data/secret", true),
         ];
-        for (number, (link, to, destination)) in links.into_iter().enumerate() {
+        for (number, (link, to, destination, made)) in links.into_iter().enumerate() {
             let script =
                 format!("cat {destination}; echo changed > {destination}; cat {IN_GUEST}; cat /proc/1/root{IN_GUEST}");
             let id = format!("link-{number}");
@@ -135,7 +139,10 @@ fn hostile_25_links_of_an_image_lead_to_no_other_container() {
                 spec["mounts"].as_array_mut().context("no mounts")?.push(mount);
                 Ok(())
             });
-            println!("{link} -> {to}: {:?}", outcome.await?);
+            let outcome = outcome.await?;
+            println!("{link} -> {to}: {outcome:?}");
+            ensure!(outcome.is_ok() == made, "{link} -> {to}: {outcome:?}");
+            ensure!(outcome.is_err() || outcome.is_ok_and(|text| text.starts_with("the volume's")), "{link} -> {to}");
         }
         ensure!(std::fs::read_to_string(&volume)? == "the volume's", "a read-only volume was written");
         attacked.end().await
@@ -146,6 +153,14 @@ fn hostile_25_links_of_an_image_lead_to_no_other_container() {
 fn hostile_25_descriptor_as_working_directory_leads_nowhere() {
     on_shims(async || {
         let attacked = Attacked::new().await?;
+        // One that is missing is made, and the script's way leads to the container's own root.
+        let script = "cat ../../../../../../../etc/own";
+        let control = attacked.attack("control", script, |rootfs, spec| {
+            spec["process"]["cwd"] = "/made/for/it".into();
+            Ok(std::fs::write(rootfs.join("etc/own"), "its own")?)
+        });
+        let control = control.await?;
+        ensure!(control.as_deref() == Ok("its own"), "{control:?}");
         for fd in 3..12 {
             let script = format!("cat ../../../../../..{IN_GUEST}; cat ../../../witness/rootfs/etc/secret");
             let id = format!("fd-{fd}");
@@ -153,7 +168,9 @@ fn hostile_25_descriptor_as_working_directory_leads_nowhere() {
                 spec["process"]["cwd"] = format!("/proc/self/fd/{fd}").into();
                 Ok(())
             });
-            println!("fd {fd}: {:?}", outcome.await?);
+            let outcome = outcome.await?;
+            // A number that is no descriptor cannot be made in /proc, and one that is leads out.
+            ensure!(outcome.is_err(), "fd {fd} was taken for a directory of the container: {outcome:?}");
         }
         attacked.end().await
     });
@@ -163,8 +180,9 @@ fn hostile_25_descriptor_as_working_directory_leads_nowhere() {
 fn hostile_25_agent_is_not_changed_by_a_container_of_the_shared_pid_namespace() {
     on_shims(async || {
         let attacked = Attacked::new().await?;
-        let script =
-            "for exe in /proc/[0-9]*/exe; do (echo x >> $exe) && echo appended; (: > $exe) && echo emptied; done; true";
+        let script = "for exe in /proc/[0-9]*/exe; do
+              echo tried; (echo x >> $exe) && echo appended; (: > $exe) && echo emptied
+            done; true";
         let share_pids = |_: &Path, spec: &mut Value| {
             // As kubelet's shareProcessNamespace: the sandbox's pid namespace.
             spec["linux"]["namespaces"][0]["path"] = format!("/proc/{}/ns/pid", attacked.pid).into();
@@ -172,6 +190,8 @@ fn hostile_25_agent_is_not_changed_by_a_container_of_the_shared_pid_namespace() 
         };
         let text = attacked.attack("writer", script, share_pids).await?;
         let text = text.map_err(|error| anyhow::anyhow!("{error}"))?;
+        // Its own process, and those of the sandbox's namespace.
+        ensure!(text.lines().filter(|line| *line == "tried").count() > 1, "there are no others: {text}");
         ensure!(!text.contains("appended") && !text.contains("emptied"), "{text}");
         let agent_as_program = |_: &Path, spec: &mut Value| {
             spec["process"]["args"] = json!(["/proc/self/exe", "helper"]);
