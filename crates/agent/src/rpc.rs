@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
     CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse,
@@ -64,7 +65,8 @@ impl Agent for Service {
         };
         whole(created).await?.map_err(status)?;
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
-        Ok(CreateSandboxResponse { kernel_boot_ns, ..CreateSandboxResponse::new() })
+        let release = RELEASE.to_owned();
+        Ok(CreateSandboxResponse { kernel_boot_ns, release, ..CreateSandboxResponse::new() })
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

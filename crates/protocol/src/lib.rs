@@ -4,6 +4,9 @@
 //! The shim speaks to both sides, the VMM and the agent never to each other. Whoever receives validates: the guest is
 //! hostile, and the VMM may have been taken over by it, so nothing here trusts a length, a count or an index.
 
+/// The release. Shim, VMM and guest image are of the same: none of them speaks to another's.
+pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
+
 pub mod control;
 pub mod forward;
 pub mod guest;

@@ -13,6 +13,7 @@ pub mod liar;
 pub mod log_watch;
 mod netns;
 pub mod port_forward;
+pub mod processes;
 pub mod shim;
 pub mod soak;
 mod streaming;

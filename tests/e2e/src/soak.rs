@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
 use futures::{StreamExt, TryStreamExt};
 
+use crate::processes::{Processes, descriptors};
 use crate::{Node, TestPod, sh};
 
 /// Cycles of a pod before its cost is first looked at, 20 of four pods together: thread pools, tables and the allocator's
@@ -44,9 +45,7 @@ struct Cost {
 
 impl Cost {
     fn of(pod: &TestPod) -> Result<Self> {
-        let shim = find_process(|command, _| command.contains(&pod.id) && command.ends_with("\0serve\0"))?;
-        let parent = format!("PPid:\t{shim}\n");
-        let vmm = find_process(|command, status| command.contains("bulkhead-vmm") && status.contains(&parent))?;
+        let Processes { shim, vmm } = Processes::of(pod)?;
         let rollup = fs::read_to_string(format!("/proc/{shim}/smaps_rollup"))?;
         let anonymous = rollup.lines().find_map(|line| line.strip_prefix("Anonymous:")).context("no Anonymous line")?;
         Ok(Self {
@@ -65,19 +64,6 @@ impl Cost {
         );
         Ok(())
     }
-}
-
-fn find_process(is_it: impl Fn(&str, &str) -> bool) -> Result<u32> {
-    let pids = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut found = pids.filter(|pid| {
-        let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        is_it(&read("cmdline"), &read("status"))
-    });
-    found.next().context("a process of the pod is not there")
-}
-
-fn descriptors(pid: u32) -> Result<usize> {
-    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
 }
 
 fn small(pod: &mut v1::PodSandboxConfig) {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use bulkhead_protocol::RELEASE;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -9,7 +10,7 @@ use protobuf::{Message, MessageField};
 /// Prints the version for a person.
 pub fn print_version() -> Result<(), InfoError> {
     let mut out = std::io::stdout();
-    writeln!(out, "containerd-shim-bulkhead-v2:\n  Version: {}", env!("CARGO_PKG_VERSION")).map_err(InfoError::Print)
+    writeln!(out, "containerd-shim-bulkhead-v2:\n  Version: {RELEASE}").map_err(InfoError::Print)
 }
 
 /// How containerd names the type of [`super::features::features`], whose value is JSON.
@@ -24,10 +25,7 @@ pub fn print_info() -> Result<(), InfoError> {
 fn info() -> RuntimeInfo {
     RuntimeInfo {
         name: "io.containerd.bulkhead.v2".to_owned(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..RuntimeVersion::default()
-        }),
+        version: MessageField::some(RuntimeVersion { version: RELEASE.to_owned(), ..RuntimeVersion::default() }),
         features: MessageField::some(Any {
             type_url: FEATURES.to_owned(),
             value: super::features::features().to_string().into_bytes(),

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
+use crate::sandbox::patience;
 use crate::spec::ConsoleSize;
 use target::{Input, Output};
 
@@ -158,7 +159,7 @@ async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Resu
         connection.write_all(&bytes).await?;
         connection.read_u8().await
     };
-    match tokio::time::timeout(HEADER, handshake).await {
+    match tokio::time::timeout(patience::left(HEADER), handshake).await {
         Ok(Ok(ACCEPTED)) => Ok(connection),
         Ok(Ok(_)) => Err(IoError::Refused(stream)),
         Ok(Err(source)) => Err(IoError::Handshake(source)),

@@ -1,6 +1,7 @@
 //! Calls on a running container: pause, resume, update, numbers, terminal size, closing stdin.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::types::task::Status;
@@ -9,7 +10,12 @@ use protobuf::well_known_types::any::Any;
 use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
+use crate::sandbox::patience;
 use crate::{spec, stats};
+
+/// How long an update may take in all, which makes the VM larger, changes the container and makes the VM smaller: the kubelet
+/// gives two minutes.
+const UPDATED: Duration = Duration::from_secs(100);
 
 impl Pod {
     /// Freezes a container.
@@ -46,7 +52,7 @@ impl Pod {
         limits.update(&resources);
         let json = spec::translate_resources(resources)?;
         let change = async { Ok(sandbox.agent.update_container(&id, json).await?) };
-        sandbox.change_limits(&id, limits, change).await
+        patience::within(UPDATED, sandbox.change_limits(&id, limits, change)).await
     }
 
     /// A container's numbers, also after its end; the last ones that are known if the guest is slow. The sandbox's own are none:

@@ -23,7 +23,7 @@ use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, blocking, removing};
+use crate::sandbox::{Sandbox, blocking, patience, removing};
 use crate::share::ShareError;
 use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
@@ -34,8 +34,13 @@ const MAX_EVENTS: u32 = 4096;
 /// neither passed on nor keeps other events from containerd.
 const EVENT_PACE: Duration = Duration::from_secs(1);
 
-/// How long the guest may take in all to remove a container that could not be created: the failed call's own time comes
-/// before it, and the kubelet gives two minutes for both.
+/// How long guest and VMM may take in all to create a container, and then to remove one that could not be created: the
+/// kubelet gives two minutes for both.
+const CREATED: Duration = Duration::from_secs(80);
+/// See there.
+const FORGOTTEN: Duration = Duration::from_secs(30);
+
+/// How much of that the guest may take. The VMM, which is asked after it, takes disks away whatever the guest does.
 const GUEST_FORGETS: Duration = Duration::from_secs(20);
 
 /// What containerd asks to create.
@@ -164,29 +169,14 @@ impl Pod {
         container: &Arc<Container>,
     ) -> Result<(), TaskError> {
         let (init, hooks) = (&container.init, &container.hooks);
-        let created = match self.try_create_in(sandbox, spec, task, init).await {
+        let created = patience::within(CREATED, self.try_create_in(sandbox, spec, task, init)).await;
+        let created = match created {
             Ok(()) => hooks.created(init.pid()).await.map_err(TaskError::from),
             failed => failed,
         };
         let created = created.and_then(|()| self.register(container, task, sandbox));
         if created.is_err() {
-            let (share, id) = (sandbox.share.clone(), task.id.clone());
-            // The guest's side first: it may hold the mounts. What it says does not matter any more.
-            let forgotten = async {
-                if sandbox.agent.signal(&init.key, SIGKILL, true).await.is_ok() {
-                    let _ = tokio::time::timeout(UNSTARTED_END, sandbox.agent.wait(&init.key)).await;
-                }
-                let _ = sandbox.agent.delete_container(&id).await;
-            };
-            let _ = tokio::time::timeout(GUEST_FORGETS, forgotten).await;
-            sandbox.volumes.remove(&id);
-            sandbox.container_ended(&id);
-            sandbox.detach_disks(&id).await;
-            sandbox.give_back().await;
-            let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
-            if let Err(error) = removed {
-                tracing::warn!("{}", super::error::chain(&error));
-            }
+            patience::within(FORGOTTEN, forget(sandbox, &init.key)).await;
         }
         created
     }
@@ -278,6 +268,27 @@ impl Pod {
             }
         }
         tracing::warn!("the guest has sent {MAX_EVENTS} events, no longer listening to them");
+    }
+}
+
+/// Removes what there is of a container that could not be created.
+async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
+    let (share, id) = (sandbox.share.clone(), init.container.clone());
+    // The guest's side first: it may hold the mounts. What it says does not matter any more.
+    let forgotten = async {
+        if sandbox.agent.signal(init, SIGKILL, true).await.is_ok() {
+            let _ = tokio::time::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
+        }
+        let _ = sandbox.agent.delete_container(&id).await;
+    };
+    let _ = tokio::time::timeout(GUEST_FORGETS, forgotten).await;
+    sandbox.volumes.remove(&id);
+    sandbox.container_ended(&id);
+    sandbox.detach_disks(&id).await;
+    sandbox.give_back().await;
+    let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
+    if let Err(error) = removed {
+        tracing::warn!("{}", super::error::chain(&error));
     }
 }
 

@@ -103,9 +103,11 @@ impl TaskError {
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
             Self::Resize(error) => resize_code(error),
-            Self::Disk(DiskError::Agent(error)) | Self::Agent(error) | Self::Io(IoError::Agent(error)) => {
-                agent_code(error)
-            }
+            Self::Sandbox(SandboxError::Vm(VmError::NotReady(..))) => Code::DEADLINE_EXCEEDED,
+            Self::Sandbox(SandboxError::Agent(error))
+            | Self::Disk(DiskError::Agent(error))
+            | Self::Agent(error)
+            | Self::Io(IoError::Agent(error)) => agent_code(error),
             Self::Disk(_) => Code::FAILED_PRECONDITION,
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
             Self::Bundle(_)
@@ -122,7 +124,7 @@ impl TaskError {
 /// A VM that cannot grow, and why.
 fn resize_code(error: &ResizeError) -> Code {
     match error {
-        ResizeError::Size(_) | ResizeError::Vm(VmError::NotPlugged(_)) => Code::RESOURCE_EXHAUSTED,
+        ResizeError::Size(_) | ResizeError::Vm(VmError::NotPlugged(..)) => Code::RESOURCE_EXHAUSTED,
         ResizeError::Agent(AgentError::Refused { code: Code::RESOURCE_EXHAUSTED, .. }) => Code::RESOURCE_EXHAUSTED,
         ResizeError::Agent(error) => agent_code(error),
         ResizeError::Vm(_) => Code::FAILED_PRECONDITION,
@@ -137,9 +139,9 @@ fn agent_code(error: &AgentError) -> Code {
             Code::NOT_FOUND | Code::ALREADY_EXISTS | Code::FAILED_PRECONDITION | Code::INVALID_ARGUMENT => *code,
             _ => Code::UNKNOWN,
         },
-        AgentError::Silent(_) | AgentError::Vm(VmError::ConnectTimeout(_)) => Code::DEADLINE_EXCEEDED,
+        AgentError::Silent(_) | AgentError::Vm(VmError::ConnectTimeout(..)) => Code::DEADLINE_EXCEEDED,
         AgentError::Vm(VmError::Busy) => Code::UNAVAILABLE,
-        AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
+        AgentError::Release(_) | AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
     }
 }
 
@@ -160,6 +162,8 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -179,5 +183,14 @@ mod tests {
         let refused = |code| TaskError::Agent(AgentError::Refused { code, message: String::new() }).code();
         assert_eq!(refused(Code::NOT_FOUND), Code::NOT_FOUND);
         assert_eq!(refused(Code::UNIMPLEMENTED), Code::UNKNOWN);
+    }
+
+    #[test]
+    fn guest_that_takes_too_long_is_late_at_boot_as_ever_after() {
+        let late = Duration::from_secs(1);
+        let boot = |error| TaskError::Sandbox(error).code();
+        assert_eq!(boot(SandboxError::Agent(AgentError::Silent(late))), Code::DEADLINE_EXCEEDED);
+        assert_eq!(boot(SandboxError::Vm(VmError::NotReady(late, String::new()))), Code::DEADLINE_EXCEEDED);
+        assert_eq!(TaskError::Agent(AgentError::Silent(late)).code(), Code::DEADLINE_EXCEEDED);
     }
 }

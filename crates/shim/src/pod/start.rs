@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bulkhead_protocol::agent::ExecRequest;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart};
@@ -14,9 +15,12 @@ use super::error::TaskError;
 use super::process::{Exit, Process};
 use crate::cli::flags::is_identifier;
 use crate::io::{ProcessIo, Stdio};
-use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{AgentError, ProcessKey};
+use crate::sandbox::{Sandbox, patience};
 use crate::spec;
+
+/// How long an exec may take in all to be made and to have its streams: the kubelet gives two minutes.
+const EXECUTED: Duration = Duration::from_secs(100);
 
 /// What containerd asks to execute.
 #[derive(Clone, Debug, Default)]
@@ -60,7 +64,7 @@ impl Pod {
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
         let pid = process.assign_pid(sandbox.netns().as_deref())?;
-        if let Err(error) = run_exec(&sandbox, container, &process).await {
+        if let Err(error) = patience::within(EXECUTED, run_exec(&sandbox, container, &process)).await {
             // Whoever waits for it is told. No event: its start was not told either.
             process.ended(Exit::now(Exit::KILLED));
             return Err(error);

@@ -203,6 +203,33 @@ async fn exec_that_the_guest_makes_too_late_is_killed() {
     fixture.agent.called("DeleteProcess c/e", 1).await;
 }
 
+#[tokio::test]
+async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
+    let fixture = pod().await;
+    let agent = &fixture.agent;
+    let pass = async |seconds| {
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        tokio::time::resume();
+    };
+    agent.hold("ResizeGuest");
+    agent.hold("UpdateContainer");
+    let cpus = br#"{ "cpu": { "quota": 400000, "period": 100000 } }"#;
+    let update = tokio::spawn(fixture.pod.clone().update("c".into(), cpus.to_vec()));
+    agent.called("ResizeGuest ", 1).await;
+    pass(50).await;
+    agent.release("ResizeGuest");
+    agent.called("UpdateContainer c", 1).await;
+    agent.hold("ResizeGuest");
+    // It fails, and the guest is to be as small as it was.
+    pass(21).await;
+    agent.called("ResizeGuest ", 2).await;
+    assert!(!update.is_finished());
+    pass(30).await;
+    let update = tokio::time::timeout(Duration::from_secs(10), update).await.expect("the update is still waiting");
+    assert_eq!(update.unwrap().unwrap_err().code(), ttrpc::Code::DEADLINE_EXCEEDED);
+}
+
 #[test]
 fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
     with_mounts(async |dir| {

@@ -1,8 +1,9 @@
-//! Calls to the agent. Every one has a deadline, because the guest may never answer; only waiting for a process, for an event
-//! and for numbers has none, and these end with the VM.
+//! Calls to the agent. Every one has a deadline, and no more than what is left of the patience of containerd's call, because
+//! the guest may never answer; only waiting for a process, for an event and for numbers has none, and these end with the VM.
 
 use std::time::Duration;
 
+use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
 use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
@@ -13,6 +14,7 @@ use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
 
 use super::answers::Answers;
+use super::patience;
 use super::vm::{Vm, VmError};
 use crate::sizing::Target;
 use crate::spec::{DeviceNumber, HugeVolume};
@@ -102,6 +104,9 @@ impl Agent {
     /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.
     pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
         let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
+        if answer.release != RELEASE {
+            return Err(AgentError::Release(bounded(&answer.release)));
+        }
         Ok(Duration::from_nanos(answer.kernel_boot_ns))
     }
 
@@ -269,6 +274,7 @@ fn container(id: &str) -> proto::ContainerRequest {
 }
 
 async fn within<T>(deadline: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    let deadline = patience::left(deadline);
     match tokio::time::timeout(deadline, call).await {
         Ok(answer) => answer.map_err(AgentError::from),
         Err(_) => Err(AgentError::Silent(deadline)),
@@ -286,6 +292,9 @@ pub enum AgentError {
         /// Its words, bounded.
         message: String,
     },
+    /// The guest image and the shim were not installed together.
+    #[error("the guest image is of Bulkhead {0:?}, the shim of {RELEASE:?}; install both from the same release")]
+    Release(String),
     /// The agent did not answer in time.
     #[error("the pod's guest has not answered within {0:?}; if it never does, remove the pod")]
     Silent(Duration),

@@ -141,6 +141,14 @@ impl proto::Agent for FakeAgent {
         Ok(proto::Empty::new())
     }
 
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        r: proto::UpdateContainerRequest,
+    ) -> ttrpc::Result<proto::Empty> {
+        self.call("UpdateContainer", &r.container_id).await.map(|()| proto::Empty::new())
+    }
+
     async fn update_volume(&self, _: &TtrpcContext, r: proto::UpdateVolumeRequest) -> ttrpc::Result<proto::Empty> {
         let about = format!("{}/{} {}", r.container_id, r.volume.index, r.volume.version);
         self.call("UpdateVolume", &about).await.map(|()| proto::Empty::new())

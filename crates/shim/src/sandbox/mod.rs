@@ -9,6 +9,7 @@ mod disks;
 pub mod fake;
 mod hypervisor;
 mod late_network;
+pub mod patience;
 mod pid_namespace;
 mod process;
 mod resize;
@@ -46,6 +47,10 @@ use volumes::FollowedVolumes;
 /// How long an orderly end of the guest may take before its VMM is killed. The guest only has to kill processes and
 /// flush: what containers wrote is in files of the host already. The kubelet waits two minutes for the whole.
 const ORDERLY_END: Duration = Duration::from_secs(10);
+
+/// How long the guest may take in all to connect and to be told of its pod, once its agent listens. With a `boot_timeout_s`
+/// as it is by default and the VMM's end, the kubelet's two minutes suffice.
+const BEGIN: Duration = Duration::from_secs(40);
 
 /// A pod's running VM.
 #[derive(Debug)]
@@ -106,7 +111,7 @@ impl Sandbox {
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = begin(&vm, request(&spec, network, plan.initial.cpus)).await;
+        let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;

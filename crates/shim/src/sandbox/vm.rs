@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
 use super::hypervisor::Machine;
-use super::pid_namespace;
+use super::{patience, pid_namespace};
 use crate::config::Config;
 use crate::network::NetDevice;
 use supervisor::{AFTERWORD, Order, UNSENT, Unsent};
@@ -117,7 +117,7 @@ impl Vm {
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VmError> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Socket)?;
         match self.ask(Command::ConnectVsock { port }, vec![theirs.into()], CONNECT_DEADLINE).await {
-            Err(VmError::Silent(_)) => return Err(VmError::ConnectTimeout(port)),
+            Err(VmError::Silent(waited)) => return Err(VmError::ConnectTimeout(port, waited)),
             answer => answer?,
         };
         ours.set_nonblocking(true).map_err(VmError::Socket)?;
@@ -151,7 +151,9 @@ impl Vm {
     pub async fn grow_memory(&self, mib: u64) -> Result<(), VmError> {
         match self.ask(Command::ResizeMemory { mib }, Vec::new(), PLUG_DEADLINE).await {
             Ok(Reply::Resized { mib: there, .. }) if there >= mib => Ok(()),
-            Ok(Reply::Resized { .. }) | Err(VmError::Silent(_)) => Err(VmError::NotPlugged(mib)),
+            // A later request has taken its place.
+            Ok(Reply::Resized { .. }) => Err(VmError::NotPlugged(mib, Duration::ZERO)),
+            Err(VmError::Silent(waited)) => Err(VmError::NotPlugged(mib, waited)),
             Ok(_) => Err(VmError::Unexpected),
             Err(error) => Err(error),
         }
@@ -164,6 +166,7 @@ impl Vm {
     }
 
     async fn ask(&self, command: Command, fds: Vec<OwnedFd>, deadline: Duration) -> Result<Reply, VmError> {
+        let deadline = patience::left(deadline);
         let (answer, answered) = oneshot::channel();
         let order = Order::Ask(Unsent { command, fds, answer: Some(answer) });
         let done = async {
@@ -240,14 +243,12 @@ pub enum VmError {
     #[error("the pod's VMM answered another question; are shim and VMM of the same version?")]
     Unexpected,
     /// The guest does not take the memory.
-    #[error(
-        "the guest has not plugged {0} MiB of memory within {PLUG_DEADLINE:?}; lower the pod's limits, or restart it"
-    )]
-    NotPlugged(u64),
+    #[error("the guest has not plugged {0} MiB of memory within {1:?}; lower the pod's limits, or restart it")]
+    NotPlugged(u64, Duration),
     /// The VMM reads nothing.
     #[error("the pod's VMM does not read its socket, and {UNSENT} requests wait already; remove the pod")]
     Busy,
     /// The guest did not accept.
-    #[error("the guest did not accept a connection to its port {0} within {CONNECT_DEADLINE:?}")]
-    ConnectTimeout(u32),
+    #[error("the guest did not accept a connection to its port {0} within {1:?}")]
+    ConnectTimeout(u32, Duration),
 }

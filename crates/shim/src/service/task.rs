@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bulkhead_protocol::RELEASE;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::types::task::ProcessInfo;
@@ -156,7 +157,7 @@ impl Task for TaskService {
             Err(error) if self.pod.is_empty() => return Err(status(error)),
             Err(_) => 0,
         };
-        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let version = RELEASE.to_owned();
         Ok(api::ConnectResponse { shim_pid: std::process::id(), task_pid, version, ..Default::default() })
     }
 

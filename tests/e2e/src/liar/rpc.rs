@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
+use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent as proto;
 use protobuf::{Message, MessageField};
 use ttrpc::Code;
@@ -176,6 +177,7 @@ fn tell(guest: &Guest, call: &Call, lie: &str) -> Result<Next> {
         "entries" => return Ok(Next::Other(Ok([0x2a, 0].repeat(1_000_000)))),
         "some-entries" => return Ok(Next::Other(Ok([0x2a, 0].repeat(15_000)))),
         "numbers" => return Ok(Next::Other(Ok(numbers()?))),
+        "other-release" => return Ok(Next::Other(Ok(created("\u{1b}[2J0.0.1")?))),
         "code" => {
             let status = proto::ExitStatus { code: u32::MAX, exited_at_ns: u64::MAX, ..Default::default() };
             return Ok(Next::Other(Ok(status.write_to_bytes()?)));
@@ -197,6 +199,11 @@ fn tell(guest: &Guest, call: &Call, lie: &str) -> Result<Next> {
         }
     }
     Ok(Next::Silence)
+}
+
+fn created(release: &str) -> Result<Vec<u8>> {
+    let answer = proto::CreateSandboxResponse { release: release.to_owned(), ..Default::default() };
+    Ok(answer.write_to_bytes()?)
 }
 
 fn oom(container_id: String) -> Result<Vec<u8>> {
@@ -241,6 +248,7 @@ fn numbers() -> Result<Vec<u8>> {
 fn honest(guest: &Guest, call: &Call) -> Result<std::result::Result<Vec<u8>, ttrpc::Status>> {
     let not_found = || Ok(Err(ttrpc::get_status(Code::NOT_FOUND, "there is no such process".to_owned())));
     match call.method.as_str() {
+        "CreateSandbox" => return Ok(Ok(created(RELEASE)?)),
         "CreateContainer" => {
             let request: proto::CreateContainerRequest = call.request()?;
             guest.processes().insert((request.container_id, String::new()), None);

@@ -270,7 +270,8 @@ fn info_is_told_without_a_pod() {
         let features: serde_json::Value = serde_json::from_slice(&info.features.value)?;
         let lists = |list: &str, name: &str| features.pointer(list).is_some_and(|list| has(list, name));
         ensure!(lists("/mountOptions", "rro") && lists("/linux/namespaces", "pid"), "{features}");
-        ensure!(!lists("/linux/namespaces", "user") && features["linux"]["seccomp"]["enabled"] == true, "{features}");
+        ensure!(lists("/linux/namespaces", "user") && features["linux"]["seccomp"]["enabled"] == true, "{features}");
+        ensure!(!lists("/linux/namespaces", "time") && features["linux"]["selinux"]["enabled"] == false, "{features}");
         Ok(())
     });
 }

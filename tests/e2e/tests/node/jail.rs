@@ -5,13 +5,13 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
+use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::{TestPod, node_command, on_node, sh};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 /// The VMM's process of a pod.
 fn vmm(pod: &TestPod) -> Result<String> {
-    let note = fs::read_to_string(format!("/run/bulkhead/k8s.io/{}/vmm.pid", pod.id)).context("no VMM is noted")?;
-    Ok(note.split(' ').next().unwrap_or_default().to_owned())
+    Ok(Processes::of(pod)?.vmm.to_string())
 }
 
 /// What a VMM has open, in the order of names. What its guest has looked up is its share's.

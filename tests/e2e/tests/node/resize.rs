@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::{status, v1};
+use bulkhead_e2e::processes::{Processes, own_kib};
 use bulkhead_e2e::{PATIENCE, TestPod, node_command, on_node, sh};
 
 const MIB: u64 = 1 << 20;
@@ -159,34 +160,19 @@ fn shim_and_vmm_are_charged_to_the_pod_and_bound_to_its_cpus() {
         let pod = node.pod("charged").await?;
         let main = pod.sleeper("main").await?;
         let cgroup = cgroup(&pod).await?;
-        let shim = node_command("pgrep", &["-f", &format!("containerd-shim-bulkhead-v2.*{}", pod.id)])?;
-        let (vmm, shim) = (vmm()?, shim.trim().to_owned());
+        let Processes { shim, vmm } = Processes::of(&pod)?;
         let members = read(cgroup.join("cgroup.procs"))?;
-        for pid in [&vmm, &shim] {
-            ensure!(members.lines().any(|member| member == pid), "{pid} is not among {members:?}");
+        for pid in [vmm, shim] {
+            ensure!(members.lines().any(|member| member == pid.to_string()), "{pid} is not among {members:?}");
         }
-        let score = |pid: &str| anyhow::Ok(read(format!("/proc/{pid}/oom_score_adj"))?.parse::<i32>()?);
-        ensure!(score(&vmm)? > score(&shim)?, "the shim would be killed before the VMM");
+        let score = |pid: u32| anyhow::Ok(read(format!("/proc/{pid}/oom_score_adj"))?.parse::<i32>()?);
+        ensure!(score(vmm)? > score(shim)?, "the shim would be killed before the VMM");
         ensure!(read(cgroup.join("cpuset.cpus"))?.is_empty(), "bound to CPUs that nobody named");
         update(&pod, &main, v1::LinuxContainerResources { cpuset_cpus: "0".into(), ..Default::default() }).await?;
         ensure!(read(cgroup.join("cpuset.cpus"))? == "0", "not bound to the container's CPUs");
-        let overhead = private_kib(&shim)? + private_kib(&vmm)?;
+        let overhead = own_kib(shim)? + own_kib(vmm)?;
         println!("shim and VMM: {overhead} KiB of their own, without the guest's memory");
         pod.stop(&main, Duration::from_secs(60)).await?;
         Ok(())
     });
-}
-
-/// What a process has in memory beside mappings as large as a guest's memory.
-fn private_kib(pid: &str) -> Result<u64> {
-    let (mut sum, mut is_guest) = (0, false);
-    for line in read(format!("/proc/{pid}/smaps"))?.lines() {
-        let mut words = line.split_whitespace();
-        match words.next().unwrap_or_default() {
-            "Size:" => is_guest = words.next().unwrap_or_default().parse::<u64>()? >= 64 * 1024,
-            "Pss:" if !is_guest => sum += words.next().unwrap_or_default().parse::<u64>()?,
-            _ => {}
-        }
-    }
-    Ok(sum)
 }
