@@ -96,6 +96,10 @@ impl Agent {
     }
 }
 
+/// Time until a connection is accepted again that could not be. What is missing, descriptors or memory, says to nobody when
+/// it is there again, and the connection waits.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
 /// Serves every connection in a task of its own.
 async fn accept_all<S, F, C>(accept: impl Fn() -> F, serve: impl Fn(S) -> C) -> !
 where
@@ -105,8 +109,11 @@ where
     loop {
         match accept().await {
             Ok(stream) => drop(tokio::spawn(serve(stream))),
-            // The listener itself is sound; the one connection is lost (accept(2) on errors of the peer).
-            Err(error) => tracing::warn!(%error, "cannot accept a connection of the host"),
+            // The listener itself is sound (accept(2) on errors of the peer).
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection of the host");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
         }
     }
 }

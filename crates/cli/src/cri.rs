@@ -1,7 +1,7 @@
 //! A client of the Container Runtime Interface (`runtime.v1`): the part of the kubelet that talks to containerd or CRI-O.
 //!
 //! [`Cri`] is one connection, [`Pod`] a sandbox that runs, with the calls that the kubelet makes on it in its order. Nothing
-//! here waits by sleeping: the CRI's own calls block, and the end of a container is awaited with [`Pod::wait_exit`].
+//! here waits by sleeping, but for [`Pod::wait_exit`] where the CRI has no call that blocks.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! Which devices a container may use: cgroup v2 has no files for that, it asks a BPF program (cgroup-v2.rst, "Device
 //! controller"). libcontainer would bring a library in C for this; the program is a page of assembly, so it is made here.
 //!
-//! The rules are OCI's `linux.resources.devices`, later ones before earlier ones, then what every container has.
+//! The first rule that matches decides: what every container has, then OCI's `linux.resources.devices`, later ones before
+//! earlier ones.
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 

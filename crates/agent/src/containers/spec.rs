@@ -4,6 +4,7 @@
 //! set those up in a container is taken out; so is what the guest kernel has no module for (AppArmor, SELinux) and what ran on
 //! the host (hooks). What libcontainer would otherwise look up through NSS or inherit from the agent is filled in.
 
+mod devices;
 mod links;
 
 use std::path::PathBuf;
@@ -41,7 +42,8 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     if let Some(resources) = linux.resources_mut() {
         fit_resources(resources);
     }
-    if linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+    let has_user = linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    if has_user {
         bind_what_a_user_namespace_cannot_mount(spec.mounts_mut().as_deref_mut().unwrap_or_default());
     }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement)?;
@@ -62,6 +64,9 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
     links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
     tmpfs::provide(&mut spec);
+    if !has_user {
+        devices::provide(&mut spec);
+    }
     directory::provide(&mut spec).map_err(|source| {
         let cwd = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
         ContainerError::WorkingDirectory { cwd, source }

@@ -73,9 +73,12 @@ const REFUSED: [libc::c_long; 36] = [
 
 /// Closes what the process was started with beside its standard streams: a daemon of a pod's life must not hold what
 /// containerd, or who started that, has left open. To be called before anything has been opened.
-pub fn close_inherited() {
+pub fn close_inherited() -> Result<(), ConfineError> {
     // SAFETY: nothing in the process owns a descriptor beyond the standard ones yet.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+    match unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(ConfineError::Inherited(std::io::Error::last_os_error())),
+    }
 }
 
 /// Confines the calling thread and all that it starts; to be called before it has started any.
@@ -100,6 +103,9 @@ pub fn confine() -> Result<(), ConfineError> {
 /// The shim cannot be confined.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {
+    /// close_range(2).
+    #[error("cannot close the descriptors that the shim has inherited")]
+    Inherited(#[source] std::io::Error),
     /// prctl(2) or capset(2).
     #[error("cannot drop the shim's privileges")]
     Privileges(#[source] Errno),

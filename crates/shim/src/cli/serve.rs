@@ -30,7 +30,7 @@ const THREAD_STAYS: Duration = Duration::from_secs(1);
 
 /// Runs the daemon to its end.
 pub fn run(flags: &Flags) -> Result<(), ServeError> {
-    close_inherited();
+    close_inherited()?;
     let listener = std::io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
     let listener = UnixListener::from(listener);
     // A session of its own: no terminal's and no process group's signals. Fails only for a group's leader.

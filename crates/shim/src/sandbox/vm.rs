@@ -188,7 +188,9 @@ pub enum VmError {
     #[error("cannot open /dev/kvm; enable virtualization in the firmware and load kvm_intel or kvm_amd")]
     NoKvm(#[source] std::io::Error),
     /// A file of the installation.
-    #[error("cannot open the {what} {path}; install it, or set `{what}` in /etc/bulkhead/config.toml")]
+    #[error(
+        "cannot open the {what} {path}; install it, or set `{what}` in Bulkhead's configuration (/etc/bulkhead/config.toml)"
+    )]
     NoFile {
         /// Its key in the configuration.
         what: &'static str,

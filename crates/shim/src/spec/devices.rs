@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use oci_spec::runtime::{Capability, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 
 use super::SpecError;
 
@@ -117,6 +117,32 @@ pub fn renumber(spec: &mut Spec, disks: &[GuestDisk]) {
     });
 }
 
+/// Lets a privileged container use all devices, which are its guest's: with `privileged_without_host_devices` CRI implementations
+/// leave the rules as those of any container. The agent makes the nodes.
+pub fn open_to_privileged(spec: &mut Spec) {
+    if !is_privileged(spec) {
+        return;
+    }
+    let Some(linux) = spec.linux_mut() else { return };
+    let mut all = LinuxDeviceCgroup::default();
+    all.set_allow(true).set_access(Some("rwm".into()));
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    let mut rules = resources.devices().clone().unwrap_or_default();
+    rules.push(all);
+    resources.set_devices(Some(rules));
+    linux.set_resources(Some(resources));
+}
+
+/// No part of a spec says so. But only a privileged container may administer the system and has a /sys that it can write to.
+fn is_privileged(spec: &Spec) -> bool {
+    let sys = |mount: &Mount| mount.typ().as_deref() == Some("sysfs");
+    let writable = |mount: &Mount| !mount.options().iter().flatten().any(|option| option == "ro");
+    let capabilities = spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
+    let bounding = capabilities.and_then(|sets| sets.bounding().as_ref());
+    bounding.is_some_and(|set| set.contains(&Capability::SysAdmin))
+        && spec.mounts().iter().flatten().any(|mount| sys(mount) && writable(mount))
+}
+
 fn set_number(device: &mut LinuxDevice, number: DeviceNumber) {
     device.set_major(number.major.into()).set_minor(number.minor.into());
 }
@@ -157,6 +183,26 @@ mod tests {
             let error = disks(&spec(json!([other]), json!([]))).unwrap_err().to_string();
             assert!(error.contains(&path) && !error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn privileged_container_may_use_all_devices_of_its_guest() {
+        let open = |capability: &str, option: &str| {
+            let mut spec: Spec = serde_json::from_value(json!({
+                "ociVersion": "1.0.2",
+                "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "capabilities": { "bounding": [capability] } },
+                "mounts": [{ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", option] }],
+                "linux": { "resources": { "devices": [{ "allow": false, "access": "rwm" }] } },
+            }))
+            .unwrap();
+            open_to_privileged(&mut spec);
+            let linux = serde_json::to_value(spec.linux()).unwrap();
+            linux["resources"]["devices"].as_array().unwrap().clone()
+        };
+        let rules = open("CAP_SYS_ADMIN", "rw");
+        assert_eq!((rules.len(), &rules[1]["allow"], &rules[1]["access"]), (2, &json!(true), &json!("rwm")));
+        assert_eq!(open("CAP_SYS_ADMIN", "ro").len(), 1);
+        assert_eq!(open("CAP_CHOWN", "rw").len(), 1);
     }
 
     #[test]

@@ -70,6 +70,7 @@ pub struct Given {
 /// Rewrites a container's spec.
 pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, SpecError> {
     devices::renumber(&mut spec, &given.disks);
+    devices::open_to_privileged(&mut spec);
     refuse_what_is_on_the_host(&spec)?;
     let pid = namespaces::strip(&mut spec)?;
     users::rewrite(&mut spec);

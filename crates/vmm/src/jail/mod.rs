@@ -10,7 +10,7 @@
 //! carries a process's working directory over into the new namespace, and no descriptor. One that stayed would lead out of the
 //! jail (`openat(fd, "..")`), so the share's is closed and opened anew from inside, and what virtiofsd needs of /proc is a
 //! mount of the directory of our own descriptors and nothing above it.
-#![allow(unsafe_code)] // reason: unshare(2), mallopt(3)
+#![allow(unsafe_code)] // reason: unshare(2), mallopt(3); what `seccomp` needs it for is said there
 
 mod landlock;
 pub mod seccomp;

@@ -4,6 +4,7 @@
 //! Devices could still be told to read and write there: they know one memory, whose mapping must not have holes that a
 //! device's copy would fault on. So all blocks that are not attached are the same one block of the host's, a decoy. What a
 //! device does there costs the host one block at most, and nobody who is given a block later finds anything of it.
+#![allow(unsafe_code)] // reason: mmap(2) over a part of the guest's memory
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

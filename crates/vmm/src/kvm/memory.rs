@@ -1,5 +1,6 @@
 //! The guest's memory: private anonymous mappings, reserved but not allocated until the guest touches them, and given
 //! back to the host where the guest has no more use for them.
+#![allow(unsafe_code)] // reason: madvise(2)
 
 use std::sync::Arc;
 

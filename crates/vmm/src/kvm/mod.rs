@@ -1,6 +1,6 @@
 //! The virtual machine as KVM has it: memory slots, interrupt controllers, vCPUs. All of the VMM's dealings with
 //! /dev/kvm are in this module (Documentation/virt/kvm/api.rst).
-#![allow(unsafe_code)] // descriptors become KVM's, and KVM is given host addresses
+#![allow(unsafe_code)] // reason: descriptors become KVM's, and KVM is given host addresses; the modules below say theirs
 
 mod cpuid;
 mod hotplug;

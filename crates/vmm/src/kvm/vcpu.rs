@@ -2,6 +2,7 @@
 //!
 //! A thread leaves KVM_RUN for an exit or a kick. A kick sets `immediate_exit` in the vCPU's run page and then signals the
 //! thread: whether the signal comes before KVM_RUN or within, KVM_RUN returns EINTR (api.rst, section 5, `kvm_run`).
+#![allow(unsafe_code)] // reason: `immediate_exit` is written by another thread, and pthread_kill(3)
 
 use std::fmt;
 use std::io;

@@ -1,5 +1,5 @@
 //! The file server's thread: waits for both queues and the stop event, and hands each message to virtiofsd.
-#![allow(unsafe_code)] // reason: unshare(2)
+#![allow(unsafe_code)] // reason: unshare(2), and an event's descriptor to wait for
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
