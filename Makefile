@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel kernel-debug rootfs images build check run test test-unit test-node test-compat test-hostile fuzz \
+.PHONY: help setup setup-build kernel kernel-debug rootfs images product build check run test test-unit test-node test-compat test-hostile fuzz \
 	node soak-boot soak-pods bench-boot install clean
 
 # Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); how long `make fuzz` runs each target,
@@ -22,13 +22,16 @@ help: ## this list
 setup: ## install Debian packages and virtme-ng, if anything is missing (root)
 	@tests/node/setup
 
-kernel: setup ## build/vmlinux, the guest kernel
+setup-build: ## the same, for what `make install` builds alone
+	@tests/node/setup build
+
+kernel: setup-build ## build/vmlinux, the guest kernel
 	@guest-kernel/build
 
-kernel-debug: setup ## build/vmlinux-debug, with a serial console
+kernel-debug: setup-build ## build/vmlinux-debug, with a serial console
 	@guest-kernel/build debug
 
-rootfs: setup ## build/initramfs.cpio, the guest image
+rootfs: setup-build ## build/initramfs.cpio, the guest image
 	@rootfs/build agent
 	@rootfs/build reboot
 
@@ -38,12 +41,16 @@ build/images/.stamp: $(wildcard tests/node/images/*) | setup
 	@echo "test images: building them from installed packages"
 	@rm -rf build/images && tests/node/images/build build/images && touch $@
 
+product: kernel rootfs ## what `make install` installs, and nothing that only tests need
+	@tools/build product
+
 build: setup kernel rootfs images ## everything: binaries in build/bin, guest kernel, guest image, test images
 	@tools/build
 
-check: setup ## format, clippy, licences
+check: setup-build ## format, clippy, licences
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy -p bulkhead-e2e --test node --locked -- -D warnings
 	tools/licences
 
 run: build ## start a node and a pod in its own guest, and show both side by side
@@ -80,7 +87,7 @@ bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its fi
 	@$(NODE) run bulkhead-bench
 	@$(NODE) run benches/boot
 
-install: build ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead
+install: product ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/lib/bulkhead' '$(DESTDIR)/etc/bulkhead'
 	install -m 755 build/bin/containerd-shim-bulkhead-v2 build/bin/bulkhead '$(DESTDIR)$(PREFIX)/bin'
 	install -m 755 build/bin/bulkhead-vmm '$(DESTDIR)$(PREFIX)/lib/bulkhead'

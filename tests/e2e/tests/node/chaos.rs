@@ -158,7 +158,8 @@ fn hostile_27_slow_cni_delays_its_pod_and_no_other() {
             Ok(())
         };
         let (slow, other) = tokio::join!(node.pod("slow-cni"), other);
-        (slow?, other?);
+        slow?;
+        other?;
         ensure!(begin.elapsed() > Duration::from_secs(10), "the plugin was not waited for: {:?}", begin.elapsed());
         changed.undo()
     });

@@ -120,12 +120,15 @@ enum Outcome {
     Refused,
 }
 
+/// Makes something in a bundle.
+type Prepare = Box<dyn Fn(&Path) -> Result<()>>;
+
 /// A root file system as containerd might describe it.
 struct Odd {
     name: &'static str,
     mounts: Vec<Mount>,
     /// What is in the bundle instead of the directory `rootfs`.
-    prepared: Option<Box<dyn Fn(&Path) -> Result<()>>>,
+    prepared: Option<Prepare>,
     outcome: Outcome,
 }
 
