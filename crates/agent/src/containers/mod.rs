@@ -86,8 +86,8 @@ impl Containers {
         Ok(())
     }
 
-    /// Creates a container whose init waits to be started. Answers init's pid.
-    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, ContainerError> {
+    /// Creates a container whose init waits to be started.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<(), ContainerError> {
         check_id(&request.container_id)?;
         let id = request.container_id.clone();
         let container = self.reserve(&id)?;
@@ -105,7 +105,7 @@ impl Containers {
         &self,
         container: &Arc<Container>,
         request: &CreateContainerRequest,
-    ) -> Result<u32, ContainerError> {
+    ) -> Result<(), ContainerError> {
         let id = container.id();
         let pid_namespace = request.pid_namespace.enum_value_or_default();
         let placement = Placement {
@@ -133,8 +133,8 @@ impl Containers {
         let process = self.adopt(container, "", created, ours, &request.streams)?;
         container.set_phase(Phase::Created);
         let shares_pids = pid_namespace != PidNamespace::PID_NAMESPACE_OWN;
-        tokio::spawn(container::follow(Arc::clone(container), Arc::clone(&process), self.events.clone(), shares_pids));
-        Ok(process.pid())
+        tokio::spawn(container::follow(Arc::clone(container), process, self.events.clone(), shares_pids));
+        Ok(())
     }
 
     /// Starts a created container.
@@ -168,8 +168,8 @@ impl Containers {
         blocking(move || Ok(volumes.update(request.volume.get_or_default())?)).await
     }
 
-    /// Creates a process in a running container; it runs at once. Answers its pid.
-    pub async fn exec(&self, request: ExecRequest) -> Result<u32, ContainerError> {
+    /// Creates a process in a running container; it runs at once.
+    pub async fn exec(&self, request: ExecRequest) -> Result<(), ContainerError> {
         check_id(&request.exec_id)?;
         let container = self.get(&request.container_id)?;
         container.reserve_exec(&request.exec_id)?;
@@ -180,7 +180,7 @@ impl Containers {
         created
     }
 
-    async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
+    async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<(), ContainerError> {
         let process =
             spec::adapt_process(&request.process, request.streams.terminal, container.capabilities().cloned())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
@@ -190,7 +190,7 @@ impl Containers {
         let group = container.cgroup().group_for_exec(init.pid());
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
         let created = self.runtime.exec(container.id(), group, serial, &process, stdio).await?;
-        Ok(self.adopt(container, &request.exec_id, created, ours, &request.streams)?.pid())
+        self.adopt(container, &request.exec_id, created, ours, &request.streams).map(drop)
     }
 
     /// Forgets an exec that has ended.
