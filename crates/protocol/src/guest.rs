@@ -35,6 +35,10 @@ pub const SHM_DIR: &str = "/run/bulkhead/shm";
 /// Where the agent keeps copies of volumes that the kubelet updates, see `CreateContainerRequest` in agent.proto.
 pub const VOLUMES_DIR: &str = "/run/bulkhead/volumes";
 
-/// Most disks, and most interfaces, whose numbers the agent sends and the shim passes on. A container may make any number of
-/// them, and the shim ends a connection on which an answer of more than 32 KiB comes.
+/// Longest answer of the agent's in bytes; the shim ends a connection on which a longer one comes. The longest honest one
+/// is a container's numbers, some 5 KiB; texts are cut by the agent.
+pub const MAX_ANSWER: usize = 32 << 10;
+
+/// Most disks, and most interfaces, whose numbers the agent sends and the shim passes on: a container may make any number
+/// of them, and all must fit into an answer of [`MAX_ANSWER`].
 pub const MAX_STATS_ENTRIES: usize = 64;
