@@ -61,8 +61,7 @@ fn find_disk(device: &Path) -> Option<BlockDevice> {
     let disk = child(&virtio.join("block"), |_| true)?;
     let numbers = std::fs::read_to_string(disk.join("dev")).ok()?;
     let (major, minor) = numbers.trim().split_once(':')?;
-    let name = disk.file_name()?.to_str()?.to_owned();
-    Some(BlockDevice { name, major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() })
+    Some(BlockDevice { major: major.parse().ok()?, minor: minor.parse().ok()?, ..Default::default() })
 }
 
 fn child(dir: &Path, fits: impl Fn(&str) -> bool) -> Option<PathBuf> {
@@ -97,6 +96,6 @@ mod tests {
         std::fs::create_dir_all(device.join("power")).unwrap();
         std::fs::write(device.join("virtio6/block/vdb/dev"), "254:16\n").unwrap();
         let disk = find_disk(&device).unwrap();
-        assert_eq!((disk.name.as_str(), disk.major, disk.minor), ("vdb", 254, 16));
+        assert_eq!((disk.major, disk.minor), (254, 16));
     }
 }

@@ -7,7 +7,6 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::signal::unix::Signal;
 use tokio::sync::watch;
@@ -19,8 +18,6 @@ use crate::sys;
 pub struct Exit {
     /// Exit status, or 128 + signal.
     pub code: u32,
-    /// Nanoseconds since the epoch, by the guest's clock.
-    pub at_ns: u64,
 }
 
 /// Tells when a process has ended. Any number of clones may wait.
@@ -94,7 +91,7 @@ impl Reaper {
     fn reap_one(&self) -> bool {
         let Some(child) = sys::peek_ended_child() else { return false };
         let Ok(pid) = u32::try_from(child.pid) else { return false };
-        let exit = Exit { code: child.code, at_ns: now_ns() };
+        let exit = Exit { code: child.code };
         let mut table = self.table();
         let owner = table.owners.remove(&pid);
         if owner.is_none() && table.births > 0 {
@@ -136,11 +133,6 @@ impl Drop for Birth {
             table.unclaimed.clear();
         }
     }
-}
-
-fn now_ns() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

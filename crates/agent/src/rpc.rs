@@ -8,9 +8,8 @@ use async_trait::async_trait;
 use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ListProcessesResponse,
-    ProcessId, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
-    UpdateVolumeRequest,
+    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ProcessRequest,
+    ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -26,10 +25,6 @@ use crate::{events, sys};
 
 /// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
 const MAX_TEXT: usize = 4096;
-
-/// Most pids of a list: a container may have as many as the kernel, and a pid takes up to four bytes of the 32 KiB that an
-/// answer may have.
-const MAX_PIDS: usize = 4096;
 
 /// Implements the protocol's service.
 pub struct Service {
@@ -99,9 +94,9 @@ impl Agent for Service {
         done(beside(move || devices::unbind(request.slot)).await?)
     }
 
-    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<ProcessId> {
+    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<Empty> {
         let containers = Arc::clone(&self.containers);
-        whole(async move { containers.create(request).await }).await?.map(process_id).map_err(status)
+        done(whole(async move { containers.create(request).await }).await?)
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
@@ -128,17 +123,6 @@ impl Agent for Service {
         done(container.update(&request.resources))
     }
 
-    async fn list_processes(
-        &self,
-        _: &TtrpcContext,
-        request: ContainerRequest,
-    ) -> ttrpc::Result<ListProcessesResponse> {
-        let container = self.containers.get(&request.container_id).map_err(status)?;
-        let mut pids = container.pids().map_err(status)?;
-        pids.truncate(MAX_PIDS);
-        Ok(ListProcessesResponse { pids, ..Default::default() })
-    }
-
     async fn get_stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Stats> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
         let mut stats = container.cgroup().stats();
@@ -151,9 +135,9 @@ impl Agent for Service {
         done(whole(async move { containers.update_volume(request).await }).await?)
     }
 
-    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ProcessId> {
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
         let containers = Arc::clone(&self.containers);
-        whole(async move { containers.exec(request).await }).await?.map(process_id).map_err(status)
+        done(whole(async move { containers.exec(request).await }).await?)
     }
 
     async fn delete_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
@@ -175,7 +159,7 @@ impl Agent for Service {
         // Asked before a delete can have been: whoever waits deletes afterwards.
         let container = self.containers.get(&request.container_id).ok().filter(|_| request.exec_id.is_empty());
         let oom_killed = container.is_some_and(|container| container.cgroup().has_oom_kills());
-        Ok(ExitStatus { code: exit.code, exited_at_ns: exit.at_ns, oom_killed, ..Default::default() })
+        Ok(ExitStatus { code: exit.code, oom_killed, ..Default::default() })
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
@@ -195,10 +179,6 @@ async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static
 async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> ttrpc::Result<T> {
     let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
     tokio::task::spawn_blocking(work).await.map_err(lost)
-}
-
-fn process_id(pid: u32) -> ProcessId {
-    ProcessId { pid, ..Default::default() }
 }
 
 fn done<E: Into<ServiceError>>(outcome: Result<(), E>) -> ttrpc::Result<Empty> {
@@ -250,14 +230,11 @@ fn bounded(mut text: String) -> String {
 mod tests {
     use super::*;
     use bulkhead_protocol::agent::{HugeTlbStats, InterfaceStats, IoStats, MemoryStats};
-    use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
+    use bulkhead_protocol::guest::{MAX_ANSWER, MAX_STATS_ENTRIES};
     use protobuf::Message;
 
-    /// What the shim takes.
-    const MAX_ANSWER: u64 = 32 << 10;
-
     #[test]
-    fn longest_answers_are_short_enough() {
+    fn longest_answer_is_short_enough() {
         const MOST: u64 = u64::MAX;
         let (major, minor, rbytes, wbytes, rios, wios) = (MOST, MOST, MOST, MOST, MOST, MOST);
         let disk = IoStats { major, minor, rbytes, wbytes, rios, wios, ..Default::default() };
@@ -284,10 +261,8 @@ mod tests {
             huge_tlb: vec![pool; 8],
             ..Default::default()
         };
-        let processes = ListProcessesResponse { pids: vec![1 << 22; MAX_PIDS], ..Default::default() };
-        for size in [stats.compute_size(), processes.compute_size()] {
-            assert!(size < MAX_ANSWER - 1024, "{size}");
-        }
+        let size = usize::try_from(stats.compute_size()).unwrap();
+        assert!(size < MAX_ANSWER - 1024, "{size}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::agent::CopiedVolume;
-use bulkhead_protocol::guest::{SHARE_DIR, VOLUMES_DIR};
+use bulkhead_protocol::guest::{DATA_LINK, SHARE_DIR, VOLUMES_DIR};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fstat, mkdirat, open, openat,
     readlinkat, renameat, statat, symlinkat, unlinkat,
@@ -27,9 +27,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
 
-/// The link to the current version.
-const DATA: &str = "..data";
-/// Its successor, for as long as it takes to rename it.
+/// The successor of [`DATA_LINK`], for as long as it takes to rename it.
 const NEXT_DATA: &str = "..data_tmp";
 
 /// Bounds of a container's copies. A ConfigMap or Secret holds at most 1 MiB, a projected volume several of them, and two
@@ -117,7 +115,7 @@ fn version(volume: &CopiedVolume) -> Result<&OsStr, VolumeError> {
 fn component(text: &OsStr) -> Option<&OsStr> {
     let mut parts = Path::new(text).components();
     match (parts.next(), parts.next()) {
-        (Some(Component::Normal(name)), None) if name != DATA && name != NEXT_DATA => Some(name),
+        (Some(Component::Normal(name)), None) if name != DATA_LINK && name != NEXT_DATA => Some(name),
         _ => None,
     }
 }
@@ -149,13 +147,13 @@ fn switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
     };
     remove(&target, OsStr::new(NEXT_DATA), MAX_DEPTH)?;
     symlinkat(version, &target, NEXT_DATA)?;
-    renameat(&target, NEXT_DATA, &target, DATA)?;
+    renameat(&target, NEXT_DATA, &target, DATA_LINK)?;
     let names = names(&copy)?;
     for name in names.iter().filter(|name| !is_link(&target, name)) {
-        symlinkat(Path::new(DATA).join(name), &target, name)?;
+        symlinkat(Path::new(DATA_LINK).join(name), &target, name)?;
     }
     for gone in self::names(&target)?.iter().filter(|name| !names.contains(*name)) {
-        if is_link(&target, gone) && gone != DATA {
+        if is_link(&target, gone) && gone != DATA_LINK {
             unlinkat(&target, gone, AtFlags::empty())?;
         }
     }
@@ -164,7 +162,7 @@ fn switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
 
 /// The version that is current. A link that leads anywhere but to a name beside it is not the agent's.
 fn current(dir: &OwnedFd) -> Option<OsString> {
-    let link = OsString::from_vec(readlinkat(dir, DATA, Vec::new()).ok()?.into_bytes());
+    let link = OsString::from_vec(readlinkat(dir, DATA_LINK, Vec::new()).ok()?.into_bytes());
     component(&link).map(OsStr::to_owned)
 }
 

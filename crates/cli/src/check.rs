@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-
-/// Where shims have the directories of their pods.
-const RUN_ROOT: &str = "/run/bulkhead";
+use bulkhead_protocol::node::{
+    FILE_SERVER_CAPABILITIES, NODE_CAPABILITIES, ProcessRecord, RUN_ROOT, SHIM_RECORD, VMM_RECORD,
+};
 
 /// Namespaces that a VMM must not share with the node.
 const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
@@ -72,7 +72,7 @@ pub struct CheckArguments {
 /// Prints what it finds; fails if a promise of the jail does not hold.
 pub fn run(arguments: &CheckArguments) -> Result<()> {
     let pod = find(&arguments.jail)?;
-    let (vmm, shim) = (pid(&pod.join("vmm.pid"))?, pid(&pod.join("shim.pid"))?);
+    let (vmm, shim) = (pid(&pod.join(VMM_RECORD))?, pid(&pod.join(SHIM_RECORD))?);
     let mut gaps = Vec::new();
     println!("pod {}", pod.file_name().unwrap_or_default().display());
     println!("\nVMM, process {vmm}");
@@ -117,8 +117,8 @@ fn find(begin: &str) -> Result<PathBuf> {
 /// The process that a shim has noted.
 fn pid(file: &Path) -> Result<u32> {
     let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let pid = text.split(' ').next().and_then(|pid| pid.parse().ok());
-    pid.with_context(|| format!("{} names no process", file.display()))
+    let record: ProcessRecord = text.parse().with_context(|| format!("cannot read {}", file.display()))?;
+    Ok(record.pid)
 }
 
 fn namespaces(pid: u32, gaps: &mut Vec<String>) -> Result<()> {
@@ -237,22 +237,14 @@ struct Promise {
 
 impl Promise {
     /// Without new privileges a bounding set gives nothing, and the shim starts what has a bounding set of its own.
-    const OF_SHIM: Self = Self { filters: 1, permitted: !OVER_THE_NODE, bounding: u64::MAX };
+    const OF_SHIM: Self = Self { filters: 1, permitted: !NODE_CAPABILITIES, bounding: u64::MAX };
 
     /// The VMM inherits the shim's filters, and a thread's own comes on top of them.
     fn of_vmm(thread: &Thread, inherited: u32) -> Self {
-        let permitted = if thread.name == FILE_SERVER { FILE_SERVERS_CAPABILITIES } else { 0 };
-        Self { filters: inherited + 1, permitted, bounding: FILE_SERVERS_CAPABILITIES }
+        let permitted = if thread.name == FILE_SERVER { FILE_SERVER_CAPABILITIES } else { 0 };
+        Self { filters: inherited + 1, permitted, bounding: FILE_SERVER_CAPABILITIES }
     }
 }
-
-/// CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP.
-const FILE_SERVERS_CAPABILITIES: u64 = 0b1101_1011 | 1 << 31;
-
-/// Those over the node as a whole, which a shim drops: CAP_LINUX_IMMUTABLE, NET_BROADCAST, IPC_OWNER, SYS_MODULE, SYS_RAWIO,
-/// SYS_PACCT, SYS_BOOT, SYS_TIME, SYS_TTY_CONFIG, LEASE, AUDIT_WRITE, AUDIT_CONTROL, MAC_OVERRIDE, MAC_ADMIN, SYSLOG,
-/// WAKE_ALARM, BLOCK_SUSPEND, AUDIT_READ, CHECKPOINT_RESTORE.
-const OVER_THE_NODE: u64 = 0x0000_013f_7653_8a00;
 
 fn capabilities(set: u64) -> String {
     let names: Vec<_> =
@@ -310,16 +302,17 @@ mod tests {
         thread.judge(&Promise::OF_SHIM, &mut gaps);
         assert_eq!(gaps.len(), 3, "{gaps:?}");
         assert!(gaps[2].contains("sys_module") && !gaps[2].contains("sys_admin"), "{gaps:?}");
-        thread = Thread { permitted: !OVER_THE_NODE, no_new_privs: true, filters: 1, ..thread };
+        thread = Thread { permitted: !NODE_CAPABILITIES, no_new_privs: true, filters: 1, ..thread };
         gaps.clear();
         thread.judge(&Promise::OF_SHIM, &mut gaps);
         assert!(gaps.is_empty(), "{gaps:?}");
     }
 
     #[test]
-    fn shim_drops_what_is_over_the_node() {
+    fn promises_are_those_of_the_jail() {
+        assert_eq!(capabilities(FILE_SERVER_CAPABILITIES), "chown dac_override fowner fsetid setgid setuid setfcap");
         assert_eq!(
-            capabilities(OVER_THE_NODE),
+            capabilities(NODE_CAPABILITIES),
             "linux_immutable net_broadcast ipc_owner sys_module sys_rawio sys_pacct sys_boot sys_time sys_tty_config lease \
              audit_write audit_control mac_override mac_admin syslog wake_alarm block_suspend audit_read checkpoint_restore"
         );

@@ -3,7 +3,6 @@
 //! [`Cri`] is one connection, [`Pod`] a sandbox that runs, with the calls that the kubelet makes on it in its order. Nothing
 //! here waits by sleeping, but for [`Pod::wait_exit`] where the CRI has no call that blocks.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -69,16 +68,6 @@ impl Cri {
         let request = v1::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
         let id = self.runtime().run_pod_sandbox(request).await.map_err(status)?.into_inner().pod_sandbox_id;
         Ok(Pod { cri: self.clone(), id, config })
-    }
-
-    /// Ids of all sandboxes that carry a label.
-    pub async fn pods_with_label(&self, key: &str, value: &str) -> Result<Vec<String>> {
-        let filter = v1::PodSandboxFilter {
-            label_selector: HashMap::from([(key.to_owned(), value.to_owned())]),
-            ..Default::default()
-        };
-        let list = self.runtime().list_pod_sandbox(v1::ListPodSandboxRequest { filter: Some(filter) }).await;
-        Ok(list.map_err(status)?.into_inner().items.into_iter().map(|pod| pod.id).collect())
     }
 
     /// Stops and removes a sandbox with all its containers. Fine to repeat.

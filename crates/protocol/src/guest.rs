@@ -35,6 +35,39 @@ pub const SHM_DIR: &str = "/run/bulkhead/shm";
 /// Where the agent keeps copies of volumes that the kubelet updates, see `CreateContainerRequest` in agent.proto.
 pub const VOLUMES_DIR: &str = "/run/bulkhead/volumes";
 
-/// Most disks, and most interfaces, whose numbers the agent sends and the shim passes on. A container may make any number of
-/// them, and the shim ends a connection on which an answer of more than 32 KiB comes.
+/// In a volume as the kubelet's atomic writer lays it out, the link that names the current version (kubernetes:
+/// pkg/volume/util/atomic_writer.go).
+pub const DATA_LINK: &str = "..data";
+
+/// Longest identifier in bytes.
+pub const MAX_IDENTIFIER: usize = 76;
+
+/// Whether a text can be the id of a container or an exec, or a namespace of containerd's: containerd's own rule (containerd:
+/// pkg/identifiers/validate.go), which makes them safe as names of files and control groups.
+pub fn is_identifier(text: &str) -> bool {
+    text.len() <= MAX_IDENTIFIER
+        && text.split(['.', '_', '-']).all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()))
+}
+
+/// Longest answer of the agent's in bytes; the shim ends a connection on which a longer one comes. The longest honest one
+/// is a container's numbers, some 5 KiB; texts are cut by the agent.
+pub const MAX_ANSWER: usize = 32 << 10;
+
+/// Most disks, and most interfaces, whose numbers the agent sends and the shim passes on: a container may make any number
+/// of them, and all must fit into an answer of [`MAX_ANSWER`].
 pub const MAX_STATS_ENTRIES: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_are_fit_for_file_names() {
+        for id in ["a", "3f0c", "web-1.2_b", &"x".repeat(76)] {
+            assert!(is_identifier(id), "{id}");
+        }
+        for id in ["", ".", "..", "-a", "a.", "a..b", "a/b", "a b", "a+b", "a\n", "\u{e9}", &"x".repeat(77)] {
+            assert!(!is_identifier(id), "{id}");
+        }
+    }
+}

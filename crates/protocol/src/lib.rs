@@ -1,5 +1,5 @@
 //! What crosses a boundary of Bulkhead: the agent's RPCs, the VMM's control messages, the headers of standard streams and
-//! of forwarded connections.
+//! of forwarded connections, and what a node's processes leave for an operator's commands.
 //!
 //! The shim speaks to both sides, the VMM and the agent never to each other. Whoever receives validates: the guest is
 //! hostile, and the VMM may have been taken over by it, so nothing here trusts a length, a count or an index.
@@ -11,6 +11,7 @@ pub mod control;
 pub mod forward;
 pub mod guest;
 pub mod huge_pages;
+pub mod node;
 pub mod stdio;
 pub mod vmspec;
 

@@ -5,6 +5,12 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Most vCPUs of a machine.
+pub const MAX_VCPUS: u8 = 64;
+
+/// Unit in MiB of the memory that can be plugged: what Linux manages it in (its memory block).
+pub const HOTPLUG_UNIT_MIB: u64 = 128;
+
 /// Index into the descriptors of the message that carries the spec.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(transparent)]
@@ -22,13 +28,14 @@ pub struct VmSpec {
     pub initramfs: Option<FdIndex>,
     /// Kernel parameters beyond those that the VMM itself needs.
     pub cmdline: String,
-    /// vCPUs that exist, 1 to 64.
+    /// vCPUs that exist, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
     /// vCPUs that are online when the guest boots; the agent brings up the others. 1 to `vcpus`.
     pub boot_vcpus: u8,
     /// Boot memory in MiB.
     pub memory_mib: u64,
-    /// Memory in MiB by which a [`DeviceSpec::Memory`] can grow the guest, a multiple of 128; 0 for none.
+    /// Memory in MiB by which a [`DeviceSpec::Memory`] can grow the guest, a multiple of
+    /// [`HOTPLUG_UNIT_MIB`]; 0 for none.
     #[serde(default)]
     pub hotplug_mib: u64,
     /// Devices, in slot order.

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use bulkhead_protocol::guest::is_identifier;
+
 const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
 const CRI_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 const CRI_POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
@@ -55,7 +57,7 @@ fn role_by(
     let find = |name| annotations.get(name).map(String::as_str);
     match (find(type_name), find(sandbox_name).filter(|id| !id.is_empty())) {
         (Some("sandbox"), _) => Ok(Role::Sandbox),
-        (Some("container") | None, Some(id)) if crate::cli::flags::is_identifier(id) => Ok(Role::Member(id.to_owned())),
+        (Some("container") | None, Some(id)) if is_identifier(id) => Ok(Role::Member(id.to_owned())),
         (Some("container") | None, Some(id)) => Err(AnnotationError::bad(sandbox_name, id)),
         (Some("container"), None) => Err(AnnotationError::NoSandbox(sandbox_name)),
         (None, None) => Ok(Role::Standalone),
@@ -69,7 +71,7 @@ pub fn pod_uid(annotations: &HashMap<String, String>) -> Option<&str> {
     if annotations.contains_key(CRIO_TYPE) {
         return None;
     }
-    annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| crate::cli::flags::is_identifier(uid))
+    annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| is_identifier(uid))
 }
 
 /// What a pod asks for; `None` where it does not say.

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_protocol::vmspec::MAX_VCPUS;
 use serde::Deserialize;
 
 /// Where the configuration is unless somebody says otherwise.
@@ -15,9 +16,6 @@ pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
 pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
 
 const LIB_DIR: &str = "/usr/lib/bulkhead";
-
-/// vCPUs that the VMM can make, see [`bulkhead_protocol::vmspec::VmSpec::vcpus`].
-const MOST_VCPUS: u8 = 64;
 
 /// Least boot memory in MiB: kernel, initramfs and agent need about half of it.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 64;
@@ -80,7 +78,7 @@ impl Node {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let pages = rustix::system::sysinfo().totalram;
         let unit = u64::from(rustix::system::sysinfo().mem_unit.max(1));
-        Self { cpus: u8::try_from(cpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS), memory_mib: (pages * unit) >> 20 }
+        Self { cpus: u8::try_from(cpus).unwrap_or(MAX_VCPUS).min(MAX_VCPUS), memory_mib: (pages * unit) >> 20 }
     }
 }
 
@@ -121,7 +119,7 @@ impl Config {
             return Err(ConfigError::Relative(path.clone()));
         }
         bounded("default_vcpus", u64::from(config.default_vcpus), 1, u64::from(config.max_vcpus))?;
-        bounded("max_vcpus", u64::from(config.max_vcpus), 1, u64::from(MOST_VCPUS))?;
+        bounded("max_vcpus", u64::from(config.max_vcpus), 1, u64::from(MAX_VCPUS))?;
         bounded("default_memory_mib", config.default_memory_mib, LEAST_MEMORY_MIB, config.max_memory_mib)?;
         bounded("boot_timeout_s", config.boot_timeout.as_secs(), 1, 3600)?;
         Ok(config)

@@ -8,13 +8,11 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::node::{SHIM_RECORD, VMM_RECORD};
 use sha2::{Digest, Sha256};
 
 /// Directory of the shims' sockets.
 pub const SOCKET_DIR: &str = "/run/containerd/s";
-
-/// Root of the pods' directories.
-pub const RUN_ROOT: &str = "/run/bulkhead";
 
 /// The directory of one pod.
 #[derive(Clone, Debug)]
@@ -38,12 +36,12 @@ impl RunDir {
 
     /// Names the shim's process.
     pub fn shim_pid(&self) -> PathBuf {
-        self.0.join("shim.pid")
+        self.0.join(SHIM_RECORD)
     }
 
     /// Names the VMM's process.
     pub fn vmm_pid(&self) -> PathBuf {
-        self.0.join("vmm.pid")
+        self.0.join(VMM_RECORD)
     }
 
     /// Names the VMM's cgroup.

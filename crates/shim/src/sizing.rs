@@ -6,13 +6,11 @@
 use std::collections::BTreeMap;
 
 use bulkhead_protocol::huge_pages::page_kib;
+use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
 use oci_spec::runtime::LinuxResources;
 
 use crate::annotations::Request;
 use crate::config::{Config, ConfigError, LEAST_MEMORY_MIB, bounded};
-
-/// Unit of the memory that can be plugged, see [`bulkhead_protocol::vmspec::VmSpec::hotplug_mib`].
-const HOTPLUG_UNIT_MIB: u64 = 128;
 
 /// What a container may use; `None` for as much as there is.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]

@@ -7,6 +7,8 @@
 //!
 //! All of it is fixed: a template's guest (ARCHITECTURE.md, D7) must find the same machine wherever it is restored.
 
+use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
+
 /// End of usable conventional memory; above it are the BIOS areas of a PC, which are left out of the memory map.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// Start of high memory, where kernels are loaded.
@@ -61,11 +63,8 @@ pub const SERIAL_IRQ: u32 = 4;
 /// First port of the keyboard controller.
 pub const I8042_PORT: u64 = 0x60;
 
-/// Most vCPUs of a guest; APIC ids are 0 to 63.
-pub const MAX_VCPUS: u8 = 64;
-
-/// Unit in which Linux manages memory that is plugged (its memory block), and in which KVM is told of it.
-pub const MEMORY_BLOCK: u64 = 128 << 20;
+/// Unit in bytes in which memory is plugged, and in which KVM is told of it.
+pub const MEMORY_BLOCK: u64 = HOTPLUG_UNIT_MIB << 20;
 
 /// Start of the memory that can be plugged into a guest with `memory_mib` of boot memory: behind all of that, above the
 /// gap, and at a boundary that suits a memory block of any size that Linux may choose.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, BootError};
@@ -15,7 +15,7 @@ use crate::event_loop::EventLoopError;
 use crate::exit::ExitSignal;
 use crate::jail::JailError;
 use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
-use crate::layout::{self, MAX_VCPUS, SLOTS};
+use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;

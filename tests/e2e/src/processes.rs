@@ -1,8 +1,10 @@
 //! What runs on the host for a pod.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use bulkhead_protocol::node::{ProcessRecord, RUN_ROOT, SHIM_RECORD, VMM_RECORD};
 
 use crate::TestPod;
 
@@ -18,13 +20,21 @@ pub struct Processes {
 impl Processes {
     /// As the shim has noted them for `bulkhead check`.
     pub fn of(pod: &TestPod) -> Result<Self> {
-        let noted = |name: &str| -> Result<u32> {
-            let note = format!("/run/bulkhead/k8s.io/{}/{name}.pid", pod.id);
-            let note = fs::read_to_string(&note).with_context(|| format!("cannot read {note}"))?;
-            note.split(' ').next().and_then(|pid| pid.parse().ok()).with_context(|| format!("{note:?} is no pid"))
-        };
-        Ok(Self { shim: noted("shim")?, vmm: noted("vmm")? })
+        Self::of_sandbox(&pod.id)
     }
+
+    /// Those of a sandbox that the CRI need not know.
+    pub fn of_sandbox(id: &str) -> Result<Self> {
+        let directory = Path::new(RUN_ROOT).join("k8s.io").join(id);
+        Ok(Self { shim: recorded(&directory.join(SHIM_RECORD))?, vmm: recorded(&directory.join(VMM_RECORD))? })
+    }
+}
+
+/// The pid in a record of the shim's.
+pub fn recorded(file: &Path) -> Result<u32> {
+    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let record: ProcessRecord = text.parse().with_context(|| format!("cannot read {}", file.display()))?;
+    Ok(record.pid)
 }
 
 /// What a process has in memory beside mappings as large as a guest's memory, in KiB: its share of what it shares counts

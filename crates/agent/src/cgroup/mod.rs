@@ -143,7 +143,7 @@ impl Cgroup {
     }
 
     /// The pids of the group and of all below it, as the agent's pid namespace numbers them.
-    pub fn processes(&self) -> Result<BTreeSet<u32>, CgroupError> {
+    fn processes(&self) -> Result<BTreeSet<u32>, CgroupError> {
         let mut pids = BTreeSet::new();
         collect_processes(&self.dir, MAX_DEPTH, &mut pids)?;
         Ok(pids)

@@ -89,11 +89,6 @@ impl Container {
         process.ok_or_else(|| ContainerError::NoProcess { id: self.id.clone(), exec_id: exec_id.into() })
     }
 
-    /// Its processes' pids, those that are not the agent's children included.
-    pub fn pids(&self) -> Result<Vec<u32>, ContainerError> {
-        Ok(self.cgroup.processes()?.into_iter().collect())
-    }
-
     /// Freezes its processes.
     pub async fn pause(&self) -> Result<(), ContainerError> {
         self.expect_running()?;

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use bulkhead_protocol::guest::MAX_IDENTIFIER;
+
 use crate::cgroup::CgroupError;
 use crate::runtime::RuntimeError;
 use crate::volumes::VolumeError;
@@ -28,7 +30,7 @@ pub enum ContainerError {
     #[error("{id} is {is}; it must be {wanted} for this")]
     State { id: String, is: &'static str, wanted: &'static str },
     /// Not fit for a file name.
-    #[error("\"{id}\" is no valid id: 1 to 76 letters, digits and any of _ - . + not starting with a dot")]
+    #[error("\"{id}\" is no valid id: letters and digits with single . _ or - between them, at most {MAX_IDENTIFIER}")]
     BadId { id: String },
     /// JSON that is not what the OCI specification says.
     #[error("the OCI {what} is not understood")]

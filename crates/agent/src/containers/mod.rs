@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::agent::{
     CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted, UpdateVolumeRequest, UserNamespace,
 };
+use bulkhead_protocol::guest::{MAX_IDENTIFIER, is_identifier};
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
@@ -32,9 +33,6 @@ pub use error::ContainerError;
 pub use process::Process;
 use share::Share;
 use spec::Placement;
-
-/// Longest container or exec id: containerd's own limit.
-const MAX_ID: usize = 76;
 
 /// Highest signal number, the last of the real-time ones (signal(7)).
 const MAX_SIGNAL: u32 = 64;
@@ -86,8 +84,8 @@ impl Containers {
         Ok(())
     }
 
-    /// Creates a container whose init waits to be started. Answers init's pid.
-    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, ContainerError> {
+    /// Creates a container whose init waits to be started.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<(), ContainerError> {
         check_id(&request.container_id)?;
         let id = request.container_id.clone();
         let container = self.reserve(&id)?;
@@ -105,7 +103,7 @@ impl Containers {
         &self,
         container: &Arc<Container>,
         request: &CreateContainerRequest,
-    ) -> Result<u32, ContainerError> {
+    ) -> Result<(), ContainerError> {
         let id = container.id();
         let pid_namespace = request.pid_namespace.enum_value_or_default();
         let placement = Placement {
@@ -133,8 +131,8 @@ impl Containers {
         let process = self.adopt(container, "", created, ours, &request.streams)?;
         container.set_phase(Phase::Created);
         let shares_pids = pid_namespace != PidNamespace::PID_NAMESPACE_OWN;
-        tokio::spawn(container::follow(Arc::clone(container), Arc::clone(&process), self.events.clone(), shares_pids));
-        Ok(process.pid())
+        tokio::spawn(container::follow(Arc::clone(container), process, self.events.clone(), shares_pids));
+        Ok(())
     }
 
     /// Starts a created container.
@@ -168,8 +166,8 @@ impl Containers {
         blocking(move || Ok(volumes.update(request.volume.get_or_default())?)).await
     }
 
-    /// Creates a process in a running container; it runs at once. Answers its pid.
-    pub async fn exec(&self, request: ExecRequest) -> Result<u32, ContainerError> {
+    /// Creates a process in a running container; it runs at once.
+    pub async fn exec(&self, request: ExecRequest) -> Result<(), ContainerError> {
         check_id(&request.exec_id)?;
         let container = self.get(&request.container_id)?;
         container.reserve_exec(&request.exec_id)?;
@@ -180,7 +178,7 @@ impl Containers {
         created
     }
 
-    async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<u32, ContainerError> {
+    async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<(), ContainerError> {
         let process =
             spec::adapt_process(&request.process, request.streams.terminal, container.capabilities().cloned())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
@@ -190,7 +188,7 @@ impl Containers {
         let group = container.cgroup().group_for_exec(init.pid());
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
         let created = self.runtime.exec(container.id(), group, serial, &process, stdio).await?;
-        Ok(self.adopt(container, &request.exec_id, created, ours, &request.streams)?.pid())
+        self.adopt(container, &request.exec_id, created, ours, &request.streams).map(drop)
     }
 
     /// Forgets an exec that has ended.
@@ -315,24 +313,8 @@ async fn blocking<T: Send + 'static>(
 
 /// Ids become names of files and control groups.
 fn check_id(id: &str) -> Result<(), ContainerError> {
-    let fit = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '+');
-    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(fit) {
-        return Err(ContainerError::BadId { id: id.chars().take(MAX_ID).collect() });
+    if is_identifier(id) {
+        return Ok(());
     }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_fit_for_file_names() {
-        for id in ["a", "3f0c", "web-1.2_b"] {
-            assert!(check_id(id).is_ok(), "{id}");
-        }
-        for id in ["", ".", "..", "a/b", "a b", "\u{e9}", &"x".repeat(77)] {
-            assert!(matches!(check_id(id), Err(ContainerError::BadId { .. })), "{id}");
-        }
-    }
+    Err(ContainerError::BadId { id: id.chars().take(MAX_IDENTIFIER).collect() })
 }

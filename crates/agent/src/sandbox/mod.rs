@@ -23,8 +23,8 @@ pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
 
-/// Size of /dev/shm in bytes where the pod does not say: what container engines give.
-const DEFAULT_SHM_SIZE: u64 = 64 << 20;
+/// Size of the pod's /dev/shm in bytes: what container engines give.
+const SHM_SIZE: u64 = 64 << 20;
 
 /// The pod's sandbox, which is the guest.
 #[derive(Debug, Default)]
@@ -59,7 +59,7 @@ impl Sandbox {
                 .map_err(|errno| SandboxError::Hostname { name: request.domainname.clone(), source: errno.into() })?;
         }
         size::online_cpus(request.online_cpus)?;
-        mount_shm(request.shm_size)?;
+        mount_shm()?;
         mount_share(&request.share_tag)?;
         let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
         self.add_network(AddNetworkRequest { interfaces, routes, neighbours, ..Default::default() }).await?;
@@ -130,10 +130,9 @@ fn set_clock(realtime_ns: u64) -> Result<(), SandboxError> {
     clock_settime(ClockId::Realtime, time).map_err(|errno| SandboxError::Clock(errno.into()))
 }
 
-fn mount_shm(size: u64) -> Result<(), SandboxError> {
-    let size = if size == 0 { DEFAULT_SHM_SIZE } else { size };
+fn mount_shm() -> Result<(), SandboxError> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount_new("tmpfs", "shm", SHM_DIR, flags, &format!("mode=1777,size={size}"))
+    mount_new("tmpfs", "shm", SHM_DIR, flags, &format!("mode=1777,size={SHM_SIZE}"))
 }
 
 fn mount_share(tag: &str) -> Result<(), SandboxError> {

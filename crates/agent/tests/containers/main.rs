@@ -24,7 +24,6 @@ async fn container_runs_its_program_and_tells_how_it_ended() {
     guest.start_container("c1").await.unwrap();
     let exit = guest.wait("c1", "").await.unwrap();
     assert_eq!(exit.code, 7);
-    assert!(exit.exited_at_ns > 1_600_000_000_000_000_000);
     assert_eq!(guest.read("c1", "", Stream::Stdout).await, "out\n");
     assert_eq!(guest.read("c1", "", Stream::Stderr).await, "err\n");
     guest.delete("c1").await.unwrap();
@@ -78,7 +77,7 @@ async fn exec_joins_a_running_container() {
     let error = message_of(guest.exec("c", "e2", &["nonesuch"], streams("")).await);
     assert!(error.contains("exec: \"nonesuch\": executable file not found in $PATH"), "{error}");
     // The process that could not execute it has told why, and may still be on its way out.
-    let alone = async { while guest.pids("c").await.len() != 1 {} };
+    let alone = async { while guest.processes("c").await != 1 {} };
     tokio::time::timeout(Duration::from_secs(5), alone).await.expect("a failed exec leaves no process");
     guest.signal("c", "", 15, false).await.unwrap();
     // sleep is PID 1 of its namespace, which the kernel protects from signals that it does not handle.
@@ -248,7 +247,7 @@ async fn pod_shares_a_pid_namespace_and_dead_containers_leave_it() {
     guest.signal("a", "", 9, false).await.unwrap();
     assert_eq!(guest.wait("a", "").await.unwrap().code, 137);
     guest.delete("a").await.unwrap();
-    assert_eq!(guest.pids("b").await.len(), 1);
+    assert_eq!(guest.processes("b").await, 1);
 
     let target = PidNamespace::PID_NAMESPACE_TARGET;
     guest
@@ -338,7 +337,6 @@ async fn sandbox_gets_names_addresses_and_routes_and_ends_with_its_guest() {
             ..Default::default()
         }],
         sysctls: json("net.ipv4.ip_unprivileged_port_start=0 net.ipv4.conf.eth0.rp_filter=2").into_iter().collect(),
-        shm_size: 1 << 20,
         entropy: vec![7; 64],
         ..Default::default()
     };
@@ -361,7 +359,7 @@ async fn sandbox_gets_names_addresses_and_routes_and_ends_with_its_guest() {
     }
     let state = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/conf/eth0/rp_filter; df -k /run/bulkhead/shm";
     let state = guest.run(state);
-    assert!(state.starts_with("0\n2\n") && state.contains(" 1024 "), "{state}");
+    assert!(state.starts_with("0\n2\n") && state.contains(" 65536 "), "{state}");
 
     // In a pid namespace reboot(2) ends the namespace.
     guest.destroy_sandbox().await;

@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::node::RUN_ROOT;
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
@@ -14,7 +15,7 @@ use super::flags::Flags;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::endpoint::Endpoint;
-use crate::paths::{RUN_ROOT, RunDir, socket_path};
+use crate::paths::{RunDir, socket_path};
 use crate::pod::files::PodFiles;
 use crate::pod::process::Exit;
 use crate::sandbox::{Cgroup, kill_recorded};

@@ -4,6 +4,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use bulkhead_protocol::guest::{MAX_IDENTIFIER, is_identifier};
+
 /// What the binary is asked to do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
@@ -59,7 +61,9 @@ pub enum FlagsError {
     #[error("unknown action {0:?}; expected start or delete")]
     Action(String),
     /// An id that could not be a file name.
-    #[error("-{0} {1:?} is not an identifier of containerd (letters, digits, and .-_ between them, at most 76)")]
+    #[error(
+        "-{0} {1:?} is not an identifier of containerd (letters and digits with single . _ or - between them, at most {MAX_IDENTIFIER})"
+    )]
     Identifier(&'static str, String),
 }
 
@@ -160,12 +164,6 @@ fn next_value(args: &mut impl Iterator<Item = OsString>, name: &str) -> Result<S
 
 fn check_identifier(flag: &'static str, value: &str) -> Result<(), FlagsError> {
     if is_identifier(value) { Ok(()) } else { Err(FlagsError::Identifier(flag, value.to_owned())) }
-}
-
-/// containerd's own rule for identifiers (containerd: identifiers/validate.go), which makes them safe as file names.
-pub fn is_identifier(value: &str) -> bool {
-    value.len() <= 76
-        && value.split(['.', '_', '-']).all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric()))
 }
 
 #[cfg(test)]

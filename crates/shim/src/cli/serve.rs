@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bulkhead_protocol::node::RUN_ROOT;
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,7 +15,7 @@ use super::confine::{ConfineError, close_inherited, confine};
 use super::flags::Flags;
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
-use crate::paths::{RUN_ROOT, RunDir};
+use crate::paths::RunDir;
 use crate::pod::{Pod, PodIdentity};
 use crate::service;
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ExecRequest;
+use bulkhead_protocol::guest::is_identifier;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart};
 use containerd_shim_protos::types::task::Status;
 use protobuf::MessageField;
@@ -13,7 +14,6 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
-use crate::cli::flags::is_identifier;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, patience};

@@ -8,11 +8,9 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use bulkhead_protocol::guest::MAX_ANSWER;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::UnixStream;
-
-/// Longest answer in bytes. The longest honest one is a container's numbers, some 5 KiB; texts are cut by the agent.
-const MAX_ANSWER: usize = 32 << 10;
 
 /// Length, stream and kind, flags.
 const HEADER: usize = 10;
@@ -59,7 +57,8 @@ impl Answers {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it sends what is no answer"));
         }
         if length > MAX_ANSWER {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it sends an answer longer than 32 KiB"));
+            let text = format!("it sends an answer longer than {} KiB", MAX_ANSWER >> 10);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         (self.have, self.left) = (0, length);
         Ok(())

@@ -5,6 +5,8 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use bulkhead_protocol::huge_pages::page_name;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// `oom_score_adj` of a shim: the lowest but one, as containerd gives its own.
@@ -77,12 +79,8 @@ impl Cgroup {
 
     /// Bytes of huge pages that the kubelet lets the pod have: the limit of the group above, if there is one.
     pub fn pod_huge_pages(&self, page_kib: u64) -> Option<u64> {
-        let size = match page_kib {
-            kib if kib >= 1 << 20 => format!("{}GB", kib >> 20),
-            kib if kib >= 1 << 10 => format!("{}MB", kib >> 10),
-            kib => format!("{kib}KB"),
-        };
-        std::fs::read_to_string(self.0.parent()?.join(format!("hugetlb.{size}.max"))).ok()?.trim().parse().ok()
+        let file = self.0.parent()?.join(format!("hugetlb.{}.max", page_name(page_kib)));
+        std::fs::read_to_string(file).ok()?.trim().parse().ok()
     }
 
     /// Removes it. The kubelet removes the pod's own above it.

@@ -125,10 +125,10 @@ impl proto::Agent for FakeAgent {
         &self,
         _: &TtrpcContext,
         request: proto::CreateContainerRequest,
-    ) -> ttrpc::Result<proto::ProcessId> {
+    ) -> ttrpc::Result<proto::Empty> {
         self.call("CreateContainer", &request.container_id).await?;
         self.run(&request.container_id, "");
-        Ok(proto::ProcessId::new())
+        Ok(proto::Empty::new())
     }
 
     async fn start_container(&self, _: &TtrpcContext, r: proto::ContainerRequest) -> ttrpc::Result<proto::Empty> {
@@ -154,10 +154,10 @@ impl proto::Agent for FakeAgent {
         self.call("UpdateVolume", &about).await.map(|()| proto::Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, request: proto::ExecRequest) -> ttrpc::Result<proto::ProcessId> {
+    async fn exec(&self, _: &TtrpcContext, request: proto::ExecRequest) -> ttrpc::Result<proto::Empty> {
         self.call("Exec", &format!("{}/{}", request.container_id, request.exec_id)).await?;
         self.run(&request.container_id, &request.exec_id);
-        Ok(proto::ProcessId::new())
+        Ok(proto::Empty::new())
     }
 
     async fn delete_process(&self, _: &TtrpcContext, r: proto::ProcessRequest) -> ttrpc::Result<proto::Empty> {

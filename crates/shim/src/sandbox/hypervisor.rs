@@ -12,9 +12,9 @@ use crate::config::Config;
 use crate::network::NetDevice;
 use crate::sizing::Plan;
 
-/// Our own kernel parameters: a quiet boot whose panics still reach the log, and end the guest instead of hanging it; and
-/// no dummy0, which the driver would make by itself in the namespace that the pod sees.
-const CMDLINE: &str = "quiet console=hvc0 panic=-1 rdinit=/init dummy.numdummies=0";
+/// Our own kernel parameters beside the VMM's, which make a quiet boot and have a panic end the guest: a console, so that
+/// panics reach the log; and no dummy0, which the driver would make by itself in the namespace that the pod sees.
+const CMDLINE: &str = "console=hvc0 rdinit=/init dummy.numdummies=0";
 
 /// What every machine is made from.
 #[derive(Debug)]

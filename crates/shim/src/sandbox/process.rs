@@ -1,9 +1,9 @@
-//! Records of processes, for the one who cleans up after a shim that was killed: the pid with its start time, so that
-//! another process that got the same pid later is never taken for it (proc_pid_stat(5), field 22).
+//! Records of processes, for the one who cleans up after a shim that was killed.
 
 use std::path::Path;
 use std::time::Duration;
 
+use bulkhead_protocol::node::ProcessRecord;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -12,8 +12,8 @@ const DEATH: Duration = Duration::from_secs(2);
 
 /// Writes a process's record. Without one, cleaning up after a crash has less to go by; nothing else fails.
 pub fn record(file: &Path, pid: u32) {
-    if let Some(start) = start_time(pid)
-        && let Err(error) = std::fs::write(file, format!("{pid} {start}"))
+    if let Some(start_time) = start_time(pid)
+        && let Err(error) = std::fs::write(file, ProcessRecord { pid, start_time }.to_string())
     {
         tracing::warn!(%error, file = %file.display(), "cannot record a process");
     }
@@ -22,26 +22,22 @@ pub fn record(file: &Path, pid: u32) {
 /// Kills the recorded process and waits until it is gone. Nothing happens if it is not that process any more, or if it is
 /// the calling one.
 pub fn kill_recorded(file: &Path) {
-    let Some((pid, start)) = read(file) else { return };
+    let Ok(text) = std::fs::read_to_string(file) else { return };
+    let Ok(record) = text.parse::<ProcessRecord>() else { return };
+    let pid = record.pid;
     let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
     if pid == std::process::id() {
         return;
     }
     // Opened before the check: a pidfd stays with its process.
     let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty()) else { return };
-    if start_time(pid) != Some(start) {
+    if start_time(pid) != Some(record.start_time) {
         return;
     }
     if pidfd_send_signal(&pidfd, Signal::KILL).is_ok() {
         let timeout = Timespec::try_from(DEATH).ok();
         let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], timeout.as_ref());
     }
-}
-
-fn read(file: &Path) -> Option<(u32, u64)> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let (pid, start) = text.split_once(' ')?;
-    Some((pid.parse().ok()?, start.trim().parse().ok()?))
 }
 
 fn start_time(pid: u32) -> Option<u64> {
@@ -59,8 +55,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("pid");
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let start = start_time(child.id()).unwrap();
-        std::fs::write(&file, format!("{} {}", child.id(), start + 1)).unwrap();
+        let start_time = start_time(child.id()).unwrap() + 1;
+        std::fs::write(&file, ProcessRecord { pid: child.id(), start_time }.to_string()).unwrap();
         kill_recorded(&file);
         assert!(child.try_wait().unwrap().is_none(), "a later process with the same pid");
         record(&file, child.id());

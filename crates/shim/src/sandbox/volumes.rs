@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::CopiedVolume;
+use bulkhead_protocol::guest::DATA_LINK;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
@@ -15,9 +16,6 @@ use tokio::task::JoinHandle;
 
 use super::agent::{Agent, AgentError};
 use crate::spec::Volume;
-
-/// The link to a volume's current version.
-const DATA: &str = "..data";
 
 /// The followed volumes of a pod.
 #[derive(Debug, Default)]
@@ -209,7 +207,7 @@ impl Watch {
 
 /// What `..data` names; `None` if the volume is not laid out like that.
 fn version(dir: &Path) -> Option<String> {
-    let target = std::fs::read_link(dir.join(DATA)).ok()?;
+    let target = std::fs::read_link(dir.join(DATA_LINK)).ok()?;
     let name = target.to_str()?;
     (target.components().count() == 1 && target.file_name()? == target).then(|| name.to_owned())
 }
@@ -224,7 +222,7 @@ mod tests {
     fn switch(dir: &Path, version: &str) {
         std::fs::create_dir(dir.join(version)).unwrap();
         symlink(version, dir.join("..data_tmp")).unwrap();
-        std::fs::rename(dir.join("..data_tmp"), dir.join(DATA)).unwrap();
+        std::fs::rename(dir.join("..data_tmp"), dir.join(DATA_LINK)).unwrap();
     }
 
     #[tokio::test]
@@ -306,10 +304,10 @@ mod tests {
     fn a_volume_of_another_layout_has_no_version() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(version(dir.path()), None);
-        symlink("../elsewhere", dir.path().join(DATA)).unwrap();
+        symlink("../elsewhere", dir.path().join(DATA_LINK)).unwrap();
         assert_eq!(version(dir.path()), None);
-        std::fs::remove_file(dir.path().join(DATA)).unwrap();
-        symlink("..", dir.path().join(DATA)).unwrap();
+        std::fs::remove_file(dir.path().join(DATA_LINK)).unwrap();
+        symlink("..", dir.path().join(DATA_LINK)).unwrap();
         assert_eq!(version(dir.path()), None);
     }
 }

@@ -7,9 +7,19 @@ use oci_spec::runtime::{Capability, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceT
 
 use super::SpecError;
 
-/// Character devices that Linux numbers the same everywhere and that every guest has: null, zero, full, random, urandom;
-/// tty, ptmx; tun; fuse (Documentation/admin-guide/devices.txt).
-const COMMON: [(i64, i64); 9] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (10, 200), (10, 229)];
+/// Character devices that every kernel has, by the same numbers (Documentation/admin-guide/devices.txt), and that behave the
+/// same: a bind of one means the guest's own. They are also the ones that every container has.
+pub(super) const COMMON_DEVICES: [(&str, (i64, i64)); 6] = [
+    ("/dev/null", (1, 3)),
+    ("/dev/zero", (1, 5)),
+    ("/dev/full", (1, 7)),
+    ("/dev/random", (1, 8)),
+    ("/dev/urandom", (1, 9)),
+    ("/dev/tty", (5, 0)),
+];
+
+/// Those that every guest has beside, by the same numbers: ptmx, tun, fuse.
+const GUEST_DEVICES: [(i64, i64); 3] = [(5, 2), (10, 200), (10, 229)];
 
 /// A device's number.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -67,12 +77,18 @@ pub fn disks(spec: &Spec) -> Result<Vec<HostDisk>, SpecError> {
                     disks.push(HostDisk { number, writable: is_writable(rules, number) });
                 }
             }
-            LinuxDeviceType::C | LinuxDeviceType::U if COMMON.contains(&(device.major(), device.minor())) => {}
+            LinuxDeviceType::C | LinuxDeviceType::U if is_the_guests(device) => {}
             LinuxDeviceType::P => {}
             _ => return Err(refused()),
         }
     }
     Ok(disks)
+}
+
+/// Whether every guest has this character device.
+fn is_the_guests(device: &LinuxDevice) -> bool {
+    let common = COMMON_DEVICES.iter().map(|(_, number)| number);
+    common.chain(&GUEST_DEVICES).any(|number| *number == (device.major(), device.minor()))
 }
 
 fn number(major: i64, minor: i64) -> Option<DeviceNumber> {

@@ -5,19 +5,9 @@ use std::path::{Path, PathBuf};
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, Spec};
 
+use super::devices::COMMON_DEVICES;
 use super::{HugeVolume, SpecError};
 use crate::annotations;
-
-/// Devices that every kernel has, by the same numbers, and that behave the same: a bind of one means the guest's own. They
-/// are also the ones that every container has.
-const COMMON_DEVICES: [(&str, (i64, i64)); 6] = [
-    ("/dev/null", (1, 3)),
-    ("/dev/zero", (1, 5)),
-    ("/dev/full", (1, 7)),
-    ("/dev/random", (1, 8)),
-    ("/dev/urandom", (1, 9)),
-    ("/dev/tty", (5, 0)),
-];
 
 /// Something of the host that the container sees.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -96,7 +96,8 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{HIGH_MEMORY_START, MAX_VCPUS};
+    use crate::layout::HIGH_MEMORY_START;
+    use bulkhead_protocol::vmspec::MAX_VCPUS;
 
     #[test]
     fn checksums_are_zero_and_the_largest_table_fits() {

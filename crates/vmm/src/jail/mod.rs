@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
+use bulkhead_protocol::node::FILE_SERVER_CAPABILITIES;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -33,15 +34,8 @@ use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use seccomp::Filters;
 pub use seccomp::{FilterError, Kind};
 
-/// What the file server's thread keeps, and no other: it acts for users of the guest on files of the share. Not CAP_MKNOD (a
-/// guest makes no device nodes), and not CAP_DAC_READ_SEARCH, which opens files of the host by handle, beyond any root.
-const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::SETFCAP);
+/// What the file server's thread keeps, and no other.
+const FILE_SERVER: CapabilitySet = CapabilitySet::from_bits_retain(FILE_SERVER_CAPABILITIES);
 
 /// CAP_LAST_CAP of this kernel is not known without /proc; numbers beyond it are refused, which ends the search.
 const MOST_CAPABILITIES: u32 = 63;

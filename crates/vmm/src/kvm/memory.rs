@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
+use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use crate::layout::{self, GAP_END, GAP_START, MEMORY_BLOCK};
+use crate::layout::{self, GAP_END, GAP_START};
 use crate::virtio::Memory;
 
 /// Less cannot hold a kernel and its initramfs.
@@ -20,7 +21,7 @@ pub fn create_memory(mib: u64, hotplug_mib: u64) -> Result<Memory, MemoryError> 
     if !(MIN_MIB..=MAX_MIB).contains(&mib) {
         return Err(MemoryError::Size(mib));
     }
-    if hotplug_mib > MAX_MIB || !hotplug_mib.is_multiple_of(MEMORY_BLOCK >> 20) {
+    if hotplug_mib > MAX_MIB || !hotplug_mib.is_multiple_of(HOTPLUG_UNIT_MIB) {
         return Err(MemoryError::Hotplug(hotplug_mib));
     }
     let mut ranges = ranges(mib << 20).ok_or(MemoryError::Size(mib))?;
@@ -64,7 +65,7 @@ pub enum MemoryError {
     #[error("a guest of {0} MiB is not possible; give it {MIN_MIB} to {MAX_MIB} MiB")]
     Size(u64),
     /// Not whole memory blocks, or out of bounds.
-    #[error("{0} MiB to plug is not possible; give a multiple of 128 MiB up to {MAX_MIB}")]
+    #[error("{0} MiB to plug is not possible; give a multiple of {HOTPLUG_UNIT_MIB} MiB up to {MAX_MIB}")]
     Hotplug(u64),
     /// mmap(2) failed.
     #[error("cannot map {mib} MiB for the guest; the host's address space or overcommit limit is too small")]

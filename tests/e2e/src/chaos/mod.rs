@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_cli::cri::{self, v1};
+use bulkhead_protocol::node::{RUN_ROOT, SHIM_RECORD, VMM_RECORD};
 use containerd_shim_protos::api;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::processes::{Processes, recorded};
 use crate::shim::{Code, Shim, code};
 use crate::terminal::Terminal;
 use crate::{HANDLER, Node, PATIENCE, TestPod, containerd, node_command, sh};
 use moment::Watch;
 
-/// Where the shims have their pods' directories.
-const PODS: &str = "/run/bulkhead/k8s.io";
 /// Where containerd has the pods' network namespaces.
 const NAMESPACES: &str = "/run/netns";
 /// The operator's configuration in the node.
@@ -132,9 +132,7 @@ struct Parts {
 
 impl Parts {
     fn of(pod: &TestPod) -> Result<Self> {
-        let directory = Path::new(PODS).join(&pod.id);
-        let (shim, vmm) =
-            (moment::recorded(&directory.join("shim.pid"))?, moment::recorded(&directory.join("vmm.pid"))?);
+        let Processes { shim, vmm } = Processes::of(pod)?;
         // There is no other pod; with the Sandbox API the CRI does not tell a pod's namespace.
         let netns = std::fs::read_dir(NAMESPACES)?.flatten().next().context("the pod has no network namespace")?;
         Ok(Self { shim, vmm, netns: Some(netns.path().display().to_string()) })
@@ -307,12 +305,12 @@ impl Case<'_> {
         if self.component == Component::Agent {
             return self.agent_that_ends_at_once().await;
         }
-        let pods = Watch::directory(Path::new(PODS))?;
+        let pods = Watch::directory(&Path::new(RUN_ROOT).join("k8s.io"))?;
         let strike = async {
             let directory = Watch::directory(&pods.first_entry().await?)?;
-            let shim = directory.path().join("shim.pid");
-            let vmm = directory.recorded("vmm.pid").await?;
-            let parts = Parts { shim: moment::recorded(&shim)?, vmm, netns: None };
+            let shim = directory.path().join(SHIM_RECORD);
+            let vmm = directory.recorded(VMM_RECORD).await?;
+            let parts = Parts { shim: recorded(&shim)?, vmm, netns: None };
             parts.stop_vmm()?;
             self.strike(&parts, Agent::Asked).await
         };

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::processes::recorded;
 use crate::{PATIENCE, node_command};
 
 /// Runs what waits in a thread of its own, so that the call whose moment is awaited goes on.
@@ -79,7 +80,7 @@ impl Watch {
         self.until(|path| fs::read_dir(path).ok()?.flatten().next().map(|entry| entry.path())).await
     }
 
-    /// A file of a directory that holds a process's record: its pid is the first word.
+    /// The pid in a file of a directory that holds a process's record.
     pub async fn recorded(self, name: &'static str) -> Result<u32> {
         self.until(move |path| recorded(&path.join(name)).ok()).await
     }
@@ -94,12 +95,6 @@ impl Watch {
         })
         .await
     }
-}
-
-/// The pid in a record of the shim's.
-pub fn recorded(file: &Path) -> Result<u32> {
-    let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    text.split(' ').next().unwrap_or_default().trim().parse().context("a record without a pid")
 }
 
 /// Returns when a process is gone.

@@ -179,7 +179,7 @@ fn tell(guest: &Guest, call: &Call, lie: &str) -> Result<Next> {
         "numbers" => return Ok(Next::Other(Ok(numbers()?))),
         "other-release" => return Ok(Next::Other(Ok(created("\u{1b}[2J0.0.1")?))),
         "code" => {
-            let status = proto::ExitStatus { code: u32::MAX, exited_at_ns: u64::MAX, ..Default::default() };
+            let status = proto::ExitStatus { code: u32::MAX, ..Default::default() };
             return Ok(Next::Other(Ok(status.write_to_bytes()?)));
         }
         // Events, as fast as they are taken.

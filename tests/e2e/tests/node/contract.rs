@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
+use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::shim::{Caller, Code, Host, Output, Shim, code};
 use bulkhead_e2e::{Netns, on_node};
 use containerd_shim_protos::api;
@@ -248,8 +249,7 @@ fn hostile_19_descriptors_of_who_starts_a_shim_are_neither_its_daemons_nor_its_v
         let (shim, _) = contract.pod_by_task().await?;
         drop(file);
         let connected: api::ConnectResponse = shim.task("Connect", &connect(contract.sandbox)).await?;
-        let note = crate::read(&format!("/run/bulkhead/k8s.io/{}/vmm.pid", contract.sandbox))?;
-        for pid in [connected.shim_pid.to_string(), note.split(' ').next().unwrap_or_default().to_owned()] {
+        for pid in [connected.shim_pid, Processes::of_sandbox(contract.sandbox)?.vmm] {
             let open = std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("no process {pid}"))?;
             let open: Vec<_> = open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect();
             ensure!(open.len() > 3 && !open.contains(&leaked), "process {pid} has {open:?}");
