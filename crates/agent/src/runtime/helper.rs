@@ -19,6 +19,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::causes::Causes;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
@@ -32,12 +33,19 @@ const STREAMS: usize = 3;
 pub fn main() -> i32 {
     let agent = io::stdin();
     let Ok(Some((request, stdio))) = control::receive::<Request>(&agent) else { return 1 };
+    let mut causes = Causes::keep();
     let sent = match perform(request, stdio) {
         Ok((pid, terminal)) => {
             let terminal: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
             control::send(&agent, &Reply::Created { pid }, &terminal)
         }
-        Err(error) => control::send(&agent, &Reply::Failed { message: sys::chain(&error) }, &[]),
+        Err(error) => {
+            let mut message = sys::chain(&error);
+            if let Some(told) = causes.as_mut().ok().and_then(Causes::told).filter(|told| !told.is_empty()) {
+                message = format!("{message} ({told})");
+            }
+            control::send(&agent, &Reply::Failed { message }, &[])
+        }
     };
     i32::from(sent.is_err())
 }

@@ -6,6 +6,7 @@
 //! agent's children, not the helper's. Once a process exists libcontainer has no further part in it: signals, limits,
 //! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
 
+mod causes;
 pub mod directory;
 mod executor;
 pub mod helper;

@@ -282,6 +282,12 @@ async fn what_cannot_be_created_leaves_nothing() {
     let guest = Guest::start().await;
     let error = message_of(guest.create("c", &["nonesuch"], streams("o")).await);
     assert!(error.contains("\"nonesuch\": executable file not found in $PATH"), "{error}");
+    let odd = fixture::spec(&guest, "odd", &["true"], |spec| {
+        let mount = serde_json::json!({"destination": "/odd", "type": "nonesuch", "source": "x"});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    });
+    let error = message_of(guest.create_with("odd", odd, streams(""), PidNamespace::PID_NAMESPACE_OWN, "").await);
+    assert!(error.contains("/odd") && error.contains("ENODEV"), "{error}");
     assert_eq!(code_of(guest.start_container("c").await), Code::NOT_FOUND);
     guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
     assert_eq!(code_of(guest.create("c", &["true"], streams("")).await), Code::ALREADY_EXISTS);

@@ -32,8 +32,8 @@ const FLOODS: [(&str, &str); 7] = [
     ),
     (
         "files",
-        "mkdir -p /many && for n in $(seq 200); do echo $n > /many/$((RANDOM % 2000)); done && \
-         cat /many/* /bin/busybox && ls -lR /many && rm -f /many/*9 && sync",
+        "mkdir -p /many && for n in $(seq 30); do echo $n > /many/$((RANDOM % 1000)); done && \
+         cat /many/*7 /bin/busybox && ls -l /many && rm -f /many/*9 && sync",
     ),
     ("names", "for n in $(seq 200); do ! test -e /missing-$n-$RANDOM || exit 1; done"),
     ("entropy", "head -c 64k /dev/hwrng"),

@@ -1,0 +1,71 @@
+//! Why libcontainer has failed. Its processes tell each other the outermost of their errors, "failed to prepare rootfs", and only
+//! log what was behind it. So a helper keeps what they log, in a file without a name that they inherit, and adds it to its answer.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+
+use rustix::fs::{MemfdFlags, OFlags, memfd_create};
+use tracing::Subscriber;
+
+/// Most that is told, in bytes: the debugging form of a mount is some hundred, and what follows says the same from further out.
+const MAX_TOLD: usize = 900;
+
+/// What has been logged.
+pub struct Causes(File);
+
+impl Causes {
+    /// Keeps the errors that this process and its children log from now on, until they execute another program. Once in a process.
+    pub fn keep() -> io::Result<Self> {
+        let file = file()?;
+        let _ = tracing::subscriber::set_global_default(errors_to(file.try_clone()?));
+        Ok(Self(file))
+    }
+
+    /// What has been logged so far, the first cause first, in one line; empty if nothing was.
+    pub fn told(&mut self) -> Option<String> {
+        let mut bytes = vec![0; MAX_TOLD];
+        self.0.rewind().ok()?;
+        let length = self.0.read(&mut bytes).ok()?;
+        bytes.truncate(length);
+        let text = String::from_utf8_lossy(&bytes);
+        Some(text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; "))
+    }
+}
+
+fn file() -> io::Result<File> {
+    let file = File::from(memfd_create("causes", MemfdFlags::CLOEXEC)?);
+    // One position for all who write would be that of who reads too.
+    rustix::fs::fcntl_setfl(file.as_fd(), OFlags::APPEND)?;
+    Ok(file)
+}
+
+fn errors_to(file: File) -> impl Subscriber {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::ERROR)
+        .with_writer(Mutex::new(file))
+        .with_ansi(false)
+        .with_level(false)
+        .with_target(false)
+        .without_time()
+        .log_internal_errors(false)
+        .finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_told_in_one_line_and_nothing_else() {
+        let mut causes = Causes(file().unwrap());
+        assert_eq!(causes.told().unwrap(), "");
+        tracing::subscriber::with_default(errors_to(causes.0.try_clone().unwrap()), || {
+            tracing::warn!("beside the point");
+            tracing::error!(code = 22, "failed to mount {:?}", "/x");
+            tracing::error!("failed to prepare rootfs");
+        });
+        assert_eq!(causes.told().unwrap(), "failed to mount \"/x\" code=22; failed to prepare rootfs");
+    }
+}
