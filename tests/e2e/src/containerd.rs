@@ -40,10 +40,17 @@ pub fn crash() -> Result<Vec<String>> {
 
 /// Starts containerd and returns when its CRI answers.
 pub async fn start(cri: &Cri, command: &[String]) -> Result<()> {
-    let (program, arguments) = command.split_first().context("containerd has no command line")?;
+    ensure!(!command.is_empty(), "containerd has no command line");
     let log = OpenOptions::new().append(true).open(LOG)?;
-    let mut containerd = Command::new(program);
-    containerd.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+    // With the limits that tests/node/lib/start gives it, of which containers have theirs.
+    let mut containerd = Command::new("prlimit");
+    containerd
+        .args(["--nofile=1048576", "--nproc=unlimited", "--core=unlimited"])
+        .args(command)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0);
     std::fs::write(PID_FILE, format!("{}\n", containerd.spawn()?.id()))?;
     let begin = Instant::now();
     while cri.runtime().version(v1::VersionRequest::default()).await.is_err() {

@@ -159,6 +159,7 @@ fn strip_linux(linux: &mut Linux) {
     linux.set_cgroups_path(None);
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
+    linux.set_memory_policy(None);
     // Propagation beyond the guest does not exist; inside, the container's tree is its own.
     linux.set_rootfs_propagation(None);
     // The pod's sysctls are set once, when the sandbox is created.

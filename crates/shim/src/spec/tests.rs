@@ -35,7 +35,8 @@ fn container() -> Value {
                 "memory": {"limit": 1024},
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
             },
-            "sysctl": {"net.core.somaxconn": "1"}
+            "sysctl": {"net.core.somaxconn": "1"},
+            "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "1"}
         }
     })
 }
@@ -56,7 +57,7 @@ fn nothing_of_the_host_is_left() {
     assert!(json["linux"]["sysctl"].is_null());
     assert!(json["process"]["apparmorProfile"].is_null() && json["process"]["selinuxLabel"].is_null());
     assert_eq!(json["linux"]["resources"]["cpu"]["shares"], 2);
-    assert!(json["linux"]["resources"]["cpu"]["cpus"].is_null());
+    assert!(json["linux"]["resources"]["cpu"]["cpus"].is_null() && json["linux"]["memoryPolicy"].is_null());
     assert_eq!(json["linux"]["resources"]["memory"]["limit"], 1024);
     assert_eq!(guest.pid, PidChoice::Own);
     assert!(!String::from_utf8_lossy(&guest.json).contains("/srv/data"));
