@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
-use super::{PID_NAMESPACE_ARG, id_maps};
+use super::{PID_NAMESPACE_ARG, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -54,7 +54,10 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
     let window = request.terminal;
     let pid = match request.action {
         Action::Create { id, bundle, state } => {
-            let (hooks, confinement) = take_over(&bundle.join("config.json"))?;
+            let config = bundle.join("config.json");
+            let mut spec: Spec = read_json(&config)?;
+            limits::raise(spec.process().as_ref().and_then(|process| process.rlimits().as_deref()).unwrap_or_default());
+            let (hooks, confinement) = take_over(&config, &mut spec)?;
             let init = Some(Init { id: id.clone(), bundle: bundle.clone(), hooks });
             let executor = AgentExecutor { init, window, confinement };
             let mut container = builder(id, &state, console_path, stdio, executor)?
@@ -70,6 +73,7 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
         Action::Exec { id, state, process, seccomp, cgroup } => {
             let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
             let executor = AgentExecutor { init: None, window, confinement };
+            prepare(&read_json(&process)?)?;
             join_user_namespace(&state.join(&id))?;
             let pid = builder(id, &state, console_path, stdio, executor)?
                 .as_tenant()
@@ -122,15 +126,14 @@ fn give_streams(stdio: &[OwnedFd], uid: u32) -> Result<(), HelperError> {
 }
 
 /// Takes out of libcontainer's hands what the executor does for a container's init: see [`Init`] and [`Confinement`].
-fn take_over(config: &Path) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
-    let mut spec: Spec = read_json(config)?;
+fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
     let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
     let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
     let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
     let process = spec.process_mut().as_mut();
     let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
     if confinement.is_some() || !hooks.is_empty() {
-        write_json(config, &spec)?;
+        write_json(config, spec)?;
     }
     Ok((hooks, confinement))
 }
@@ -142,6 +145,12 @@ fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperErr
     let confinement = Confinement::take_over(filter, &mut process);
     write_json(process_path, &process)?;
     Ok(confinement)
+}
+
+/// Gives this process what an exec inherits and could not take in its container's user namespace.
+fn prepare(process: &Process) -> Result<(), HelperError> {
+    limits::raise(process.rlimits().as_deref().unwrap_or_default());
+    process.oom_score_adj().map_or(Ok(()), limits::set_oom_score).map_err(HelperError::OomScore)
 }
 
 /// Joins the container's user namespace, if it has one of its own. libcontainer 0.7 joins all others for an exec but not
@@ -254,6 +263,8 @@ enum HelperError {
     Agent(#[source] ControlError),
     #[error("cannot give the standard streams to the user of the process")]
     Owner(#[source] rustix::io::Errno),
+    #[error("cannot set the OOM score of the process")]
+    OomScore(#[source] io::Error),
     #[error("cannot use {path}")]
     File { path: PathBuf, source: io::Error },
     #[error("cannot create a pid namespace")]

@@ -11,6 +11,7 @@ mod executor;
 pub mod helper;
 pub mod home;
 pub mod id_maps;
+mod limits;
 pub mod message;
 pub mod pid_namespace;
 mod seccomp;

@@ -184,3 +184,35 @@ async fn process_is_who_and_may_what_its_spec_says() {
     }
     assert_eq!(guest.leftovers(), Vec::<String>::new());
 }
+
+/// A container of a Guaranteed pod has a score below the agent's own. In the pod's user namespace no process may lower its
+/// score or raise its hard limits, whatever it may do there.
+#[tokio::test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+async fn user_namespace_withholds_neither_scores_nor_limits() {
+    let guest = Guest::start().await;
+    guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+    let own = guest.run("grep 'Max msgqueue size' /proc/1/limits");
+    assert_eq!(limit(&own, "Max msgqueue size"), ["819200", "819200"]);
+    let give = |process: &mut Value, score: i32, bytes: u32| {
+        process["oomScoreAdj"] = score.into();
+        process["rlimits"] = json!([
+            {"type": "RLIMIT_MSGQUEUE", "soft": 1000, "hard": bytes}, {"type": "RLIMIT_NOFILE", "soft": 30, "hard": 40}
+        ]);
+    };
+    let [init, exec] = outputs(
+        &guest,
+        "c",
+        "cat /proc/self/oom_score_adj; cat /proc/self/limits",
+        |spec| {
+            spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "user"}]);
+            give(&mut spec["process"], -997, 900_000);
+        },
+        |process| give(process, -998, 1_000_000),
+    )
+    .await;
+    assert!(init.starts_with("-997\n") && exec.starts_with("-998\n"), "{init}{exec}");
+    assert_eq!(limit(&init, "Max msgqueue size"), ["1000", "900000"]);
+    assert_eq!(limit(&exec, "Max msgqueue size"), ["1000", "1000000"]);
+    assert_eq!((limit(&init, "Max open files"), limit(&exec, "Max open files")), (vec!["30", "40"], vec!["30", "40"]));
+}
