@@ -230,8 +230,14 @@ fn receive_descriptor(socket: impl AsFd) -> Result<OwnedFd, HelperError> {
     descriptor.ok_or(HelperError::NoTerminal)
 }
 
+/// OOM score of what holds a pod's namespaces: below that of any container, -997 at the least, for they end with it. The
+/// pause process of others has the same.
+const HOLDER_SCORE: i32 = -998;
+
 /// Starts the init of a new pid namespace; it outlives this helper.
 fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
+    // Before the user namespace, where it could not. Without the capability, as in tests, it stays what the agent has.
+    let _ = limits::set_oom_score(HOLDER_SCORE);
     if let Some(maps) = user {
         // Before the pid namespace, which shall belong to it.
         id_maps::enter(maps, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)

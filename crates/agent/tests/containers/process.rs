@@ -216,3 +216,18 @@ async fn user_namespace_withholds_neither_scores_nor_limits() {
     assert_eq!(limit(&exec, "Max msgqueue size"), ["1000", "1000000"]);
     assert_eq!((limit(&init, "Max open files"), limit(&exec, "Max open files")), (vec!["30", "40"], vec!["30", "40"]));
 }
+
+#[tokio::test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+async fn holder_of_the_pods_namespaces_outlives_its_containers_when_memory_runs_out() {
+    for user_namespace in [false, true] {
+        let guest = Guest::start().await;
+        if user_namespace {
+            guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+        }
+        let spec = fixture::spec(&guest, "c", &["sleep", "1000"], |_| {});
+        guest.create_with("c", spec, streams(""), PidNamespace::PID_NAMESPACE_POD, "").await.unwrap();
+        let script = "for process in /proc/[0-9]*; do ! grep -qs pid-namespace $process/cmdline || cat $process/oom_score_adj; done";
+        assert_eq!(guest.run(script), "-998\n", "{user_namespace}");
+    }
+}
