@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::signal::unix::Signal;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::signal::unix;
 use tokio::sync::watch;
 
 use crate::sys;
@@ -86,8 +87,19 @@ impl Reaper {
         sys::kill(pid, signal).map(|()| true)
     }
 
+    /// Kills a process that has an owner, and the rest of the process group that it leads.
+    pub fn kill_group(&self, pid: u32) -> std::io::Result<()> {
+        let table = self.table();
+        let leader = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        // Until it is reaped its group's number is no other's.
+        match leader.filter(|_| table.owners.contains_key(&pid)) {
+            Some(leader) => Ok(kill_process_group(leader, Signal::KILL)?),
+            None => Ok(()),
+        }
+    }
+
     /// Reaps until the agent ends, at once and then whenever SIGCHLD comes.
-    pub async fn run(self: Arc<Self>, mut children: Signal) {
+    pub async fn run(self: Arc<Self>, mut children: unix::Signal) {
         loop {
             while self.reap_one() {}
             if children.recv().await.is_none() {

@@ -9,10 +9,7 @@ use super::error::ContainerError;
 use super::process::Process;
 use super::spec;
 use crate::cgroup::Cgroup;
-use crate::events;
-
-/// SIGKILL, which the kernel can send to a whole group at once.
-const SIGKILL: u32 = 9;
+use crate::{events, sys};
 
 /// How far a container has come. That its init has ended is init's own state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -118,7 +115,8 @@ impl Container {
     }
 
     pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {
-        if signal == SIGKILL {
+        // Which the kernel sends to a whole group at once.
+        if signal == sys::SIGKILL {
             self.cgroup.kill()?
         } else {
             self.cgroup.signal_all(signal)?

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
-use super::{PID_NAMESPACE_ARG, id_maps, limits};
+use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -75,7 +75,9 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
             let executor = AgentExecutor { init: None, window, confinement };
             prepare(&read_json(&process)?)?;
             join_user_namespace(&state.join(&id))?;
+            let pid_file = state.join(&id).join(EXEC_PID);
             let pid = builder(id, &state, console_path, stdio, executor)?
+                .with_pid_file(Some(pid_file))?
                 .as_tenant()
                 .with_process(Some(process))
                 .with_sub_cgroup(cgroup)
@@ -181,6 +183,11 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), HelperError> {
     text.and_then(|text| std::fs::write(path, text)).map_err(|source| HelperError::File { path: path.into(), source })
 }
 
+/// Where a helper's [`Console`] is.
+pub fn console_path(helper: u32) -> PathBuf {
+    PathBuf::from(format!("/run/bulkhead/console-{helper}"))
+}
+
 /// The socket over which libcontainer hands out the master of a terminal.
 struct Console {
     listener: UnixListener,
@@ -189,7 +196,7 @@ struct Console {
 
 impl Console {
     fn listen() -> Result<Self, HelperError> {
-        let path = PathBuf::from(format!("/run/bulkhead/console-{}", std::process::id()));
+        let path = console_path(std::process::id());
         let listener = UnixListener::bind(&path).map_err(|source| HelperError::File { path: path.clone(), source })?;
         Ok(Self { listener, path })
     }

@@ -123,14 +123,13 @@ impl Guest {
     }
 
     pub async fn exec_with(&self, id: &str, exec_id: &str, process: &Value, streams: Streams) -> Result<()> {
-        let request = ExecRequest {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-            process: serde_json::to_vec(process).unwrap(),
-            streams: Some(streams).into(),
-            ..Default::default()
-        };
-        self.client.exec(context(), &request).await.map(drop)
+        self.client.exec(context(), &exec_request(id, exec_id, process, streams)).await.map(drop)
+    }
+
+    /// Waits as long for an exec as the shim does.
+    pub async fn exec_patiently(&self, id: &str, exec_id: &str, args: &[&str]) -> Result<()> {
+        let patience = ttrpc::context::with_timeout(2 * CALL);
+        self.client.exec(patience, &exec_request(id, exec_id, &process(args), streams(""))).await.map(drop)
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<ExitStatus> {
@@ -362,6 +361,16 @@ fn context() -> Context {
 
 fn container(id: &str) -> ContainerRequest {
     ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+fn exec_request(id: &str, exec_id: &str, process: &Value, streams: Streams) -> ExecRequest {
+    ExecRequest {
+        container_id: id.into(),
+        exec_id: exec_id.into(),
+        process: serde_json::to_vec(process).unwrap(),
+        streams: Some(streams).into(),
+        ..Default::default()
+    }
 }
 
 fn process_request(id: &str, exec_id: &str) -> ProcessRequest {

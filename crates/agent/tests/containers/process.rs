@@ -5,7 +5,7 @@ use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::stdio::Stream;
 use serde_json::{Value, json};
 
-use crate::fixture::{self, Guest, streams};
+use crate::fixture::{self, Guest, message_of, streams};
 
 /// What init says last; it stays then.
 const END: &str = "end\n";
@@ -230,4 +230,42 @@ async fn holder_of_the_pods_namespaces_outlives_its_containers_when_memory_runs_
         let script = "for process in /proc/[0-9]*; do ! grep -qs pid-namespace $process/cmdline || cat $process/oom_score_adj; done";
         assert_eq!(guest.run(script), "-998\n", "{user_namespace}");
     }
+}
+
+#[tokio::test]
+#[ignore = "takes as long as the agent waits, 45 s"]
+async fn exec_that_its_container_holds_up_ends_and_leaves_nothing() {
+    let guest = Guest::start().await;
+    // One container stops whatever comes into it, the other's control group is frozen, as a container could do itself.
+    let script = "while :; do for p in /proc/[0-9]*; do [ $p = /proc/1 ] || kill -STOP ${p#/proc/}; done; done";
+    let stopping = fixture::spec(&guest, "stopping", &["sh", "-c", script], |spec| {
+        let capabilities = ["CAP_KILL"];
+        spec["process"]["user"] = json!({"uid": 0, "gid": 0});
+        spec["process"]["capabilities"] =
+            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+    });
+    guest.create_with("stopping", stopping, streams(""), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    guest.create("frozen", &["sleep", "1000"], streams("")).await.unwrap();
+    for id in ["stopping", "frozen"] {
+        guest.start_container(id).await.unwrap();
+    }
+    // It has come to its program.
+    guest.exec("frozen", "first", &["true"], streams("")).await.unwrap();
+    guest.run("echo 1 > /sys/fs/cgroup/pod/frozen/cgroup.freeze");
+    let stopped = async {
+        // One that is quick enough is stopped in its program.
+        for number in 0..20 {
+            guest.exec_patiently("stopping", &format!("e{number}"), &["sleep", "1000"]).await?;
+        }
+        Ok(())
+    };
+    for outcome in <[_; 2]>::from(tokio::join!(stopped, guest.exec_patiently("frozen", "e", &["true"]))) {
+        let error = message_of(outcome);
+        assert!(error.contains("does not answer within 45 s"), "{error}");
+    }
+    // Neither a helper, nor what it has forked.
+    guest.run("timeout 10 sh -c 'while grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+    guest.run("echo 0 > /sys/fs/cgroup/pod/frozen/cgroup.freeze");
+    guest.exec("frozen", "e", &["true"], streams("")).await.unwrap();
+    assert_eq!(guest.wait("frozen", "e").await.unwrap().code, 0);
 }
