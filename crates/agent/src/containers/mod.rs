@@ -19,13 +19,13 @@ use bulkhead_protocol::agent::{
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
-use crate::events;
 use crate::netns::Netns;
 use crate::reaper::{ExitWatch, Reaper};
 use crate::runtime::message::{IdMaps, WindowSize};
 use crate::runtime::{Created, Runtime};
 use crate::stdio::{Owner, Streams, ends};
 use crate::volumes::Volumes;
+use crate::{events, sys};
 pub use container::Container;
 use container::Phase;
 pub use error::ContainerError;
@@ -243,7 +243,11 @@ impl Containers {
         wanted: &Wanted,
     ) -> Result<Arc<Process>, ContainerError> {
         if let Some(master) = &created.terminal {
-            ours.extend(ends::terminal_ends(wanted, master).map_err(ContainerError::Streams)?);
+            let ends = ends::terminal_ends(wanted, master).inspect_err(|_| {
+                // Nobody would know of it.
+                let _ = self.reaper.kill(created.pid, sys::SIGKILL);
+            });
+            ours.extend(ends.map_err(ContainerError::Streams)?);
         }
         self.streams.add(Owner { container_id: container.id().into(), exec_id: exec_id.into() }, ours);
         let process = Arc::new(Process::new(created));
