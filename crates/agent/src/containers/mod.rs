@@ -111,7 +111,7 @@ impl Containers {
         let placement = Placement {
             cgroup: container.cgroup().path().into(),
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
-            holder: self.netns.holder(),
+            holder: self.holder()?,
             terminal: request.streams.terminal,
         };
         let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
@@ -259,7 +259,14 @@ impl Containers {
     async fn pid_namespace(&self, kind: PidNamespace, target: &str) -> Result<Option<u32>, ContainerError> {
         match kind {
             PidNamespace::PID_NAMESPACE_OWN => Ok(None),
-            PidNamespace::PID_NAMESPACE_TARGET => Ok(Some(self.process(target, "")?.pid())),
+            PidNamespace::PID_NAMESPACE_TARGET => {
+                let init = self.process(target, "")?;
+                // Its pid may be another's by now.
+                if init.ended() {
+                    return Err(ContainerError::State { id: target.into(), is: "ended", wanted: "running" });
+                }
+                Ok(Some(init.pid()))
+            }
             PidNamespace::PID_NAMESPACE_POD => self.pod_init(None).await.map(Some),
         }
     }
@@ -272,6 +279,13 @@ impl Containers {
         };
         let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
         if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(*pid) }
+    }
+
+    /// The process in the pod's user and network namespaces, if it has its own.
+    fn holder(&self) -> Result<Option<u32>, ContainerError> {
+        let ended = self.pod_init.get().is_some_and(|(_, exit)| exit.ended());
+        let holder = self.netns.holder();
+        if ended && holder.is_some() { Err(ContainerError::NoPodNamespace) } else { Ok(holder) }
     }
 
     /// Enters a container in the table before it exists, so that its id is taken.

@@ -215,6 +215,23 @@ impl Guest {
         self.dir.path()
     }
 
+    /// Kills the process that holds the pod's namespaces, and returns when the agent knows.
+    pub fn kill_holder(&self) {
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.agent_pid())).unwrap();
+        let mut processes = children.split_whitespace().map(|pid| Path::new("/proc").join(pid));
+        let is_holder = |process: &PathBuf| {
+            let line = std::fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+            line.split('\0').any(|word| word == "pid-namespace")
+        };
+        let holder = processes.find(is_holder).unwrap();
+        let pid = holder.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        let begun = std::time::Instant::now();
+        while holder.exists() {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(10), "the holder is not reaped");
+        }
+    }
+
     /// Whether the agent is gone.
     pub fn ended(mut self) -> bool {
         self.agent.wait().is_ok()

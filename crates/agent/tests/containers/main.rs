@@ -262,6 +262,26 @@ async fn pod_shares_a_pid_namespace_and_dead_containers_leave_it() {
 }
 
 #[tokio::test]
+async fn namespaces_of_what_has_ended_are_not_joined() {
+    let guest = Guest::start().await;
+    guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+    let create = async |id: &str, pids: PidNamespace, target: &str| {
+        guest.create_with(id, fixture::spec(&guest, id, &["true"], |_| {}), streams(""), pids, target).await
+    };
+    create("a", PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    create("b", PidNamespace::PID_NAMESPACE_TARGET, "a").await.unwrap();
+    guest.signal("a", "", 9, false).await.unwrap();
+    guest.wait("a", "").await.unwrap();
+    let refused = create("c", PidNamespace::PID_NAMESPACE_TARGET, "a").await;
+    assert!(matches!(&refused, Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::FAILED_PRECONDITION));
+    assert_eq!(message_of(refused), "a is ended; it must be running for this");
+    guest.kill_holder();
+    for pids in [PidNamespace::PID_NAMESPACE_OWN, PidNamespace::PID_NAMESPACE_POD] {
+        assert_eq!(code_of(create("c", pids, "").await), Code::FAILED_PRECONDITION);
+    }
+}
+
+#[tokio::test]
 async fn paused_container_stands_still() {
     let guest = Guest::start().await;
     guest.create("c", &["sh", "-c", "while :; do :; done"], streams("")).await.unwrap();
