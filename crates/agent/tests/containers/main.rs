@@ -299,6 +299,23 @@ async fn paused_container_stands_still() {
 }
 
 #[tokio::test]
+async fn limit_that_takes_long_to_set_holds_nothing_else_up() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    // A file that waits for whoever is to read what is written to it.
+    guest.run("mkfifo /run/slow && mount --bind /run/slow /sys/fs/cgroup/pod/c/cgroup.max.descendants");
+    let resources = serde_json::json!({"unified": {"cgroup.max.descendants": "77"}});
+    let read = async {
+        // Answered although the update waits, or fails as every call of these tests that is not answered.
+        guest.stats("c").await;
+        guest.run("cat /run/slow")
+    };
+    let (updated, value) = tokio::join!(guest.update("c", &resources), read);
+    updated.unwrap();
+    assert_eq!(value, "77");
+}
+
+#[tokio::test]
 async fn what_cannot_be_created_leaves_nothing() {
     let guest = Guest::start().await;
     let error = message_of(guest.create("c", &["nonesuch"], streams("o")).await);
