@@ -282,6 +282,20 @@ async fn namespaces_of_what_has_ended_are_not_joined() {
 }
 
 #[tokio::test]
+async fn control_groups_of_a_container_are_no_deeper_than_its_removal() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    // What a container does that may write its groups. The limit is not in one of them.
+    let script = "cd /sys/fs/cgroup/pod/c && echo max >cgroup.max.depth && depth=0
+        while [ $depth -lt 20 ] && mkdir x 2>/dev/null && cd x; do depth=$((depth + 1)); done; echo $depth";
+    assert_eq!(guest.run(script), "16\n");
+    guest.signal("c", "", 9, true).await.unwrap();
+    guest.wait("c", "").await.unwrap();
+    guest.delete("c").await.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn paused_container_stands_still() {
     let guest = Guest::start().await;
     guest.create("c", &["sh", "-c", "while :; do :; done"], streams("")).await.unwrap();
