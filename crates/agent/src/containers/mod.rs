@@ -153,6 +153,8 @@ impl Containers {
         let container = self.get(id)?;
         container.begin_deletion()?;
         container.cgroup().kill_and_wait().await?;
+        container.execs_made().await?;
+        container.cgroup().kill_and_wait().await?;
         container.cgroup().remove()?;
         self.runtime.delete(id)?;
         Volumes::of(id).remove()?;

@@ -296,6 +296,33 @@ async fn control_groups_of_a_container_are_no_deeper_than_its_removal() {
 }
 
 #[tokio::test]
+async fn deletion_waits_for_execs_that_are_being_created() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    guest.start_container("c").await.unwrap();
+    guest.exec("c", "first", &["true"], streams("")).await.unwrap();
+    // Where an exec joins the control group it waits for whoever is to read what is written to it.
+    guest.run("mkfifo /run/slow && mount --bind /run/slow /sys/fs/cgroup/pod/c/cgroup.procs");
+    let deleted = async {
+        // Answered after the exec's request has gone out.
+        guest.stats("c").await;
+        guest.run("timeout 10 sh -c 'until grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+        guest.signal("c", "", 9, false).await.unwrap();
+        guest.wait("c", "").await.unwrap();
+        let deletion = guest.delete("c");
+        tokio::pin!(deletion);
+        let early = tokio::time::timeout(Duration::from_secs(1), &mut deletion).await;
+        guest.run("cat /run/slow");
+        assert!(early.is_err(), "{early:?}");
+        deletion.await
+    };
+    let (executed, deleted) = tokio::join!(guest.exec("c", "e", &["true"], streams("")), deleted);
+    assert!(executed.is_err());
+    deleted.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn paused_container_stands_still() {
     let guest = Guest::start().await;
     guest.create("c", &["sh", "-c", "while :; do :; done"], streams("")).await.unwrap();
