@@ -32,6 +32,9 @@ const JUMP_GREATER: u16 = 0x25;
 const JUMP_SET: u16 = 0x45;
 const RETURN: u16 = 0x06;
 
+/// Most instructions that the kernel takes (BPF_MAXINSNS, linux/bpf_common.h).
+const MAX_INSTRUCTIONS: usize = 4096;
+
 /// Calls of the guest's kernel that libseccomp 2.5.4 has no names for. They have one number everywhere
 /// (scripts/syscall.tbl of Linux), x32's with its bit.
 const YOUNG: [(&str, u32); 6] = [
@@ -69,6 +72,9 @@ impl Filter {
         let mut program = if answers_unknown(profile) { stub(profile, &architectures) } else { Vec::new() };
         program.extend(young(profile, &architectures)?);
         program.extend(export(&context).map_err(FilterError::Export)?);
+        if program.len() > MAX_INSTRUCTIONS {
+            return Err(FilterError::Long { instructions: program.len() });
+        }
         Ok(Self { program, flags: flags(profile) })
     }
 
@@ -275,6 +281,11 @@ pub enum FilterError {
     /// System calls have six.
     #[error("the seccomp profile has a condition on argument {index}")]
     Argument { index: usize },
+    /// The kernel would refuse it when the container is started.
+    #[error(
+        "the seccomp profile makes a filter of {instructions} instructions, more than the 4096 that the kernel takes"
+    )]
+    Long { instructions: usize },
     /// The way out of libseccomp.
     #[error("cannot read the compiled seccomp filter")]
     Export(#[source] io::Error),

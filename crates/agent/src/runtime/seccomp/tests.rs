@@ -168,3 +168,18 @@ fn calls_that_libseccomp_cannot_name_are_answered() {
     assert_eq!(answer(&own, AUDIT_ARCH_I386, 462, 0), libc::SECCOMP_RET_KILL_THREAD);
     assert_eq!(answer(&own, AUDIT_ARCH_X86_64, X32_BIT | 462, 0), libc::SECCOMP_RET_KILL_THREAD);
 }
+
+#[test]
+fn filter_that_the_kernel_would_not_take_is_refused() {
+    let profile = |rules: u32| {
+        let rule = |value: u32| {
+            json!({"names": ["read"], "action": "SCMP_ACT_ERRNO",
+                   "args": [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}]})
+        };
+        let rules: Vec<Value> = (0..rules).map(rule).collect();
+        Filter::compile(&serde_json::from_value(json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules})).unwrap())
+    };
+    assert!(profile(100).is_ok());
+    let Err(error) = profile(5000).map(|_| ()) else { panic!("a filter of 5000 comparisons") };
+    assert!(error.to_string().contains("more than the 4096 that the kernel takes"), "{error}");
+}
