@@ -8,7 +8,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::signal::unix::Signal;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::signal::unix;
 use tokio::sync::watch;
 
 use crate::sys;
@@ -51,21 +52,27 @@ struct Table {
     owners: HashMap<u32, watch::Sender<Option<Exit>>>,
     /// Processes being created, whose pids are not known yet.
     births: usize,
-    /// Ends of pids without an owner, kept while there are births: one of them may turn out to be the child.
-    unclaimed: HashMap<u32, Exit>,
+    /// Number of the latest birth.
+    latest: u64,
+    /// Ends of pids without an owner, kept while there are births: one of them may turn out to be the child. With the
+    /// number of the latest birth by then: who began later has another child, which got the pid again.
+    unclaimed: HashMap<u32, (Exit, u64)>,
 }
 
 /// A process is about to be created; see [`Reaper::expect`].
 #[derive(Debug)]
 pub struct Birth {
     reaper: Arc<Reaper>,
+    number: u64,
 }
 
 impl Reaper {
     /// To be called before a process is created, and held until its pid is claimed: it may end before that.
     pub fn expect(self: &Arc<Self>) -> Birth {
-        self.table().births += 1;
-        Birth { reaper: Arc::clone(self) }
+        let mut table = self.table();
+        table.births += 1;
+        table.latest += 1;
+        Birth { reaper: Arc::clone(self), number: table.latest }
     }
 
     /// Sends a signal to a process that has an owner. `false` if it has ended: its pid may be another's by now.
@@ -77,8 +84,19 @@ impl Reaper {
         sys::kill(pid, signal).map(|()| true)
     }
 
+    /// Kills a process that has an owner, and the rest of the process group that it leads.
+    pub fn kill_group(&self, pid: u32) -> std::io::Result<()> {
+        let table = self.table();
+        let leader = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        // Until it is reaped its group's number is no other's.
+        match leader.filter(|_| table.owners.contains_key(&pid)) {
+            Some(leader) => Ok(kill_process_group(leader, Signal::KILL)?),
+            None => Ok(()),
+        }
+    }
+
     /// Reaps until the agent ends, at once and then whenever SIGCHLD comes.
-    pub async fn run(self: Arc<Self>, mut children: Signal) {
+    pub async fn run(self: Arc<Self>, mut children: unix::Signal) {
         loop {
             while self.reap_one() {}
             if children.recv().await.is_none() {
@@ -95,7 +113,7 @@ impl Reaper {
         let mut table = self.table();
         let owner = table.owners.remove(&pid);
         if owner.is_none() && table.births > 0 {
-            table.unclaimed.insert(pid, exit);
+            table.keep(pid, exit);
         }
         // Under the lock, so that `kill` never meets a pid that is free again.
         let reaped = sys::reap(child);
@@ -111,15 +129,25 @@ impl Reaper {
     }
 }
 
+impl Table {
+    /// Keeps an end that nobody owns.
+    fn keep(&mut self, pid: u32, exit: Exit) {
+        let latest = self.latest;
+        self.unclaimed.insert(pid, (exit, latest));
+    }
+}
+
 impl Birth {
     /// Makes the caller the owner of a pid.
     pub fn claim(&self, pid: u32) -> ExitWatch {
         let (sender, receiver) = watch::channel(None);
         let mut table = self.reaper.table();
-        if let Some(exit) = table.unclaimed.remove(&pid) {
-            sender.send_replace(Some(exit));
-        } else {
-            table.owners.insert(pid, sender);
+        match table.unclaimed.get(&pid) {
+            Some((exit, latest)) if *latest >= self.number => {
+                sender.send_replace(Some(*exit));
+                table.unclaimed.remove(&pid);
+            }
+            _ => drop(table.owners.insert(pid, sender)),
         }
         ExitWatch(receiver)
     }

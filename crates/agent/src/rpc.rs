@@ -120,7 +120,8 @@ impl Agent for Service {
 
     async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
         let container = self.containers.get(&request.container_id).map_err(status)?;
-        done(container.update(&request.resources))
+        // A lower memory limit is written for as long as the kernel reclaims.
+        done(beside(move || container.update(&request.resources)).await?)
     }
 
     async fn get_stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Stats> {

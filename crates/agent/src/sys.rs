@@ -18,6 +18,9 @@ use tokio::io::unix::AsyncFd;
 /// Most bytes that [`add_entropy`] takes at once.
 pub const MAX_ENTROPY: usize = 512;
 
+/// The signal that nothing survives (signal(7)).
+pub const SIGKILL: u32 = 9;
+
 /// `struct rand_pool_info` of `linux/random.h` with a buffer of fixed size.
 #[repr(C)]
 struct RandPoolInfo {

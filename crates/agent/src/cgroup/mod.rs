@@ -32,7 +32,7 @@ const POD: &str = "pod";
 /// wait (a share whose host does not answer), and then the caller must hear of it before its own patience ends (10 s).
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Depth to which groups that containers made below their own are followed.
+/// Depth to which containers can make groups below their own, and to which these are followed.
 const MAX_DEPTH: usize = 16;
 
 /// Splits the root group into the agent's leaf and the pod's parent, with every controller enabled on the way down.
@@ -53,7 +53,8 @@ pub fn prepare_hierarchy() -> Result<(), CgroupError> {
     for dir in [root.to_path_buf(), root.join(POD)] {
         write(&dir.join("cgroup.subtree_control"), &enable.join(" "))?;
     }
-    Ok(())
+    // Here, where no container can change it: one may be able to write all that is in its own group. That is a level itself.
+    write(&root.join(POD).join("cgroup.max.depth"), &(MAX_DEPTH + 1).to_string())
 }
 
 /// Kills every process of every container and waits until they are gone.

@@ -2,17 +2,21 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use oci_spec::runtime::LinuxCapabilities;
+use tokio::sync::Notify;
 
 use super::error::ContainerError;
 use super::process::Process;
 use super::spec;
 use crate::cgroup::Cgroup;
-use crate::events;
+use crate::{events, sys};
 
-/// SIGKILL, which the kernel can send to a whole group at once.
-const SIGKILL: u32 = 9;
+/// How long execs that are being created may take when their container's init has ended and its processes are killed, which is
+/// what they wait for if they wait for anything in the guest. With twice 5 s for the killing it is less than the 20 s that a
+/// deletion has.
+const EXECS_MADE: Duration = Duration::from_secs(8);
 
 /// How far a container has come. That its init has ended is init's own state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -49,6 +53,8 @@ pub struct Container {
     /// Those of its init, known once its spec is.
     capabilities: OnceLock<LinuxCapabilities>,
     state: Mutex<State>,
+    /// Told whenever the creation of an exec is over.
+    exec_made: Notify,
 }
 
 #[derive(Debug)]
@@ -61,7 +67,13 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self { id: id.into(), cgroup, capabilities: OnceLock::new(), state: Mutex::new(state) }
+        Self {
+            id: id.into(),
+            cgroup,
+            capabilities: OnceLock::new(),
+            state: Mutex::new(state),
+            exec_made: Notify::new(),
+        }
     }
 
     /// Its id.
@@ -113,7 +125,8 @@ impl Container {
     }
 
     pub(super) fn signal_all(&self, signal: u32) -> Result<(), ContainerError> {
-        if signal == SIGKILL {
+        // Which the kernel sends to a whole group at once.
+        if signal == sys::SIGKILL {
             self.cgroup.kill()?
         } else {
             self.cgroup.signal_all(signal)?
@@ -123,6 +136,7 @@ impl Container {
 
     pub(super) fn add_process(&self, exec_id: &str, process: Arc<Process>) {
         self.state().processes.insert(exec_id.into(), Some(process));
+        self.exec_made.notify_waiters();
     }
 
     pub(super) fn reserve_exec(&self, exec_id: &str) -> Result<(), ContainerError> {
@@ -137,6 +151,7 @@ impl Container {
 
     pub(super) fn forget_exec(&self, exec_id: &str) {
         self.state().processes.remove(exec_id);
+        self.exec_made.notify_waiters();
     }
 
     pub(super) fn set_phase(&self, phase: Phase) {
@@ -163,6 +178,23 @@ impl Container {
         }
         state.phase = Phase::Deleting;
         Ok(())
+    }
+
+    /// Waits until no exec is being created any more; one that began before the deletion may put a process into the control
+    /// group at any time, and make it again for that.
+    pub(super) async fn execs_made(&self) -> Result<(), ContainerError> {
+        let made = async {
+            loop {
+                // Before the look, so that nothing is missed.
+                let made = self.exec_made.notified();
+                if self.state().processes.values().all(Option::is_some) {
+                    return;
+                }
+                made.await;
+            }
+        };
+        let late = |_| self.wrong_state("entered by an exec", "left alone");
+        tokio::time::timeout(EXECS_MADE, made).await.map_err(late)
     }
 
     fn expect_running(&self) -> Result<(), ContainerError> {

@@ -57,7 +57,7 @@ pub enum ContainerError {
     #[error("cannot send signal {signal} to process {pid}")]
     Signal { pid: u32, signal: u32, source: io::Error },
     /// Its init was killed.
-    #[error("the pod's shared pid namespace has ended; its containers cannot be created any more, start the pod anew")]
+    #[error("the pod's shared namespaces have ended; its containers cannot be created any more, start the pod anew")]
     NoPodNamespace,
     /// A container cannot have more than its pod.
     #[error("the container asks for a user namespace and its pod has none")]

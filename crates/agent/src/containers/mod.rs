@@ -20,13 +20,13 @@ use bulkhead_protocol::guest::{MAX_IDENTIFIER, is_identifier};
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
-use crate::events;
 use crate::netns::Netns;
 use crate::reaper::{ExitWatch, Reaper};
 use crate::runtime::message::{IdMaps, WindowSize};
 use crate::runtime::{Created, Runtime};
 use crate::stdio::{Owner, Streams, ends};
 use crate::volumes::Volumes;
+use crate::{events, sys};
 pub use container::Container;
 use container::Phase;
 pub use error::ContainerError;
@@ -109,7 +109,7 @@ impl Containers {
         let placement = Placement {
             cgroup: container.cgroup().path().into(),
             pid_namespace: self.pid_namespace(pid_namespace, &request.target_container_id).await?,
-            holder: self.netns.holder(),
+            holder: self.holder()?,
             terminal: request.streams.terminal,
         };
         let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
@@ -150,6 +150,8 @@ impl Containers {
     pub async fn delete(&self, id: &str) -> Result<(), ContainerError> {
         let container = self.get(id)?;
         container.begin_deletion()?;
+        container.cgroup().kill_and_wait().await?;
+        container.execs_made().await?;
         container.cgroup().kill_and_wait().await?;
         container.cgroup().remove()?;
         self.runtime.delete(id)?;
@@ -241,7 +243,11 @@ impl Containers {
         wanted: &Wanted,
     ) -> Result<Arc<Process>, ContainerError> {
         if let Some(master) = &created.terminal {
-            ours.extend(ends::terminal_ends(wanted, master).map_err(ContainerError::Streams)?);
+            let ends = ends::terminal_ends(wanted, master).inspect_err(|_| {
+                // Nobody would know of it.
+                let _ = self.reaper.kill(created.pid, sys::SIGKILL);
+            });
+            ours.extend(ends.map_err(ContainerError::Streams)?);
         }
         self.streams.add(Owner { container_id: container.id().into(), exec_id: exec_id.into() }, ours);
         let process = Arc::new(Process::new(created));
@@ -253,7 +259,14 @@ impl Containers {
     async fn pid_namespace(&self, kind: PidNamespace, target: &str) -> Result<Option<u32>, ContainerError> {
         match kind {
             PidNamespace::PID_NAMESPACE_OWN => Ok(None),
-            PidNamespace::PID_NAMESPACE_TARGET => Ok(Some(self.process(target, "")?.pid())),
+            PidNamespace::PID_NAMESPACE_TARGET => {
+                let init = self.process(target, "")?;
+                // Its pid may be another's by now.
+                if init.ended() {
+                    return Err(ContainerError::State { id: target.into(), is: "ended", wanted: "running" });
+                }
+                Ok(Some(init.pid()))
+            }
             PidNamespace::PID_NAMESPACE_POD => self.pod_init(None).await.map(Some),
         }
     }
@@ -266,6 +279,13 @@ impl Containers {
         };
         let (pid, exit) = self.pod_init.get_or_try_init(create).await?;
         if exit.ended() { Err(ContainerError::NoPodNamespace) } else { Ok(*pid) }
+    }
+
+    /// The process in the pod's user and network namespaces, if it has its own.
+    fn holder(&self) -> Result<Option<u32>, ContainerError> {
+        let ended = self.pod_init.get().is_some_and(|(_, exit)| exit.ended());
+        let holder = self.netns.holder();
+        if ended && holder.is_some() { Err(ContainerError::NoPodNamespace) } else { Ok(holder) }
     }
 
     /// Enters a container in the table before it exists, so that its id is taken.

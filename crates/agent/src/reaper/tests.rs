@@ -1,4 +1,5 @@
-//! One test only: the reaper takes every child of the process it runs in, so two at a time would steal from each other.
+//! One test with processes only: the reaper takes every child of the process it runs in, so two at a time would steal from
+//! each other.
 
 use std::process::{Command, Stdio};
 
@@ -27,4 +28,19 @@ async fn ends_reach_their_owners_however_early_they_come() {
     drop(birth);
     assert!(reaper.table().unclaimed.is_empty());
     running.abort();
+}
+
+#[test]
+fn end_before_a_birth_is_not_that_of_its_child() {
+    let reaper = Arc::new(Reaper::default());
+    let exit = Exit { code: 7, at_ns: 1 };
+    let before = reaper.expect();
+    reaper.table().keep(1000, exit);
+    let after = reaper.expect();
+    assert!(!after.claim(1000).ended(), "the pid is another process's by now");
+    assert!(before.claim(1000).ended());
+    // Of several at a time it may be anyone's.
+    reaper.table().keep(1001, exit);
+    assert!(before.claim(1001).ended());
+    assert!(!after.claim(1001).ended(), "an end is told once");
 }

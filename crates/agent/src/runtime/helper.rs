@@ -23,7 +23,7 @@ use super::causes::Causes;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
-use super::{PID_NAMESPACE_ARG, id_maps};
+use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -62,7 +62,10 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
     let window = request.terminal;
     let pid = match request.action {
         Action::Create { id, bundle, state } => {
-            let (hooks, confinement) = take_over(&bundle.join("config.json"))?;
+            let config = bundle.join("config.json");
+            let mut spec: Spec = read_json(&config)?;
+            limits::raise(spec.process().as_ref().and_then(|process| process.rlimits().as_deref()).unwrap_or_default());
+            let (hooks, confinement) = take_over(&config, &mut spec)?;
             let init = Some(Init { id: id.clone(), bundle: bundle.clone(), hooks });
             let executor = AgentExecutor { init, window, confinement };
             let mut container = builder(id, &state, console_path, stdio, executor)?
@@ -78,8 +81,11 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
         Action::Exec { id, state, process, seccomp, cgroup } => {
             let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
             let executor = AgentExecutor { init: None, window, confinement };
+            prepare(&read_json(&process)?)?;
             join_user_namespace(&state.join(&id))?;
+            let pid_file = state.join(&id).join(EXEC_PID);
             let pid = builder(id, &state, console_path, stdio, executor)?
+                .with_pid_file(Some(pid_file))?
                 .as_tenant()
                 .with_process(Some(process))
                 .with_sub_cgroup(cgroup)
@@ -130,15 +136,14 @@ fn give_streams(stdio: &[OwnedFd], uid: u32) -> Result<(), HelperError> {
 }
 
 /// Takes out of libcontainer's hands what the executor does for a container's init: see [`Init`] and [`Confinement`].
-fn take_over(config: &Path) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
-    let mut spec: Spec = read_json(config)?;
+fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
     let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
     let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
     let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
     let process = spec.process_mut().as_mut();
     let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
     if confinement.is_some() || !hooks.is_empty() {
-        write_json(config, &spec)?;
+        write_json(config, spec)?;
     }
     Ok((hooks, confinement))
 }
@@ -150,6 +155,12 @@ fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperErr
     let confinement = Confinement::take_over(filter, &mut process);
     write_json(process_path, &process)?;
     Ok(confinement)
+}
+
+/// Gives this process what an exec inherits and could not take in its container's user namespace.
+fn prepare(process: &Process) -> Result<(), HelperError> {
+    limits::raise(process.rlimits().as_deref().unwrap_or_default());
+    process.oom_score_adj().map_or(Ok(()), limits::set_oom_score).map_err(HelperError::OomScore)
 }
 
 /// Joins the container's user namespace, if it has one of its own. libcontainer 0.7 joins all others for an exec but not
@@ -180,6 +191,11 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), HelperError> {
     text.and_then(|text| std::fs::write(path, text)).map_err(|source| HelperError::File { path: path.into(), source })
 }
 
+/// Where a helper's [`Console`] is.
+pub fn console_path(helper: u32) -> PathBuf {
+    PathBuf::from(format!("/run/bulkhead/console-{helper}"))
+}
+
 /// The socket over which libcontainer hands out the master of a terminal.
 struct Console {
     listener: UnixListener,
@@ -188,7 +204,7 @@ struct Console {
 
 impl Console {
     fn listen() -> Result<Self, HelperError> {
-        let path = PathBuf::from(format!("/run/bulkhead/console-{}", std::process::id()));
+        let path = console_path(std::process::id());
         let listener = UnixListener::bind(&path).map_err(|source| HelperError::File { path: path.clone(), source })?;
         Ok(Self { listener, path })
     }
@@ -229,8 +245,14 @@ fn receive_descriptor(socket: impl AsFd) -> Result<OwnedFd, HelperError> {
     descriptor.ok_or(HelperError::NoTerminal)
 }
 
+/// OOM score of what holds a pod's namespaces: below that of any container, -997 at the least, for they end with it. The
+/// pause process of others has the same.
+const HOLDER_SCORE: i32 = -998;
+
 /// Starts the init of a new pid namespace; it outlives this helper.
 fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
+    // Before the user namespace, where it could not. Without the capability, as in tests, it stays what the agent has.
+    let _ = limits::set_oom_score(HOLDER_SCORE);
     if let Some(maps) = user {
         // Before the pid namespace, which shall belong to it.
         id_maps::enter(maps, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)
@@ -262,6 +284,8 @@ enum HelperError {
     Agent(#[source] ControlError),
     #[error("cannot give the standard streams to the user of the process")]
     Owner(#[source] rustix::io::Errno),
+    #[error("cannot set the OOM score of the process")]
+    OomScore(#[source] io::Error),
     #[error("cannot use {path}")]
     File { path: PathBuf, source: io::Error },
     #[error("cannot create a pid namespace")]

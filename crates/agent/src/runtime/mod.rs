@@ -12,6 +12,7 @@ mod executor;
 pub mod helper;
 pub mod home;
 pub mod id_maps;
+mod limits;
 pub mod message;
 pub mod pid_namespace;
 mod seccomp;
@@ -19,9 +20,11 @@ pub mod tmpfs;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_protocol::control::{self, ControlError};
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
@@ -32,7 +35,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
-use crate::reaper::{Exit, ExitWatch, Reaper};
+use crate::reaper::{Birth, Exit, ExitWatch, Reaper};
 use crate::sys;
 use message::{Action, IdMaps, Reply, Request, WindowSize};
 
@@ -49,6 +52,11 @@ const BUNDLES: &str = "/run/bulkhead/bundles";
 const STATE: &str = "/run/bulkhead/c";
 /// What libcontainer sees of a container's state when it creates an exec: it leaves sockets there.
 const EXEC_STATE: &str = "/run/bulkhead/x";
+/// Name of the file, there, in which libcontainer leaves the pid of an exec before it has an answer.
+const EXEC_PID: &str = "pid";
+/// Time for a helper to answer. A container's root may stop whatever comes into it, and its share's host be slow. The caller
+/// hears of it before its own patience ends, which is 60 s: an exec waits 10 s for its init's program before this.
+const ANSWER: Duration = Duration::from_secs(45);
 /// Profile of a container beside its configuration, for its execs.
 const SECCOMP_FILE: &str = "seccomp.json";
 
@@ -103,7 +111,7 @@ impl Runtime {
             pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|error| RuntimeError::Spawn(error.into()))?;
         let ends = pipe::Receiver::from_owned_fd(ends).map_err(RuntimeError::Spawn)?;
         let request = Request { action, uid, terminal: stdio.terminal };
-        let created = self.run(request, Some(stdio), Some(held)).await?;
+        let created = self.run(request, Some(stdio), Some(held), None).await?;
         Ok(Created { until_executed: Some(ends), ..created })
     }
 
@@ -139,7 +147,7 @@ impl Runtime {
                 let action =
                     Action::Exec { id: name, state: EXEC_STATE.into(), process: path.clone(), seccomp, cgroup };
                 let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
-                self.run(request, Some(stdio), None).await
+                self.run(request, Some(stdio), None, Some(&state.join(EXEC_PID))).await
             }
             Err(source) => Err(RuntimeError::Files { path: state.clone(), source }),
         };
@@ -152,7 +160,7 @@ impl Runtime {
     /// are given to map. They live as long as that process.
     pub async fn pod_namespaces(&self, user: Option<IdMaps>) -> Result<Created, RuntimeError> {
         let action = Action::PidNamespace { user };
-        self.run(Request { action, uid: 0, terminal: None }, None, None).await
+        self.run(Request { action, uid: 0, terminal: None }, None, None, None).await
     }
 
     /// Removes what the creation of a container has left in files.
@@ -168,18 +176,22 @@ impl Runtime {
         Ok(())
     }
 
-    /// Runs one helper to its answer. `held` stays open as long as the helper, and what it creates up to its program.
+    /// Runs one helper to its answer. `held` stays open as long as the helper, and what it creates up to its program. Where
+    /// there is no process for an answer there is none after it, as far as the helper, its process group or `pid_file` tell;
+    /// the rest is in the container's control group.
     async fn run(
         &self,
         request: Request,
         stdio: Option<ProcessStdio>,
         held: Option<OwnedFd>,
+        pid_file: Option<&Path>,
     ) -> Result<Created, RuntimeError> {
         let birth = self.reaper.expect();
         let (ours, theirs) = control_pair().map_err(|error| RuntimeError::Spawn(error.into()))?;
+        let channel = sys::watch(ours, Interest::READABLE).map_err(RuntimeError::Spawn)?;
         let streams = stdio.iter().flat_map(|s| [s.stdin.as_fd(), s.stdout.as_fd(), s.stderr.as_fd()]);
         let fds: Vec<_> = streams.chain(held.iter().map(AsFd::as_fd)).collect();
-        control::send(&ours, &request, &fds).map_err(RuntimeError::Talk)?;
+        control::send(channel.get_ref(), &request, &fds).map_err(RuntimeError::Talk)?;
         drop(fds);
         // The process must be the only one to hold its ends of the streams, or their end would never be seen.
         drop((stdio, held));
@@ -187,22 +199,55 @@ impl Runtime {
             .arg(HELPER_ARG)
             .env_clear()
             .stdin(Stdio::from(theirs))
+            .process_group(0)
             .spawn()
             .map_err(RuntimeError::Spawn)?;
         let mut helper_exit = birth.claim(helper.id());
-        let channel = sys::watch(ours, Interest::READABLE).map_err(RuntimeError::Spawn)?;
-        let (reply, mut fds) = tokio::select! {
-            biased;
-            reply = receive(&channel) => reply?,
-            exit = helper_exit.wait() => last_words(&channel, exit)?,
-        };
-        match reply {
-            Reply::Created { pid } => {
+        let answered = answer(&channel, &mut helper_exit, ANSWER).await.and_then(|(reply, fds)| match reply {
+            Reply::Created { pid } => Ok((pid, fds)),
+            Reply::Failed { message } => Err(RuntimeError::Refused(message)),
+        });
+        match answered {
+            Ok((pid, mut fds)) => {
                 Ok(Created { pid, exit: birth.claim(pid), terminal: fds.pop(), until_executed: None })
             }
-            Reply::Failed { message } => Err(RuntimeError::Refused(message)),
+            Err(error) => {
+                self.undo(&birth, helper.id(), pid_file);
+                Err(error)
+            }
         }
     }
+
+    /// Ends a helper that has created nothing, and what it may have created nevertheless.
+    fn undo(&self, birth: &Birth, helper: u32, pid_file: Option<&Path>) {
+        if let Err(error) = self.reaper.kill_group(helper) {
+            tracing::warn!(%error, "cannot end a helper");
+        }
+        let _ = std::fs::remove_file(helper::console_path(helper));
+        let pid = pid_file.and_then(|path| std::fs::read_to_string(path).ok()).and_then(|text| text.parse().ok());
+        if let Some(pid) = pid
+            && !birth.claim(pid).ended()
+            && let Err(error) = self.reaper.kill(pid, sys::SIGKILL)
+        {
+            tracing::warn!(pid, %error, "cannot end a process that was not created");
+        }
+    }
+}
+
+/// A helper's answer, in bounded time.
+async fn answer(
+    channel: &AsyncFd<OwnedFd>,
+    helper_exit: &mut ExitWatch,
+    time: Duration,
+) -> Result<(Reply, Vec<OwnedFd>), RuntimeError> {
+    let answer = async {
+        tokio::select! {
+            biased;
+            reply = receive(channel) => reply,
+            exit = helper_exit.wait() => last_words(channel, exit),
+        }
+    };
+    tokio::time::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
 }
 
 /// A socket pair for one helper. The agent's end does not block.
@@ -283,10 +328,33 @@ pub enum RuntimeError {
         "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
     )]
     HelperEnded { code: Option<u32> },
+    /// It is stuck, or what it creates is.
+    #[error(
+        "the helper that creates containers does not answer within 45 s; the container may stop what comes into it, or its share not answer"
+    )]
+    Slow,
     /// libcontainer's own words.
     #[error("{0}")]
     Refused(String),
     /// Init does not wait any more.
     #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
     Start { path: PathBuf, source: io::Error },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn helper_that_does_not_answer_is_not_waited_for() {
+        let (ours, theirs) = control_pair().unwrap();
+        let channel = sys::watch(ours, Interest::READABLE).unwrap();
+        // Of no process, so it does not end either.
+        let mut exit = Arc::new(Reaper::default()).expect().claim(u32::MAX);
+        let slow = answer(&channel, &mut exit, Duration::from_millis(1)).await;
+        assert!(matches!(slow, Err(RuntimeError::Slow)), "{slow:?}");
+        control::send(&theirs, &Reply::Created { pid: 7 }, &[]).unwrap();
+        let (reply, _) = answer(&channel, &mut exit, ANSWER).await.unwrap();
+        assert_eq!(reply, Reply::Created { pid: 7 });
+    }
 }

@@ -3,7 +3,7 @@
 //! libcontainer 0.7 has this too, with two faults. It takes the mask of a masked comparison for the value: what the default
 //! profiles of container engines say of clone(2), no new namespaces, then allows them all. And a system call that is younger
 //! than a profile gets the profile's error, while C libraries fall back to an older call on ENOSYS only. As runc does, this
-//! puts a few instructions for that before those of libseccomp.
+//! puts a few instructions for that before those of libseccomp, and others for calls that libseccomp is too old to name.
 
 use std::io::{self, Read, Seek};
 
@@ -32,6 +32,20 @@ const JUMP_GREATER: u16 = 0x25;
 const JUMP_SET: u16 = 0x45;
 const RETURN: u16 = 0x06;
 
+/// Most instructions that the kernel takes (BPF_MAXINSNS, linux/bpf_common.h).
+const MAX_INSTRUCTIONS: usize = 4096;
+
+/// Calls of the guest's kernel that libseccomp 2.5.4 has no names for. They have one number everywhere
+/// (scripts/syscall.tbl of Linux), x32's with its bit.
+const YOUNG: [(&str, u32); 6] = [
+    ("statmount", 457),
+    ("listmount", 458),
+    ("lsm_get_self_attr", 459),
+    ("lsm_set_self_attr", 460),
+    ("lsm_list_modules", 461),
+    ("mseal", 462),
+];
+
 /// A filter, ready to be installed.
 #[derive(Clone)]
 pub struct Filter {
@@ -56,7 +70,11 @@ impl Filter {
             }
         }
         let mut program = if answers_unknown(profile) { stub(profile, &architectures) } else { Vec::new() };
+        program.extend(young(profile, &architectures)?);
         program.extend(export(&context).map_err(FilterError::Export)?);
+        if program.len() > MAX_INSTRUCTIONS {
+            return Err(FilterError::Long { instructions: program.len() });
+        }
         Ok(Self { program, flags: flags(profile) })
     }
 
@@ -92,7 +110,7 @@ fn add_rule(context: &mut ScmpFilterContext, rule: &LinuxSyscall, action: ScmpAc
     let conditions = arguments.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
     let indices: std::collections::HashSet<usize> = arguments.iter().map(LinuxSeccompArg::index).collect();
     for name in rule.names() {
-        // Profiles name calls of other architectures, and newer ones than libseccomp knows.
+        // Profiles name calls of other architectures. For those that libseccomp is too old for see `young`.
         let Ok(call) = ScmpSyscall::from_name(name) else { continue };
         if indices.len() == conditions.len() {
             context.add_rule_conditional(action, call, &conditions)?;
@@ -138,22 +156,31 @@ fn answers_unknown(profile: &LinuxSeccomp) -> bool {
         && profile.default_errno_ret() != Some(libc::ENOSYS.unsigned_abs())
 }
 
+/// The number of a call on an architecture, if it has it.
+fn number(name: &str, architecture: ScmpArch) -> Option<u32> {
+    match ScmpSyscall::from_name_by_arch(name, architecture) {
+        // Calls that an architecture does not have have negative numbers.
+        Ok(call) => u32::try_from(i32::from(call)).ok(),
+        Err(_) => {
+            let bit = if architecture == ScmpArch::X32 { X32_BIT } else { 0 };
+            YOUNG.iter().find(|(young, _)| *young == name).map(|(_, number)| number | bit)
+        }
+    }
+}
+
 /// Answers ENOSYS to every call with a higher number than any that the profile names, and otherwise goes on to what follows.
 fn stub(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<sock_filter> {
     let mut program = Vec::new();
     for architecture in architectures {
         // Where x86_64 jumps if the number is one of x32.
-        let (audit, x32) = match architecture {
-            ScmpArch::X8664 => (AUDIT_ARCH_X86_64, Some((2, 0))),
-            ScmpArch::X32 => (AUDIT_ARCH_X86_64, Some((0, 2))),
-            ScmpArch::X86 => (AUDIT_ARCH_I386, None),
-            // Programs of no other run here.
-            _ => continue,
+        let x32 = match architecture {
+            ScmpArch::X8664 => Some((2, 0)),
+            ScmpArch::X32 => Some((0, 2)),
+            _ => None,
         };
+        let Some(audit) = audit(*architecture) else { continue };
         let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
-        let numbers = names.filter_map(|name| ScmpSyscall::from_name_by_arch(name, *architecture).ok());
-        // Calls that an architecture does not have have negative numbers.
-        let Some(last) = numbers.filter_map(|call| u32::try_from(i32::from(call)).ok()).max() else { continue };
+        let Some(last) = names.filter_map(|name| number(name, *architecture)).max() else { continue };
         program.extend([instruction(LOAD, ARCHITECTURE, 0, 0)]);
         program.extend([instruction(JUMP_EQUAL, audit, 0, if x32.is_some() { 4 } else { 3 })]);
         program.extend([instruction(LOAD, NUMBER, 0, 0)]);
@@ -162,6 +189,64 @@ fn stub(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<sock_filter> 
         program.extend([instruction(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(), 0, 0)]);
     }
     program
+}
+
+/// Answers the calls that the profile names and libseccomp does not know.
+fn young(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Result<Vec<sock_filter>, FilterError> {
+    let mut answers = Vec::new();
+    for (name, _) in YOUNG.iter().filter(|(name, _)| ScmpSyscall::from_name(name).is_err()) {
+        if let Some(answer) = young_answer(profile, name)? {
+            answers.push((name, answer));
+        }
+    }
+    let mut program = Vec::new();
+    for architecture in architectures {
+        let (Some(audit), Ok(skip)) = (audit(*architecture), u8::try_from(1 + 2 * answers.len())) else { continue };
+        program.extend([instruction(LOAD, ARCHITECTURE, 0, 0), instruction(JUMP_EQUAL, audit, 0, skip)]);
+        program.extend([instruction(LOAD, NUMBER, 0, 0)]);
+        for (name, answer) in &answers {
+            let number = number(name, *architecture).unwrap_or(u32::MAX);
+            program.extend([instruction(JUMP_EQUAL, number, 0, 1), instruction(RETURN, *answer, 0, 0)]);
+        }
+    }
+    Ok(if answers.is_empty() { Vec::new() } else { program })
+}
+
+/// What the first rule that names a call says of it. Conditions are not looked at: a call that is refused with some arguments
+/// is refused with all, and one that is let through with some is left to the default.
+fn young_answer(profile: &LinuxSeccomp, name: &str) -> Result<Option<u32>, FilterError> {
+    for rule in profile.syscalls().iter().flatten().filter(|rule| rule.names().iter().any(|named| named == name)) {
+        let conditional = rule.args().as_ref().is_some_and(|arguments| !arguments.is_empty());
+        let action = action(rule.action(), rule.errno_ret())?;
+        if !(conditional && matches!(action, ScmpAction::Allow | ScmpAction::Log)) {
+            return Ok(Some(returned(action)));
+        }
+    }
+    Ok(None)
+}
+
+/// An action as a filter returns it (seccomp(2)).
+fn returned(action: ScmpAction) -> u32 {
+    let data = |number: i32| number.unsigned_abs() & libc::SECCOMP_RET_DATA;
+    match action {
+        ScmpAction::Allow => libc::SECCOMP_RET_ALLOW,
+        ScmpAction::Log => libc::SECCOMP_RET_LOG,
+        ScmpAction::Trace(number) => libc::SECCOMP_RET_TRACE | data(number.into()),
+        ScmpAction::Errno(number) => libc::SECCOMP_RET_ERRNO | data(number),
+        ScmpAction::Trap => libc::SECCOMP_RET_TRAP,
+        ScmpAction::KillThread => libc::SECCOMP_RET_KILL_THREAD,
+        // Of those that are not refused before there is no other.
+        _ => libc::SECCOMP_RET_KILL_PROCESS,
+    }
+}
+
+/// How the kernel tells an architecture. Programs of no other run here.
+fn audit(architecture: ScmpArch) -> Option<u32> {
+    match architecture {
+        ScmpArch::X8664 | ScmpArch::X32 => Some(AUDIT_ARCH_X86_64),
+        ScmpArch::X86 => Some(AUDIT_ARCH_I386),
+        _ => None,
+    }
 }
 
 fn instruction(code: u16, k: u32, jt: u8, jf: u8) -> sock_filter {
@@ -196,6 +281,11 @@ pub enum FilterError {
     /// System calls have six.
     #[error("the seccomp profile has a condition on argument {index}")]
     Argument { index: usize },
+    /// The kernel would refuse it when the container is started.
+    #[error(
+        "the seccomp profile makes a filter of {instructions} instructions, more than the 4096 that the kernel takes"
+    )]
+    Long { instructions: usize },
     /// The way out of libseccomp.
     #[error("cannot read the compiled seccomp filter")]
     Export(#[source] io::Error),

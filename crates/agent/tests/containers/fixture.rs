@@ -123,14 +123,13 @@ impl Guest {
     }
 
     pub async fn exec_with(&self, id: &str, exec_id: &str, process: &Value, streams: Streams) -> Result<()> {
-        let request = ExecRequest {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-            process: serde_json::to_vec(process).unwrap(),
-            streams: Some(streams).into(),
-            ..Default::default()
-        };
-        self.client.exec(context(), &request).await.map(drop)
+        self.client.exec(context(), &exec_request(id, exec_id, process, streams)).await.map(drop)
+    }
+
+    /// Waits as long for an exec as the shim does.
+    pub async fn exec_patiently(&self, id: &str, exec_id: &str, args: &[&str]) -> Result<()> {
+        let patience = ttrpc::context::with_timeout(2 * CALL);
+        self.client.exec(patience, &exec_request(id, exec_id, &process(args), streams(""))).await.map(drop)
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<ExitStatus> {
@@ -214,6 +213,23 @@ impl Guest {
     /// The directory of its root file systems, which no container sees.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Kills the process that holds the pod's namespaces, and returns when the agent knows.
+    pub fn kill_holder(&self) {
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.agent_pid())).unwrap();
+        let mut processes = children.split_whitespace().map(|pid| Path::new("/proc").join(pid));
+        let is_holder = |process: &PathBuf| {
+            let line = std::fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+            line.split('\0').any(|word| word == "pid-namespace")
+        };
+        let holder = processes.find(is_holder).unwrap();
+        let pid = holder.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        let begun = std::time::Instant::now();
+        while holder.exists() {
+            assert!(begun.elapsed() < std::time::Duration::from_secs(10), "the holder is not reaped");
+        }
     }
 
     /// Whether the agent is gone.
@@ -362,6 +378,16 @@ fn context() -> Context {
 
 fn container(id: &str) -> ContainerRequest {
     ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+fn exec_request(id: &str, exec_id: &str, process: &Value, streams: Streams) -> ExecRequest {
+    ExecRequest {
+        container_id: id.into(),
+        exec_id: exec_id.into(),
+        process: serde_json::to_vec(process).unwrap(),
+        streams: Some(streams).into(),
+        ..Default::default()
+    }
 }
 
 fn process_request(id: &str, exec_id: &str) -> ProcessRequest {

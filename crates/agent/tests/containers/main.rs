@@ -261,6 +261,67 @@ async fn pod_shares_a_pid_namespace_and_dead_containers_leave_it() {
 }
 
 #[tokio::test]
+async fn namespaces_of_what_has_ended_are_not_joined() {
+    let guest = Guest::start().await;
+    guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+    let create = async |id: &str, pids: PidNamespace, target: &str| {
+        guest.create_with(id, fixture::spec(&guest, id, &["true"], |_| {}), streams(""), pids, target).await
+    };
+    create("a", PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    create("b", PidNamespace::PID_NAMESPACE_TARGET, "a").await.unwrap();
+    guest.signal("a", "", 9, false).await.unwrap();
+    guest.wait("a", "").await.unwrap();
+    let refused = create("c", PidNamespace::PID_NAMESPACE_TARGET, "a").await;
+    assert!(matches!(&refused, Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::FAILED_PRECONDITION));
+    assert_eq!(message_of(refused), "a is ended; it must be running for this");
+    guest.kill_holder();
+    for pids in [PidNamespace::PID_NAMESPACE_OWN, PidNamespace::PID_NAMESPACE_POD] {
+        assert_eq!(code_of(create("c", pids, "").await), Code::FAILED_PRECONDITION);
+    }
+}
+
+#[tokio::test]
+async fn control_groups_of_a_container_are_no_deeper_than_its_removal() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    // What a container does that may write its groups. The limit is not in one of them.
+    let script = "cd /sys/fs/cgroup/pod/c && echo max >cgroup.max.depth && depth=0
+        while [ $depth -lt 20 ] && mkdir x 2>/dev/null && cd x; do depth=$((depth + 1)); done; echo $depth";
+    assert_eq!(guest.run(script), "16\n");
+    guest.signal("c", "", 9, true).await.unwrap();
+    guest.wait("c", "").await.unwrap();
+    guest.delete("c").await.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn deletion_waits_for_execs_that_are_being_created() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    guest.start_container("c").await.unwrap();
+    guest.exec("c", "first", &["true"], streams("")).await.unwrap();
+    // Where an exec joins the control group it waits for whoever is to read what is written to it.
+    guest.run("mkfifo /run/slow && mount --bind /run/slow /sys/fs/cgroup/pod/c/cgroup.procs");
+    let deleted = async {
+        // Answered after the exec's request has gone out.
+        guest.stats("c").await;
+        guest.run("timeout 10 sh -c 'until grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+        guest.signal("c", "", 9, false).await.unwrap();
+        guest.wait("c", "").await.unwrap();
+        let deletion = guest.delete("c");
+        tokio::pin!(deletion);
+        let early = tokio::time::timeout(Duration::from_secs(1), &mut deletion).await;
+        guest.run("cat /run/slow");
+        assert!(early.is_err(), "{early:?}");
+        deletion.await
+    };
+    let (executed, deleted) = tokio::join!(guest.exec("c", "e", &["true"], streams("")), deleted);
+    assert!(executed.is_err());
+    deleted.unwrap();
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn paused_container_stands_still() {
     let guest = Guest::start().await;
     guest.create("c", &["sh", "-c", "while :; do :; done"], streams("")).await.unwrap();
@@ -275,6 +336,23 @@ async fn paused_container_stands_still() {
     guest.exec("c", "e", &["true"], streams("")).await.unwrap();
     guest.signal("c", "", 9, true).await.unwrap();
     assert_eq!(guest.wait("c", "").await.unwrap().code, 137);
+}
+
+#[tokio::test]
+async fn limit_that_takes_long_to_set_holds_nothing_else_up() {
+    let guest = Guest::start().await;
+    guest.create("c", &["sleep", "100"], streams("")).await.unwrap();
+    // A file that waits for whoever is to read what is written to it.
+    guest.run("mkfifo /run/slow && mount --bind /run/slow /sys/fs/cgroup/pod/c/cgroup.max.descendants");
+    let resources = serde_json::json!({"unified": {"cgroup.max.descendants": "77"}});
+    let read = async {
+        // Answered although the update waits, or fails as every call of these tests that is not answered.
+        guest.stats("c").await;
+        guest.run("cat /run/slow")
+    };
+    let (updated, value) = tokio::join!(guest.update("c", &resources), read);
+    updated.unwrap();
+    assert_eq!(value, "77");
 }
 
 #[tokio::test]

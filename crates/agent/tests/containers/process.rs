@@ -5,7 +5,7 @@ use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::stdio::Stream;
 use serde_json::{Value, json};
 
-use crate::fixture::{self, Guest, streams};
+use crate::fixture::{self, Guest, message_of, streams};
 
 /// What init says last; it stays then.
 const END: &str = "end\n";
@@ -183,4 +183,89 @@ async fn process_is_who_and_may_what_its_spec_says() {
         assert_eq!(found(&output[1]), exec.wanted(init.seccomp), "exec, {} after {}", exec.name, init.name);
     }
     assert_eq!(guest.leftovers(), Vec::<String>::new());
+}
+
+/// A container of a Guaranteed pod has a score below the agent's own. In the pod's user namespace no process may lower its
+/// score or raise its hard limits, whatever it may do there.
+#[tokio::test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+async fn user_namespace_withholds_neither_scores_nor_limits() {
+    let guest = Guest::start().await;
+    guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+    let own = guest.run("grep 'Max msgqueue size' /proc/1/limits");
+    assert_eq!(limit(&own, "Max msgqueue size"), ["819200", "819200"]);
+    let give = |process: &mut Value, score: i32, bytes: u32| {
+        process["oomScoreAdj"] = score.into();
+        process["rlimits"] = json!([
+            {"type": "RLIMIT_MSGQUEUE", "soft": 1000, "hard": bytes}, {"type": "RLIMIT_NOFILE", "soft": 30, "hard": 40}
+        ]);
+    };
+    let [init, exec] = outputs(
+        &guest,
+        "c",
+        "cat /proc/self/oom_score_adj; cat /proc/self/limits",
+        |spec| {
+            spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "user"}]);
+            give(&mut spec["process"], -997, 900_000);
+        },
+        |process| give(process, -998, 1_000_000),
+    )
+    .await;
+    assert!(init.starts_with("-997\n") && exec.starts_with("-998\n"), "{init}{exec}");
+    assert_eq!(limit(&init, "Max msgqueue size"), ["1000", "900000"]);
+    assert_eq!(limit(&exec, "Max msgqueue size"), ["1000", "1000000"]);
+    assert_eq!((limit(&init, "Max open files"), limit(&exec, "Max open files")), (vec!["30", "40"], vec!["30", "40"]));
+}
+
+#[tokio::test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+async fn holder_of_the_pods_namespaces_outlives_its_containers_when_memory_runs_out() {
+    for user_namespace in [false, true] {
+        let guest = Guest::start().await;
+        if user_namespace {
+            guest.create_sandbox(&fixture::with_user_namespace()).await.unwrap();
+        }
+        let spec = fixture::spec(&guest, "c", &["sleep", "1000"], |_| {});
+        guest.create_with("c", spec, streams(""), PidNamespace::PID_NAMESPACE_POD, "").await.unwrap();
+        let script = "for process in /proc/[0-9]*; do ! grep -qs pid-namespace $process/cmdline || cat $process/oom_score_adj; done";
+        assert_eq!(guest.run(script), "-998\n", "{user_namespace}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "takes as long as the agent waits, 45 s"]
+async fn exec_that_its_container_holds_up_ends_and_leaves_nothing() {
+    let guest = Guest::start().await;
+    // One container stops whatever comes into it, the other's control group is frozen, as a container could do itself.
+    let script = "while :; do for p in /proc/[0-9]*; do [ $p = /proc/1 ] || kill -STOP ${p#/proc/}; done; done";
+    let stopping = fixture::spec(&guest, "stopping", &["sh", "-c", script], |spec| {
+        let capabilities = ["CAP_KILL"];
+        spec["process"]["user"] = json!({"uid": 0, "gid": 0});
+        spec["process"]["capabilities"] =
+            json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+    });
+    guest.create_with("stopping", stopping, streams(""), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+    guest.create("frozen", &["sleep", "1000"], streams("")).await.unwrap();
+    for id in ["stopping", "frozen"] {
+        guest.start_container(id).await.unwrap();
+    }
+    // It has come to its program.
+    guest.exec("frozen", "first", &["true"], streams("")).await.unwrap();
+    guest.run("echo 1 > /sys/fs/cgroup/pod/frozen/cgroup.freeze");
+    let stopped = async {
+        // One that is quick enough is stopped in its program.
+        for number in 0..20 {
+            guest.exec_patiently("stopping", &format!("e{number}"), &["sleep", "1000"]).await?;
+        }
+        Ok(())
+    };
+    for outcome in <[_; 2]>::from(tokio::join!(stopped, guest.exec_patiently("frozen", "e", &["true"]))) {
+        let error = message_of(outcome);
+        assert!(error.contains("does not answer within 45 s"), "{error}");
+    }
+    // Neither a helper, nor what it has forked.
+    guest.run("timeout 10 sh -c 'while grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+    guest.run("echo 0 > /sys/fs/cgroup/pod/frozen/cgroup.freeze");
+    guest.exec("frozen", "e", &["true"], streams("")).await.unwrap();
+    assert_eq!(guest.wait("frozen", "e").await.unwrap().code, 0);
 }

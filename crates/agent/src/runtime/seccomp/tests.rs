@@ -128,3 +128,58 @@ fn profiles_that_need_a_listener_are_refused() {
     let refused = Filter::compile(&serde_json::from_value(profile).unwrap());
     assert!(matches!(refused, Err(FilterError::Listener)));
 }
+
+#[test]
+fn calls_that_libseccomp_cannot_name_are_answered() {
+    let everywhere = [(AUDIT_ARCH_X86_64, 0), (AUDIT_ARCH_X86_64, X32_BIT), (AUDIT_ARCH_I386, 0)];
+    let compare = json!([{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]);
+    let profile = |default: &str, rules: Value| {
+        let architectures = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"];
+        compile(json!({"defaultAction": default, "architectures": architectures, "syscalls": rules}))
+    };
+    let deny = profile(
+        "SCMP_ACT_ALLOW",
+        json!([
+            {"names": ["statmount", "read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28},
+            {"names": ["statmount"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["lsm_list_modules"], "action": "SCMP_ACT_ERRNO", "args": compare},
+            {"names": ["mseal"], "action": "SCMP_ACT_KILL_PROCESS"}
+        ]),
+    );
+    let allow = profile(
+        "SCMP_ACT_ERRNO",
+        json!([
+            {"names": ["read", "mseal"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["statmount"], "action": "SCMP_ACT_ALLOW", "args": compare}
+        ]),
+    );
+    for (audit, bit) in everywhere {
+        let answers = |filter: &Filter| [457, 458, 461, 462, 463].map(|number| answer(filter, audit, bit | number, 0));
+        assert_eq!(answers(&deny), [errno(28), ALLOW, errno(libc::EPERM), KILL, ALLOW], "{audit:#x} {bit:#x}");
+        let refused = errno(libc::EPERM);
+        let younger = errno(libc::ENOSYS);
+        assert_eq!(answers(&allow), [refused, refused, refused, ALLOW, younger], "{audit:#x} {bit:#x}");
+    }
+    // What is of no architecture of the profile's is killed whatever it is.
+    let own = compile(json!({
+        "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["mseal"], "action": "SCMP_ACT_ALLOW"}]
+    }));
+    assert_eq!(answer(&own, AUDIT_ARCH_X86_64, 462, 0), ALLOW);
+    assert_eq!(answer(&own, AUDIT_ARCH_I386, 462, 0), libc::SECCOMP_RET_KILL_THREAD);
+    assert_eq!(answer(&own, AUDIT_ARCH_X86_64, X32_BIT | 462, 0), libc::SECCOMP_RET_KILL_THREAD);
+}
+
+#[test]
+fn filter_that_the_kernel_would_not_take_is_refused() {
+    let profile = |rules: u32| {
+        let rule = |value: u32| {
+            json!({"names": ["read"], "action": "SCMP_ACT_ERRNO",
+                   "args": [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}]})
+        };
+        let rules: Vec<Value> = (0..rules).map(rule).collect();
+        Filter::compile(&serde_json::from_value(json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules})).unwrap())
+    };
+    assert!(profile(100).is_ok());
+    let Err(error) = profile(5000).map(|_| ()) else { panic!("a filter of 5000 comparisons") };
+    assert!(error.to_string().contains("more than the 4096 that the kernel takes"), "{error}");
+}
