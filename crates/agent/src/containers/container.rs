@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use oci_spec::runtime::LinuxCapabilities;
+use oci_spec::runtime::Process as ProcessSpec;
 use tokio::sync::Notify;
 
 use super::error::ContainerError;
@@ -50,8 +50,8 @@ impl Phase {
 pub struct Container {
     id: String,
     cgroup: Cgroup,
-    /// Those of its init, known once its spec is.
-    capabilities: OnceLock<LinuxCapabilities>,
+    /// What its spec says of its init, once that is known.
+    init_spec: OnceLock<ProcessSpec>,
     state: Mutex<State>,
     /// Told whenever the creation of an exec is over.
     exec_made: Notify,
@@ -67,13 +67,7 @@ struct State {
 impl Container {
     pub(super) fn new(id: &str, cgroup: Cgroup) -> Self {
         let state = State { phase: Phase::Creating, processes: HashMap::new() };
-        Self {
-            id: id.into(),
-            cgroup,
-            capabilities: OnceLock::new(),
-            state: Mutex::new(state),
-            exec_made: Notify::new(),
-        }
+        Self { id: id.into(), cgroup, init_spec: OnceLock::new(), state: Mutex::new(state), exec_made: Notify::new() }
     }
 
     /// Its id.
@@ -86,13 +80,13 @@ impl Container {
         &self.cgroup
     }
 
-    pub(super) fn set_capabilities(&self, capabilities: LinuxCapabilities) {
-        let _ = self.capabilities.set(capabilities);
+    pub(super) fn set_init_spec(&self, process: ProcessSpec) {
+        let _ = self.init_spec.set(process);
     }
 
-    /// What an exec gets that asks for none; `None` before its creation.
-    pub(super) fn capabilities(&self) -> Option<&LinuxCapabilities> {
-        self.capabilities.get()
+    /// What an exec has of that where it says nothing; `None` before the container's creation.
+    pub(super) fn init_spec(&self) -> Option<&ProcessSpec> {
+        self.init_spec.get()
     }
 
     /// One of its processes; an empty id means init.

@@ -120,8 +120,8 @@ impl Containers {
             spec::adapt(&json, &placement)
         })
         .await?;
-        if let Some(capabilities) = spec.process().as_ref().and_then(|process| process.capabilities().clone()) {
-            container.set_capabilities(capabilities);
+        if let Some(process) = spec.process() {
+            container.set_init_spec(process.clone());
         }
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref());
@@ -181,8 +181,7 @@ impl Containers {
     }
 
     async fn exec_reserved(&self, container: &Container, request: &ExecRequest) -> Result<(), ContainerError> {
-        let process =
-            spec::adapt_process(&request.process, request.streams.terminal, container.capabilities().cloned())?;
+        let process = spec::adapt_process(&request.process, request.streams.terminal, container.init_spec())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
         let init = container.process("")?;
         // Until it has, nobody may look at the namespaces that it has joined (ptrace(2), access mode checks).

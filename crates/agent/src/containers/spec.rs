@@ -74,15 +74,14 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
     Ok(spec)
 }
 
-/// Reads an exec's process and makes it the guest's; one that says nothing of capabilities has the container's.
-pub fn adapt_process(
-    json: &[u8],
-    terminal: bool,
-    capabilities: Option<LinuxCapabilities>,
-) -> Result<Process, ContainerError> {
+/// Reads an exec's process and makes it the guest's; where it says nothing of capabilities or limits it has the container's.
+pub fn adapt_process(json: &[u8], terminal: bool, init: Option<&Process>) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
-    fit_process(&mut process, terminal, capabilities);
+    if process.rlimits().as_ref().is_none_or(Vec::is_empty) {
+        process.set_rlimits(init.and_then(|init| init.rlimits().clone()));
+    }
+    fit_process(&mut process, terminal, init.and_then(|init| init.capabilities().clone()));
     Ok(process)
 }
 

@@ -33,7 +33,7 @@ async fn ends_reach_their_owners_however_early_they_come() {
 #[test]
 fn end_before_a_birth_is_not_that_of_its_child() {
     let reaper = Arc::new(Reaper::default());
-    let exit = Exit { code: 7, at_ns: 1 };
+    let exit = Exit { code: 7 };
     let before = reaper.expect();
     reaper.table().keep(1000, exit);
     let after = reaper.expect();

@@ -109,10 +109,20 @@ fn sets_of_capabilities_that_are_missing_are_empty() {
     assert_eq!(sets(&process), [vec![Chown], vec![], vec![], vec![], vec![]]);
 
     let none = br#"{"cwd": "/", "user": {"uid": 0, "gid": 0}}"#;
+    let mut of_init = init.clone();
     let mut own = init.capabilities().clone().unwrap();
     own.set_permitted(Some([Kill].into()));
-    let process = adapt_process(none, false, Some(own)).unwrap();
+    of_init.set_capabilities(Some(own));
+    let limit =
+        |soft| serde_json::from_value(serde_json::json!({ "type": "RLIMIT_CORE", "soft": soft, "hard": 9 })).unwrap();
+    of_init.set_rlimits(Some(vec![limit(3)]));
+    let process = adapt_process(none, false, Some(&of_init)).unwrap();
     assert_eq!(sets(&process), [vec![], vec![], vec![], vec![Kill], vec![]]);
+    assert_eq!(process.rlimits().as_deref(), Some(&[limit(3)][..]));
+    let some =
+        br#"{"cwd": "/", "user": {"uid": 0, "gid": 0}, "rlimits": [{"type": "RLIMIT_CORE", "soft": 4, "hard": 9}]}"#;
+    let process = adapt_process(some, false, Some(&of_init)).unwrap();
+    assert_eq!(process.rlimits().as_deref(), Some(&[limit(4)][..]));
 }
 
 #[test]
