@@ -6,15 +6,25 @@ use std::thread::Builder;
 
 use tokio::sync::oneshot;
 
-/// Runs `work` to its end on a new thread with a stack of so many bytes. Fails if there is none to be had.
-pub async fn run<T: Send + 'static>(
+/// Enough for system calls, the names that they take, and netlink messages.
+const STACK: usize = 512 << 10;
+
+/// Runs `work` to its end on a new thread. Fails if there is none to be had.
+pub async fn run<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    run_or_undo(name, work, || ()).await
+}
+
+/// The same, with what is to be done on the thread after `work` if nobody waits for that any more.
+pub async fn run_or_undo<T: Send + 'static>(
     name: &str,
-    stack: usize,
     work: impl FnOnce() -> T + Send + 'static,
+    undo: impl FnOnce() + Send + 'static,
 ) -> io::Result<T> {
     let (tell, told) = oneshot::channel();
-    Builder::new().name(name.to_owned()).stack_size(stack).spawn(move || {
-        let _ = tell.send(work());
+    Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || {
+        if tell.send(work()).is_err() {
+            undo();
+        }
     })?;
     told.await.map_err(io::Error::other)
 }

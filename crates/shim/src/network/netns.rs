@@ -12,7 +12,6 @@ use crate::own_thread;
 
 /// Name and stack, in bytes, of the threads.
 const THREAD: &str = "bulkhead-netns";
-const STACK: usize = 512 << 10;
 
 /// Runs `body` to its end on a new thread that has entered the namespace, with a reactor of its own: sockets belong to
 /// the namespace in which they are made.
@@ -23,7 +22,7 @@ where
     B: FnOnce() -> F + Send + 'static,
 {
     let path = netns.to_path_buf();
-    own_thread::run(THREAD, STACK, move || enter_and_run(&path, body)).await.map_err(NetnsError::Thread)?
+    own_thread::run(THREAD, move || enter_and_run(&path, body)).await.map_err(NetnsError::Thread)?
 }
 
 fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F) -> Result<T, NetnsError> {
@@ -39,7 +38,7 @@ pub async fn create() -> Result<OwnedFd, NetnsError> {
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
         rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
     };
-    let made = own_thread::run(THREAD, STACK, make).await.map_err(NetnsError::Thread)?;
+    let made = own_thread::run(THREAD, make).await.map_err(NetnsError::Thread)?;
     made.map_err(|error| NetnsError::Create(error.into()))
 }
 

@@ -23,8 +23,8 @@ use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, blocking, patience, removing};
-use crate::share::ShareError;
+use crate::sandbox::{Sandbox, mounting, patience, removing};
+use crate::share::{Share, ShareError};
 use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
@@ -201,15 +201,15 @@ impl Pod {
         let guest = spec::translate(spec, &task.id, &Given { disks, huge_volumes })?;
         let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
         let volumes = guest.volumes.clone();
-        let mounted: Result<(), ShareError> = blocking(move || {
+        let (abandoned, its_id) = (share.clone(), id.clone());
+        let mount = move || {
             if rootfs.is_empty() {
                 refuse_link(&prepared)?;
             }
             share.add_rootfs(&id, &rootfs, &prepared)?;
             share.add_volumes(&id, &volumes)
-        })
-        .await;
-        mounted?;
+        };
+        mounting(mount, move || remove(&abandoned, &its_id)).await?;
         let copied_volumes = sandbox.volumes.add(&sandbox.agent, &task.id, &guest.volumes);
         let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
@@ -286,8 +286,17 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
     sandbox.container_ended(&id);
     sandbox.detach_disks(&id).await;
     sandbox.give_back().await;
-    let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
-    if let Err(error) = removed {
+    let remove = move || {
+        remove(&share, &id);
+        Ok::<_, ShareError>(())
+    };
+    if let Err(error) = removing(remove).await {
+        tracing::warn!("{}", super::error::chain(&error));
+    }
+}
+
+fn remove(share: &Share, id: &str) {
+    if let Err(error) = share.remove_container(id) {
         tracing::warn!("{}", super::error::chain(&error));
     }
 }
@@ -334,7 +343,7 @@ async fn with_huge_volumes(sandbox: &Sandbox, spec: Spec) -> Result<(Spec, Vec<H
         let volumes = spec::huge_volumes(&spec);
         Ok::<_, ShareError>((spec, volumes))
     };
-    let (spec, volumes) = blocking(look).await?;
+    let (spec, volumes) = mounting(look, || ()).await?;
     for volume in &volumes {
         sandbox.agent.add_huge_page_volume(volume).await?;
     }

@@ -108,6 +108,9 @@ impl TaskError {
             | Self::Disk(DiskError::Agent(error))
             | Self::Agent(error)
             | Self::Io(IoError::Agent(error)) => agent_code(error),
+            Self::Disk(DiskError::Hung(..)) | Self::Share(ShareError::Hung(_) | ShareError::Stuck(_)) => {
+                Code::DEADLINE_EXCEEDED
+            }
             Self::Disk(_) => Code::FAILED_PRECONDITION,
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
             Self::Bundle(_)

@@ -212,6 +212,7 @@ async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
         tokio::time::advance(Duration::from_secs(seconds)).await;
         tokio::time::resume();
     };
+    fixture.sandbox.make_room("c", Limits::default()).await.unwrap();
     agent.hold("ResizeGuest");
     agent.hold("UpdateContainer");
     let cpus = br#"{ "cpu": { "quota": 400000, "period": 100000 } }"#;

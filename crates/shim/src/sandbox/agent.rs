@@ -30,6 +30,11 @@ const SHORT_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a VM may go on whose agent has ended the connection: it does so at its orderly end too, just before the VM's.
 const UNHEARD: Duration = Duration::from_secs(10);
 
+/// How long the agent may take to make a process, or to tell of the end of one that was killed, when nobody waits for it any
+/// more. It gives up itself within a minute (its `runtime::ANSWER`): a guest that has not answered by then keeps what it is
+/// asked for, and what it is asked for next, for ever.
+const NEVER: Duration = Duration::from_secs(300);
+
 /// The size of huge pages that every x86 guest has, in KiB.
 const COMMON_PAGE_KIB: u64 = 2048;
 
@@ -159,7 +164,10 @@ impl Agent {
 
     /// See `Agent.CreateContainer`.
     pub async fn create_container(&self, request: proto::CreateContainerRequest) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.create_container(Context::default(), &request)).await.map(drop)
+        let key = ProcessKey { container: request.container_id.clone(), exec: String::new() };
+        let client = self.client.clone();
+        let call = async move { client.create_container(Context::default(), &request).await.map(drop) };
+        self.make(key, call).await
     }
 
     /// See `Agent.StartContainer`.
@@ -207,26 +215,51 @@ impl Agent {
         self.client.get_stats(Context::default(), &container(id)).await.map_err(AgentError::from)
     }
 
-    /// See `Agent.Exec`. A process that is there only after the deadline is killed: nobody would know of it.
+    /// See `Agent.Exec`.
     pub async fn exec(&self, request: proto::ExecRequest) -> Result<(), AgentError> {
+        let key = ProcessKey { container: request.container_id.clone(), exec: request.exec_id.clone() };
+        let client = self.client.clone();
+        let call = async move { client.exec(Context::default(), &request).await.map(drop) };
+        self.make(key, call).await
+    }
+
+    /// Has a process made. One that is there only after the deadline is discarded: nobody would know of it.
+    async fn make(
+        &self,
+        key: ProcessKey,
+        call: impl Future<Output = ttrpc::Result<()>> + Send + 'static,
+    ) -> Result<(), AgentError> {
         let (tell, told) = oneshot::channel();
         let agent = self.clone();
         tokio::spawn(async move {
-            let answer = agent.client.exec(Context::default(), &request).await.map(drop);
-            if let Err(Ok(())) = tell.send(answer) {
-                agent.discard(&ProcessKey { container: request.container_id, exec: request.exec_id }).await;
+            match tokio::time::timeout(NEVER, call).await {
+                Ok(answer) => {
+                    if let Err(Ok(())) = tell.send(answer) {
+                        agent.discard(&key).await;
+                    }
+                }
+                Err(_) => agent.give_up().await,
             }
         });
         let answer = async { told.await.unwrap_or_else(|_| Err(ttrpc::Error::Others("the call is lost".to_owned()))) };
         within(DEADLINE, answer).await
     }
 
-    /// Kills an exec that nobody has, and makes the guest forget it. Ends with the process or with the VM.
+    /// Kills a process that nobody has, and makes the guest forget it, with its container if it is an init.
     pub async fn discard(&self, key: &ProcessKey) {
-        let _ = self.signal(key, SIGKILL, false).await;
-        if self.wait(key).await.is_ok() {
-            let _ = self.delete_process(key).await;
+        let is_init = key.exec.is_empty();
+        let _ = self.signal(key, SIGKILL, is_init).await;
+        match tokio::time::timeout(NEVER, self.wait(key)).await {
+            Ok(Ok(_)) if is_init => drop(self.delete_container(&key.container).await),
+            Ok(Ok(_)) => drop(self.delete_process(key).await),
+            Ok(Err(_)) => {}
+            Err(_) => self.give_up().await,
         }
+    }
+
+    async fn give_up(&self) {
+        tracing::warn!("killing the VM of a guest that has not answered within {NEVER:?}");
+        self.vm.kill().await;
     }
 
     /// See `Agent.DeleteProcess`.

@@ -7,17 +7,33 @@
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags};
 
 use super::agent::{Agent, AgentError};
+use super::patience;
 use super::vm::{Vm, VmError};
+use crate::own_thread;
 use crate::share;
 use crate::spec::{DeviceNumber, GuestDisk, HostDisk};
 
-/// The pod's disks. The lock is held while one comes or goes, so that two containers do not bring the same one.
+/// How long open(2) of a disk may take: one whose path is being recovered may wait for ever.
+const OPENED: Duration = Duration::from_secs(30);
+
+/// How long the guest and the VMM may take in all to let go of a container's disks: as long as for one, see the deadlines of
+/// `Agent::unbind_device` and `Vm::remove_device`.
+const DETACHED: Duration = Duration::from_secs(50);
+
+/// The pod's disks.
 #[derive(Debug, Default)]
-pub struct Disks(tokio::sync::Mutex<Vec<Disk>>);
+pub struct Disks {
+    /// Held while one comes or goes, so that two containers do not bring the same one.
+    disks: tokio::sync::Mutex<Vec<Disk>>,
+    /// Containers that have disks or are about to: the others wait for nobody.
+    users: Mutex<HashSet<String>>,
+}
 
 #[derive(Debug)]
 struct Disk {
@@ -30,6 +46,15 @@ struct Disk {
 }
 
 impl Disks {
+    #[cfg(test)]
+    pub async fn lock(&self) -> impl Drop {
+        self.disks.lock().await
+    }
+
+    fn users(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Gives a container its disks. On an error, [`Self::detach`] takes back what it has got.
     pub async fn attach(
         &self,
@@ -41,9 +66,15 @@ impl Disks {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let mut disks = self.0.lock().await;
-        let mut attached = Vec::new();
+        self.users().insert(id.to_owned());
+        // Before the lock: what hangs here holds up this container alone.
+        let mut files = Vec::new();
         for host in wanted {
+            files.push(open_beside(host.number, host.writable).await?);
+        }
+        let mut disks = self.disks.lock().await;
+        let mut attached = Vec::new();
+        for (host, file) in wanted.iter().zip(files) {
             let fits = |disk: &&mut Disk| disk.host == host.number && (disk.writable || !host.writable);
             let guest = match disks.iter_mut().find(fits) {
                 Some(disk) => {
@@ -51,7 +82,7 @@ impl Disks {
                     disk.guest
                 }
                 None => {
-                    let disk = add(vm, agent, id, host).await?;
+                    let disk = add(vm, agent, id, host, file).await?;
                     let guest = disk.guest;
                     disks.push(disk);
                     guest
@@ -64,7 +95,14 @@ impl Disks {
 
     /// Takes a container's disks away, as far as no other has them. The guest may refuse; the slot is emptied anyway.
     pub async fn detach(&self, vm: &Vm, agent: &Agent, id: &str) {
-        let mut disks = self.0.lock().await;
+        if !self.users().remove(id) || vm.has_ended() {
+            return;
+        }
+        patience::within(DETACHED, self.take_out(vm, agent, id)).await;
+    }
+
+    async fn take_out(&self, vm: &Vm, agent: &Agent, id: &str) {
+        let mut disks = self.disks.lock().await;
         let unused = |disk: &mut Disk| disk.users.remove(id) && disk.users.is_empty();
         for disk in disks.extract_if(.., unused).collect::<Vec<_>>() {
             if vm.has_ended() {
@@ -80,11 +118,8 @@ impl Disks {
     }
 }
 
-async fn add(vm: &Vm, agent: &Agent, id: &str, host: &HostDisk) -> Result<Disk, DiskError> {
+async fn add(vm: &Vm, agent: &Agent, id: &str, host: &HostDisk, file: OwnedFd) -> Result<Disk, DiskError> {
     let (number, writable) = (host.number, host.writable);
-    // open(2) of a disk may wait for it.
-    let opened = tokio::task::spawn_blocking(move || open(number, writable)).await;
-    let file = opened.unwrap_or(Err(DiskError::NoDevice(number)))?;
     let slot = vm.add_disk(file, !writable, number.to_string()).await?;
     let guest = match agent.bind_device(slot).await {
         Ok(guest) => guest,
@@ -94,6 +129,16 @@ async fn add(vm: &Vm, agent: &Agent, id: &str, host: &HostDisk) -> Result<Disk, 
         }
     };
     Ok(Disk { host: number, writable, slot, guest, users: HashSet::from([id.to_owned()]) })
+}
+
+/// Opens a disk on a thread that others do not wait for.
+async fn open_beside(number: DeviceNumber, writable: bool) -> Result<OwnedFd, DiskError> {
+    let opened = own_thread::run("bulkhead-open", move || open(number, writable));
+    let deadline = patience::left(OPENED);
+    match tokio::time::timeout(deadline, opened).await {
+        Ok(opened) => opened.map_err(DiskError::Thread)?,
+        Err(_) => Err(DiskError::Hung(number, deadline)),
+    }
 }
 
 /// Where the kernel keeps the nodes of devices (devtmpfs).
@@ -127,6 +172,12 @@ pub enum DiskError {
         #[source]
         source: std::io::Error,
     },
+    /// open(2) has not come back.
+    #[error("the block device {0} has not been opened within {1:?}; does its disk answer?")]
+    Hung(DeviceNumber, Duration),
+    /// No thread.
+    #[error("cannot start a thread to open a block device; is the node out of threads?")]
+    Thread(#[source] std::io::Error),
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),

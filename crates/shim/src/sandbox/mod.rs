@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::CreateSandboxRequest;
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::Semaphore;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
@@ -51,6 +52,13 @@ const ORDERLY_END: Duration = Duration::from_secs(10);
 /// How long the guest may take in all to connect and to be told of its pod, once its agent listens. With a `boot_timeout_s`
 /// as it is by default and the VMM's end, the kubelet's two minutes suffice.
 const BEGIN: Duration = Duration::from_secs(40);
+
+/// How long a container's mounts may take. Overlays and binds are made in milliseconds, unless a server or a disk of the host does
+/// not answer.
+const MOUNTED: Duration = Duration::from_secs(60);
+
+/// Containers of a pod whose mounts may be waited for: the kubelet tries again and again to create one that hangs.
+const MOUNTING: usize = 16;
 
 /// A pod's running VM.
 #[derive(Debug)]
@@ -172,12 +180,13 @@ impl Sandbox {
         change: impl Future<Output = Result<(), E>>,
     ) -> Result<(), E> {
         let before = self.resizer.limits(id);
-        self.resizer.note(id, before.larger(&limits));
+        self.resizer.change(id, before.larger(&limits));
         let changed = match self.resizer.grow(&self.vm, &self.agent).await {
             Ok(()) => change.await,
             Err(error) => Err(error.into()),
         };
-        self.resizer.note(id, if changed.is_ok() { limits } else { before });
+        // It may have ended meanwhile.
+        self.resizer.change(id, if changed.is_ok() { limits } else { before });
         self.bind_to_cpus();
         self.resizer.shrink(&self.vm, &self.agent).await;
         changed
@@ -283,6 +292,26 @@ where
     }
 }
 
+/// Runs system calls that mount something, on a thread of their own: one that waits for a file system of the host holds up its own
+/// container alone, and that not for ever. If nobody waits any more when it is done, `undo` follows.
+pub async fn mounting<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ShareError> + Send + 'static,
+    undo: impl FnOnce() + Send + 'static,
+) -> Result<T, ShareError> {
+    static THREADS: Semaphore = Semaphore::const_new(MOUNTING);
+    let thread = THREADS.try_acquire().map_err(|_| ShareError::Stuck(MOUNTING))?;
+    let deadline = patience::left(MOUNTED);
+    let work = move || {
+        let done = work();
+        drop(thread);
+        done
+    };
+    match tokio::time::timeout(deadline, own_thread::run_or_undo("bulkhead-mount", work, undo)).await {
+        Ok(done) => done.map_err(ShareError::Thread)?,
+        Err(_) => Err(ShareError::Hung(deadline)),
+    }
+}
+
 /// Runs system calls that remove something, on a thread of their own. They wait for no file system; all threads of
 /// [`blocking`] may wait for one that does not answer any more, and the pod must be removable all the same.
 pub async fn removing<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
@@ -290,9 +319,7 @@ where
     T: Send + 'static,
     E: From<ShareError> + Send + 'static,
 {
-    own_thread::run("bulkhead-remove", 256 << 10, work)
-        .await
-        .unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
+    own_thread::run("bulkhead-remove", work).await.unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
 fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
@@ -339,4 +366,36 @@ pub enum SandboxError {
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn mount_that_hangs_is_not_waited_for_and_undone_when_it_comes_back() {
+        let (answer, hung) = channel::<()>();
+        let (undone, told) = channel();
+        let work = move || {
+            let _ = hung.recv();
+            Ok(())
+        };
+        let outcome = mounting(work, move || undone.send(()).unwrap()).await;
+        assert!(matches!(outcome, Err(ShareError::Hung(MOUNTED))), "{outcome:?}");
+        assert!(told.try_recv().is_err());
+        drop(answer);
+        told.recv_timeout(Duration::from_secs(10)).unwrap();
+        tokio::time::resume();
+        mounting(|| Ok(()), || panic!("somebody has waited")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn container_without_disks_waits_for_nobodys() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sandbox, _) = Sandbox::fake(dir.path()).await;
+        let _attaching = sandbox.disks.lock().await;
+        tokio::time::timeout(Duration::from_secs(10), sandbox.detach_disks("c")).await.unwrap();
+    }
 }

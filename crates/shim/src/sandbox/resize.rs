@@ -60,6 +60,13 @@ impl Resizer {
         self.containers().insert(id.to_owned(), limits);
     }
 
+    /// Notes other limits of a container, unless it has been forgotten meanwhile.
+    pub fn change(&self, id: &str, limits: Limits) {
+        if let Some(known) = self.containers().get_mut(id) {
+            *known = limits;
+        }
+    }
+
     /// Forgets a container.
     pub fn forget(&self, id: &str) {
         self.containers().remove(id);
@@ -132,6 +139,19 @@ mod tests {
     use super::*;
     use crate::annotations::Request;
     use crate::config::{Config, Node, RawConfig};
+
+    #[test]
+    fn change_of_a_container_that_has_ended_is_none() {
+        let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();
+        let resizer = Resizer::new(Plan::new(&config, &Request::default()).unwrap());
+        let bound = Limits { host_cpus: Some("1".to_owned()), ..Limits::default() };
+        resizer.note("a", Limits::default());
+        resizer.change("a", bound.clone());
+        assert_eq!(resizer.host_cpus(), "1");
+        resizer.forget("a");
+        resizer.change("a", bound);
+        assert_eq!(resizer.limits("a"), Limits::default());
+    }
 
     #[test]
     fn cpusets_count_when_every_container_has_one() {

@@ -36,6 +36,9 @@ const SLOT_DEADLINE: Duration = Duration::from_secs(30);
 /// slower, and the kubelet waits two minutes for a container.
 const PLUG_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long a VMM may take to be gone after SIGKILL. Giving gigabytes of memory back takes a second.
+const DEATH: Duration = Duration::from_secs(10);
+
 /// A VM, as long as its VMM's process is there. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Vm {
@@ -107,10 +110,16 @@ impl Vm {
         let _ = ended.wait_for(|ended| *ended).await;
     }
 
-    /// Kills the VMM and waits for its process: SIGKILL is not refused, so this ends.
+    /// Kills the VMM and waits for its process, though not for ever: SIGKILL is not refused, but a thread that waits for a
+    /// disk of the host dies only when that answers.
     pub async fn kill(&self) {
-        let _ = self.requests.send(Order::Kill).await;
-        self.ended().await;
+        let killed = async {
+            let _ = self.requests.send(Order::Kill).await;
+            self.ended().await;
+        };
+        if tokio::time::timeout(DEATH, killed).await.is_err() {
+            tracing::warn!("the VMM is still there {DEATH:?} after SIGKILL; does a disk of the host not answer?");
+        }
     }
 
     /// Connects to a vsock port of the guest.

@@ -172,7 +172,14 @@ impl Supervisor {
                 }
             }
             Reply::Done { id: 0 } => self.built = Instant::now(),
-            Reply::Done { id } | Reply::Added { id, .. } | Reply::Resized { id, .. } => {
+            Reply::Added { id, slot } => {
+                let waiting = self.waiting.remove(&id);
+                if waiting.is_none_or(|answer| answer.send(Ok(reply)).is_err()) {
+                    // Nobody knows of the device, so nobody would take it out.
+                    self.ask(Unsent { command: Command::RemoveDevice { slot }, fds: Vec::new(), answer: None });
+                }
+            }
+            Reply::Done { id } | Reply::Resized { id, .. } => {
                 if let Some(answer) = self.waiting.remove(&id) {
                     let _ = answer.send(Ok(reply));
                 }
@@ -203,9 +210,12 @@ impl Supervisor {
     }
 
     fn ask(&mut self, request: Unsent) {
-        // Whoever gave up is forgotten, so that both hold no more than what is being waited for.
+        // Whoever gave up is forgotten, so that both hold no more than what is being waited for; but a device goes all the same.
         self.waiting.retain(|_, answer| !answer.is_closed());
-        self.unsent.retain(|unsent| !unsent.answer.as_ref().is_some_and(Answer::is_closed));
+        self.unsent.retain(|unsent| {
+            matches!(unsent.command, Command::RemoveDevice { .. })
+                || !unsent.answer.as_ref().is_some_and(Answer::is_closed)
+        });
         if self.unsent.len() < UNSENT {
             self.unsent.push_back(request);
         } else if let Some(answer) = request.answer {
@@ -287,4 +297,51 @@ fn would_block(yes: bool) -> std::io::Result<()> {
 /// The VMM's words may be the guest's: bounded, and one line.
 fn bounded(message: &str) -> String {
     message.chars().filter(|c| !c.is_control()).take(512).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+    use crate::sandbox::patience;
+
+    /// A VM whose process does nothing, and the VMM's end of its control socket.
+    fn vm() -> (Vm, OwnedFd) {
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let child = tokio::process::Command::new("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
+        let pid = child.id().unwrap();
+        (Vm::supervise(ours, child, pid).unwrap().0, theirs)
+    }
+
+    async fn request(socket: &OwnedFd) -> Request {
+        let socket = socket.try_clone().unwrap();
+        let received = tokio::task::spawn_blocking(move || control::receive::<Request>(&socket));
+        received.await.unwrap().unwrap().unwrap().0
+    }
+
+    #[tokio::test]
+    async fn device_that_nobody_waits_for_any_more_is_taken_out() {
+        let (vm, vmm) = vm();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let late = patience::within(Duration::ZERO, vm.add_disk(file.into(), true, String::new()));
+        assert!(matches!(late.await, Err(VmError::Silent(_))), "the VMM has not answered");
+        let Request { id, command: Command::AddDevice(_) } = request(&vmm).await else {
+            panic!("not told of the disk")
+        };
+        control::send(&vmm, &Reply::Added { id, slot: 7 }, &[]).unwrap();
+        assert_eq!(request(&vmm).await.command, Command::RemoveDevice { slot: 7 });
+    }
+
+    #[tokio::test]
+    async fn device_goes_even_if_nobody_waits_for_it_to_go() {
+        let (vm, vmm) = vm();
+        let late = patience::within(Duration::ZERO, vm.remove_device(3));
+        assert!(matches!(late.await, Err(VmError::Silent(_))));
+        // Another order, upon which those are forgotten that nobody waits for.
+        vm.shrink_memory(0).await.unwrap();
+        assert_eq!(request(&vmm).await.command, Command::RemoveDevice { slot: 3 });
+        assert_eq!(request(&vmm).await.command, Command::ResizeMemory { mib: 0 });
+    }
 }
