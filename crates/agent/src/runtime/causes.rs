@@ -23,14 +23,20 @@ impl Causes {
         Ok(Self(file))
     }
 
-    /// What has been logged so far, the first cause first, in one line; empty if nothing was.
-    pub fn told(&mut self) -> Option<String> {
+    /// What has been logged so far that an error does not say, the first cause first, in one line. That ends where the error
+    /// itself is logged: it goes on from hand to hand then.
+    pub fn behind(&mut self, error: &str) -> Option<String> {
         let mut bytes = vec![0; MAX_TOLD];
         self.0.rewind().ok()?;
         let length = self.0.read(&mut bytes).ok()?;
         bytes.truncate(length);
         let text = String::from_utf8_lossy(&bytes);
-        Some(text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; "))
+        let innermost = error.rsplit(": ").next().unwrap_or(error);
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        let end = lines.iter().position(|line| line.contains(innermost)).map_or(lines.len(), |last| last + 1);
+        let news = |line: &&str| !line.is_empty() && !line.contains(error) && !error.contains(*line);
+        let told: Vec<_> = lines.into_iter().take(end).filter(news).collect();
+        (!told.is_empty()).then(|| told.join("; "))
     }
 }
 
@@ -58,14 +64,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_told_in_one_line_and_nothing_else() {
+    fn what_is_behind_an_error_is_told_in_one_line_and_once() {
         let mut causes = Causes(file().unwrap());
-        assert_eq!(causes.told().unwrap(), "");
+        assert_eq!(causes.behind("failed"), None);
         tracing::subscriber::with_default(errors_to(causes.0.try_clone().unwrap()), || {
             tracing::warn!("beside the point");
             tracing::error!(code = 22, "failed to mount {:?}", "/x");
-            tracing::error!("failed to prepare rootfs");
+            tracing::error!(err = "Mount(EINVAL)", "failed to prepare rootfs");
+            tracing::error!("failed to initialize: failed to prepare rootfs");
         });
-        assert_eq!(causes.told().unwrap(), "failed to mount \"/x\" code=22; failed to prepare rootfs");
+        let told = "failed to mount \"/x\" code=22; failed to prepare rootfs err=\"Mount(EINVAL)\"";
+        assert_eq!(causes.behind("cannot create: failed to prepare rootfs").unwrap(), told);
+        assert_eq!(causes.behind("failed to mount \"/x\" code=22"), None);
     }
 }

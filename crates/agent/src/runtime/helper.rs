@@ -41,8 +41,8 @@ pub fn main() -> i32 {
         }
         Err(error) => {
             let mut message = sys::chain(&error);
-            if let Some(told) = causes.as_mut().ok().and_then(Causes::told).filter(|told| !told.is_empty()) {
-                message = format!("{message} ({told})");
+            if let Some(behind) = causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
+                message = format!("{message} ({behind})");
             }
             control::send(&agent, &Reply::Failed { message }, &[])
         }
