@@ -19,7 +19,7 @@ use crate::share::ShareError;
 /// has no output to be copied, so that is milliseconds, fifty times as long on an emulated node; containerd gives a Delete 10 s.
 pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
-/// How long a container may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
+/// How long a container or an exec may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
 /// is not told before the output has been copied, for which there are 30 s. containerd waits two minutes.
 const KILLED_END: Duration = Duration::from_secs(60);
 
@@ -60,7 +60,7 @@ impl Pod {
             return Ok(());
         }
         let answer = sandbox.agent.signal(&process.key, signal, all).await;
-        if signal == SIGKILL && exec.is_empty() {
+        if signal == SIGKILL {
             tokio::spawn(see_ended(process, sandbox.clone()));
         }
         match answer {
@@ -186,10 +186,11 @@ impl Pod {
     }
 }
 
-/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed.
+/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed, and an exec its
+/// pid, its streams and whoever waits for it.
 async fn see_ended(process: Arc<Process>, sandbox: Arc<Sandbox>) {
     if tokio::time::timeout(KILLED_END, process.wait()).await.is_err() {
-        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a container");
+        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a process");
         sandbox.vm.kill().await;
     }
 }

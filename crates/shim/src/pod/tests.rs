@@ -204,6 +204,23 @@ async fn exec_that_the_guest_makes_too_late_is_killed() {
 }
 
 #[tokio::test]
+async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_takes_the_vm_along() {
+    let fixture = pod().await;
+    fixture.agent.hold("WaitProcess");
+    let (_, waiter) = fixture.exec("e");
+    fixture.start("e").await.unwrap().unwrap();
+    fixture.kill("e").await.unwrap().unwrap();
+    assert!(!waiter.is_finished() && !fixture.sandbox.vm.has_ended());
+    tokio::task::yield_now().await;
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(61)).await;
+    tokio::time::resume();
+    let exit = tokio::time::timeout(Duration::from_secs(10), waiter).await.expect("the exec goes on");
+    assert_eq!(exit.unwrap().code, 137);
+    assert!(fixture.sandbox.vm.has_ended());
+}
+
+#[tokio::test]
 async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
     let fixture = pod().await;
     let agent = &fixture.agent;
