@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::types::task::Status;
+use futures::future::join_all;
 use protobuf::MessageField;
 
 use super::Pod;
@@ -124,7 +125,9 @@ impl Pod {
         // containerd gives up after 10 s and asks again: the second call waits for the first, and finds nothing.
         let _order = init.order.lock().await;
         self.container(&container.id)?;
-        finish_io(init).await;
+        // All at once: containerd does not wait longer for having executed more.
+        let execs = container.all_execs();
+        join_all(execs.iter().chain([init]).map(|process| finish_io(process))).await;
         if container.kind == Kind::Sandbox {
             let _gate = self.gate.lock().await;
             self.teardown().await;
@@ -132,7 +135,7 @@ impl Pod {
             self.remove_member(container).await?;
         }
         self.containers().remove(&container.id);
-        container.end_unstarted_execs();
+        self.end_execs(container);
         let deleted = deleted(init);
         self.publisher.publish(&TaskDelete {
             container_id: container.id.clone(),
@@ -144,6 +147,18 @@ impl Pod {
         container.hooks.deleted().await;
         self.end_if_empty();
         Ok(deleted)
+    }
+
+    /// Nobody starts what is left of a container that is gone, and no guest tells any more how it ended. Whoever waits for it
+    /// is told, and containerd if it knows of the start.
+    fn end_execs(&self, container: &Container) {
+        for process in container.all_execs() {
+            let started = process.status() != Status::CREATED;
+            let exit = Exit::now(Exit::KILLED);
+            if process.ended(exit.clone()) && started {
+                self.tell_exit(container, &process, exit);
+            }
+        }
     }
 
     async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {

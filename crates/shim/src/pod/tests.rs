@@ -3,12 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::events::task::TaskExit;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::types::task::Status;
 use futures::FutureExt;
+use protobuf::Message;
+use protobuf::well_known_types::empty::Empty;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use ttrpc::asynchronous::{Server, TtrpcContext};
 
 use super::hooks::ContainerHooks;
 use super::*;
@@ -34,7 +43,11 @@ async fn pod() -> Fixture {
 }
 
 async fn pod_in(dir: &Path) -> Fixture {
-    let (publisher, _) = Publisher::start("k8s.io".into(), None);
+    pod_that_tells(dir, None).await
+}
+
+async fn pod_that_tells(dir: &Path, events: Option<String>) -> Fixture {
+    let (publisher, _) = Publisher::start("k8s.io".into(), events);
     let endpoint = Arc::new(Endpoint::new(dir.join("socket")));
     std::fs::write(endpoint.socket(), "").unwrap();
     std::fs::write(endpoint.record(), "").unwrap();
@@ -47,6 +60,26 @@ async fn pod_in(dir: &Path) -> Fixture {
     fixture.agent.run("c", "");
     fixture.add("c", Kind::Member).init.set_status(Status::RUNNING);
     fixture
+}
+
+/// containerd's end of the events: passes on what comes.
+struct Listener(mpsc::UnboundedSender<Envelope>);
+
+#[async_trait]
+impl Events for Listener {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let _ = self.0.send(request.envelope.unwrap());
+        Ok(Empty::new())
+    }
+}
+
+/// Listens to events on a socket, as long as the server is kept.
+async fn listen(socket: &Path) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+    let (tell, told) = mpsc::unbounded_channel();
+    let mut server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
+    server = server.register_service(create_events(Arc::new(Listener(tell))));
+    server.start().await.unwrap();
+    (server, told)
 }
 
 /// Runs a test that mounts.
@@ -165,6 +198,54 @@ async fn exec_that_was_never_started_ends_with_its_deletion_or_its_containers() 
     fixture.pod.process("c", "").unwrap().wait().await;
     fixture.delete("c", "").await.unwrap().unwrap();
     assert_eq!(waiter.await.unwrap().code, 137);
+}
+
+#[tokio::test]
+async fn exec_that_the_guest_leaves_running_ends_with_its_containers_deletion() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("events");
+    let (_server, mut told) = listen(&socket).await;
+    let fixture = pod_that_tells(dir.path(), Some(socket.display().to_string())).await;
+    let (exec, waiter) = fixture.exec("e");
+    fixture.start("e").await.unwrap().unwrap();
+    fixture.kill("").await.unwrap().unwrap();
+    fixture.pod.process("c", "").unwrap().wait().await;
+    assert_eq!(exec.status(), Status::RUNNING);
+    fixture.agent.hold("WaitProcess");
+    fixture.delete("c", "").await.unwrap().unwrap();
+    assert_eq!(waiter.now_or_never().expect("the exec goes on").unwrap().code, 137);
+    assert!(!exec.holds_pid());
+    let mut topics = Vec::new();
+    while topics.last().is_none_or(|topic| topic != "/tasks/delete") {
+        let Envelope { topic, event, .. } = told.recv().await.unwrap();
+        if topic == "/tasks/exit" {
+            topics.push(TaskExit::parse_from_bytes(&event.value).unwrap().id);
+        }
+        topics.push(topic);
+    }
+    let expected =
+        ["/tasks/exec-added", "/tasks/exec-started", "c", "/tasks/exit", "e", "/tasks/exit", "/tasks/delete"];
+    assert_eq!(topics, expected);
+    // Nobody follows it any more.
+    let gone = Arc::downgrade(&exec);
+    drop(exec);
+    tokio::task::yield_now().await;
+    assert_eq!(gone.strong_count(), 0);
+}
+
+#[tokio::test]
+async fn exec_whose_container_is_deleted_while_it_is_started_does_not_come_to_be() {
+    let fixture = pod().await;
+    fixture.agent.hold("Exec");
+    let (_, waiter) = fixture.exec("e");
+    let start = fixture.start("e");
+    fixture.agent.called("Exec c/e", 1).await;
+    fixture.kill("").await.unwrap().unwrap();
+    fixture.pod.process("c", "").unwrap().wait().await;
+    fixture.delete("c", "").await.unwrap().unwrap();
+    assert_eq!(waiter.await.unwrap().code, 137);
+    fixture.agent.release("Exec");
+    assert!(matches!(start.await.unwrap(), Err(TaskError::State { what: "start", .. })));
 }
 
 #[tokio::test]
