@@ -52,7 +52,8 @@ impl Pod {
             }
             _ => {}
         }
-        let sandbox = self.sandbox()?;
+        // The process went with its VM, and is about to be recorded as ended. containerd takes no other error for that.
+        let sandbox = self.sandbox().map_err(|_| TaskError::Finished)?;
         if container.kind == Kind::Sandbox {
             if ENDING.contains(&signal) {
                 // containerd waits for the end by Wait, not by the answer to Kill.

@@ -285,6 +285,19 @@ async fn exec_that_the_guest_makes_too_late_is_killed() {
 }
 
 #[tokio::test]
+async fn process_whose_vm_has_ended_cannot_be_killed_because_it_has_finished() {
+    let fixture = pod().await;
+    let init = fixture.pod.process("c", "").unwrap();
+    // Its end cannot be recorded meanwhile.
+    let _order = init.order.lock().await;
+    fixture.sandbox.vm.kill().await;
+    assert!(matches!(fixture.kill("").await.unwrap(), Err(TaskError::Finished)));
+    fixture.pod.teardown().await;
+    assert!(matches!(fixture.kill("").await.unwrap(), Err(TaskError::Finished)));
+    assert_eq!((init.status(), TaskError::Finished.code()), (Status::RUNNING, ttrpc::Code::NOT_FOUND));
+}
+
+#[tokio::test]
 async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_takes_the_vm_along() {
     let fixture = pod().await;
     fixture.agent.hold("WaitProcess");
