@@ -380,6 +380,20 @@ fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
 }
 
 #[tokio::test]
+async fn sandbox_that_is_stopped_while_it_boots_has_no_vm() {
+    let fixture = pod().await;
+    let pod = &fixture.pod;
+    *pod.sandbox_slot() = None;
+    pod.clone().create_sandbox(CreateSandbox::default()).await.unwrap();
+    pod.clone().stop_sandbox().await.unwrap();
+    assert_eq!(pod.wait_sandbox().await.unwrap().code, 137);
+    *pod.sandbox_slot() = Some(fixture.sandbox.clone());
+    let booted = pod.sandbox_booted(&pod.api_sandbox().unwrap(), fixture.sandbox.clone()).await;
+    assert_eq!(booted.unwrap_err().code(), ttrpc::Code::FAILED_PRECONDITION);
+    assert!(fixture.sandbox.vm.has_ended() && pod.sandbox_slot().is_none());
+}
+
+#[tokio::test]
 async fn daemon_that_was_asked_to_end_with_its_sandbox_ends_with_the_last_member() {
     for asked in [true, false] {
         let fixture = pod().await;
