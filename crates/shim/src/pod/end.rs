@@ -130,7 +130,6 @@ impl Pod {
         let execs = container.all_execs();
         join_all(execs.iter().chain([init]).map(|process| finish_io(process))).await;
         if container.kind == Kind::Sandbox {
-            let _gate = self.gate.lock().await;
             self.teardown().await;
         } else {
             self.remove_member(container).await?;
@@ -164,7 +163,6 @@ impl Pod {
 
     async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
         if container.kind == Kind::Standalone {
-            let _gate = self.gate.lock().await;
             self.teardown().await;
             return Ok(());
         }

@@ -167,7 +167,7 @@ impl Pod {
     /// `CreateSandbox` too, when there is nothing to remove.
     pub async fn shutdown_sandbox(self: Arc<Self>) {
         let _gate = self.gate.lock().await;
-        self.teardown().await;
+        self.unmake().await;
         let api = self.api_slot().take();
         if let Some(api) = api {
             api.process.ended(Exit::now(Exit::KILLED));

@@ -24,6 +24,7 @@ use super::*;
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::fake::FakeAgent;
+use crate::sandbox::record;
 use crate::share::tests::in_mount_namespace;
 use crate::sizing::Limits;
 use crate::spec::HostHooks;
@@ -391,6 +392,49 @@ async fn sandbox_that_is_stopped_while_it_boots_has_no_vm() {
     let booted = pod.sandbox_booted(&pod.api_sandbox().unwrap(), fixture.sandbox.clone()).await;
     assert_eq!(booted.unwrap_err().code(), ttrpc::Code::FAILED_PRECONDITION);
     assert!(fixture.sandbox.vm.has_ended() && pod.sandbox_slot().is_none());
+}
+
+#[tokio::test]
+async fn end_of_the_daemon_takes_along_what_is_being_booted_and_lets_nothing_boot_after() {
+    let fixture = pod().await;
+    let pod = fixture.pod.clone();
+    let booted = pod.sandbox_slot().take();
+    let gate = pod.gate.lock().await;
+    let end = tokio::spawn({
+        let pod = pod.clone();
+        async move { pod.end().await }
+    });
+    tokio::task::yield_now().await;
+    assert!(!end.is_finished());
+    *pod.sandbox_slot() = booted;
+    drop(gate);
+    end.await.unwrap();
+    assert!(fixture.sandbox.vm.has_ended() && pod.gate.try_lock().is_err());
+}
+
+#[tokio::test]
+async fn boot_that_takes_long_when_the_daemon_is_to_end_is_cut_short() {
+    let fixture = pod().await;
+    let pod = fixture.pod.clone();
+    *pod.sandbox_slot() = None;
+    pod.identity.run_dir.create().unwrap();
+    record(&pod.identity.run_dir.vmm_pid(), fixture.sandbox.vm.pid());
+    let gate = pod.gate.lock().await;
+    let boot = async {
+        fixture.sandbox.vm.ended().await;
+        drop(gate);
+    };
+    let end = async {
+        let end = pod.end();
+        tokio::pin!(end);
+        assert!(end.as_mut().now_or_never().is_none());
+        tokio::time::pause();
+        tokio::time::advance(BOOTED).await;
+        tokio::time::resume();
+        end.await;
+    };
+    let both = async { tokio::join!(boot, end) };
+    tokio::time::timeout(BOOTED + Duration::from_secs(10), both).await.expect("the boot goes on");
 }
 
 #[tokio::test]
