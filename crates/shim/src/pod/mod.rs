@@ -1,8 +1,8 @@
 //! A pod: its VM and the tasks that containerd knows of it.
 //!
 //! The calls of the Task API are in files by what they do: [`create`], [`start`], [`end`] and [`control`]; those of
-//! the Sandbox API are in [`sandbox_api`]. Locks: the boot
-//! gate, then a process's `order`, then the maps, which are never held across an await.
+//! the Sandbox API are in [`sandbox_api`]. Locks: a process's `order`, an init's before those of its execs; then the boot
+//! gate; then the maps, which are never held across an await.
 
 mod container;
 mod control;
