@@ -76,7 +76,7 @@ async fn serve(flags: &Flags, listener: UnixListener, endpoint: Arc<Endpoint>) -
         () = pod.finished() => {}
         _ = terminate.recv() => tracing::warn!("asked to terminate, ending the pod"),
     }
-    pod.teardown().await;
+    pod.end().await;
     endpoint.withdraw();
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
     drop(server);

@@ -11,7 +11,7 @@ use containerd_shim_protos::types::task::Status;
 use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::numbers::Numbers;
-use super::process::{Exit, Process};
+use super::process::Process;
 
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
 /// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
@@ -90,17 +90,15 @@ impl Container {
         self.execs().remove(id);
     }
 
-    /// Nobody starts what is left of a container that is gone: whoever waits for it is told.
-    pub fn end_unstarted_execs(&self) {
-        for (process, _) in self.execs().values().filter(|(process, _)| process.status() == Status::CREATED) {
-            process.ended(Exit::now(Exit::KILLED));
-        }
+    /// Its execs, whatever their state.
+    pub fn all_execs(&self) -> Vec<Arc<Process>> {
+        self.execs().values().map(|(process, _)| process.clone()).collect()
     }
 
     /// Init and execs that run.
     pub fn running(&self) -> Vec<Arc<Process>> {
         let mut all = vec![self.init.clone()];
-        all.extend(self.execs().values().map(|(process, _)| process.clone()));
+        all.extend(self.all_execs());
         all.retain(|process| process.status() != Status::STOPPED && process.pid() != 0);
         all
     }

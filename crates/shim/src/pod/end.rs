@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::types::task::Status;
+use futures::future::join_all;
 use protobuf::MessageField;
 
 use super::Pod;
@@ -19,7 +20,7 @@ use crate::share::ShareError;
 /// has no output to be copied, so that is milliseconds, fifty times as long on an emulated node; containerd gives a Delete 10 s.
 pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
-/// How long a container may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
+/// How long a container or an exec may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
 /// is not told before the output has been copied, for which there are 30 s. containerd waits two minutes.
 const KILLED_END: Duration = Duration::from_secs(60);
 
@@ -51,7 +52,8 @@ impl Pod {
             }
             _ => {}
         }
-        let sandbox = self.sandbox()?;
+        // The process went with its VM, and is about to be recorded as ended. containerd takes no other error for that.
+        let sandbox = self.sandbox().map_err(|_| TaskError::Finished)?;
         if container.kind == Kind::Sandbox {
             if ENDING.contains(&signal) {
                 // containerd waits for the end by Wait, not by the answer to Kill.
@@ -60,7 +62,7 @@ impl Pod {
             return Ok(());
         }
         let answer = sandbox.agent.signal(&process.key, signal, all).await;
-        if signal == SIGKILL && exec.is_empty() {
+        if signal == SIGKILL {
             tokio::spawn(see_ended(process, sandbox.clone()));
         }
         match answer {
@@ -124,15 +126,16 @@ impl Pod {
         // containerd gives up after 10 s and asks again: the second call waits for the first, and finds nothing.
         let _order = init.order.lock().await;
         self.container(&container.id)?;
-        finish_io(init).await;
+        // All at once: containerd does not wait longer for having executed more.
+        let execs = container.all_execs();
+        join_all(execs.iter().chain([init]).map(|process| finish_io(process))).await;
         if container.kind == Kind::Sandbox {
-            let _gate = self.gate.lock().await;
             self.teardown().await;
         } else {
             self.remove_member(container).await?;
         }
         self.containers().remove(&container.id);
-        container.end_unstarted_execs();
+        self.end_execs(container);
         let deleted = deleted(init);
         self.publisher.publish(&TaskDelete {
             container_id: container.id.clone(),
@@ -146,9 +149,20 @@ impl Pod {
         Ok(deleted)
     }
 
+    /// Nobody starts what is left of a container that is gone, and no guest tells any more how it ended. Whoever waits for it
+    /// is told, and containerd if it knows of the start.
+    fn end_execs(&self, container: &Container) {
+        for process in container.all_execs() {
+            let started = process.status() != Status::CREATED;
+            let exit = Exit::now(Exit::KILLED);
+            if process.ended(exit.clone()) && started {
+                self.tell_exit(container, &process, exit);
+            }
+        }
+    }
+
     async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
         if container.kind == Kind::Standalone {
-            let _gate = self.gate.lock().await;
             self.teardown().await;
             return Ok(());
         }
@@ -186,10 +200,11 @@ impl Pod {
     }
 }
 
-/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed.
+/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed, and an exec its
+/// pid, its streams and whoever waits for it.
 async fn see_ended(process: Arc<Process>, sandbox: Arc<Sandbox>) {
     if tokio::time::timeout(KILLED_END, process.wait()).await.is_err() {
-        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a container");
+        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a process");
         sandbox.vm.kill().await;
     }
 }

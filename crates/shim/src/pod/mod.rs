@@ -1,8 +1,8 @@
 //! A pod: its VM and the tasks that containerd knows of it.
 //!
 //! The calls of the Task API are in files by what they do: [`create`], [`start`], [`end`] and [`control`]; those of
-//! the Sandbox API are in [`sandbox_api`]. Locks: the boot
-//! gate, then a process's `order`, then the maps, which are never held across an await.
+//! the Sandbox API are in [`sandbox_api`]. Locks: a process's `order`, an init's before those of its execs; then the boot
+//! gate; then the maps, which are never held across an await.
 
 mod container;
 mod control;
@@ -20,13 +20,14 @@ mod start;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::paths::RunDir;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, kill_recorded, removing};
 use container::{Container, Kind};
 pub use create::CreateTask;
 use error::TaskError;
@@ -34,6 +35,14 @@ use process::Process;
 use sandbox_api::ApiSandbox;
 pub use sandbox_api::CreateSandbox;
 pub use start::ExecTask;
+
+/// How long a boot may go on when the daemon is to end. It takes a second, but some fifty times as long on an emulated node;
+/// in all, systemd gives a process 90 s when the node shuts down (systemd-system.conf(5), DefaultTimeoutStopSec).
+const BOOTED: Duration = Duration::from_secs(30);
+
+/// How long such a boot may take to remove what it has made when its VMM has been killed. That waits for no guest and no file
+/// system, but a boot that has no VMM yet has to come to it first; see [`BOOTED`] for what there is.
+const RELEASED: Duration = Duration::from_secs(30);
 
 /// Names a pod.
 #[derive(Clone, Debug)]
@@ -151,6 +160,31 @@ impl Pod {
 
     /// Removes the VM and everything of it.
     pub async fn teardown(&self) {
+        let _gate = self.gate.lock().await;
+        self.unmake().await;
+    }
+
+    /// Ends the pod with its daemon: as [`Self::teardown`] does, but a boot that takes long is cut short, and none begins any
+    /// more.
+    pub async fn end(&self) {
+        let mut gate = tokio::time::timeout(BOOTED, self.gate.lock()).await;
+        if gate.is_err() {
+            tracing::warn!("killing a VMM whose boot takes long");
+            let vmm = self.identity.run_dir.vmm_pid();
+            let _: Result<(), TaskError> = removing(move || {
+                kill_recorded(&vmm);
+                Ok(())
+            })
+            .await;
+            gate = tokio::time::timeout(RELEASED, self.gate.lock()).await;
+        }
+        self.unmake().await;
+        // What waits for it would boot.
+        std::mem::forget(gate);
+    }
+
+    /// To be called with the gate held.
+    async fn unmake(&self) {
         let sandbox = self.sandbox_slot().take();
         if let Some(sandbox) = sandbox {
             sandbox.destroy().await;

@@ -61,7 +61,7 @@ impl Pod {
         if id == self.identity.sandbox_id { Ok(()) } else { Err(TaskError::NotFound(format!("sandbox {id}"))) }
     }
 
-    fn api_sandbox(&self) -> Result<Arc<ApiSandbox>, TaskError> {
+    pub(super) fn api_sandbox(&self) -> Result<Arc<ApiSandbox>, TaskError> {
         let found = self.api_slot().clone();
         found.ok_or_else(|| TaskError::NotFound(format!("sandbox {}", self.identity.sandbox_id)))
     }
@@ -91,17 +91,27 @@ impl Pod {
         let order = api.process.order.lock().await;
         api.process.expect("start", &[Status::CREATED])?;
         let sandbox = self.boot(api.spec.clone(), None).await?;
-        if let Err(error) = api.process.assign_pid(sandbox.netns().as_deref()) {
+        self.sandbox_booted(&api, sandbox).await?;
+        drop(order);
+        self.sandbox_state()
+    }
+
+    /// The VM is there. On an error it is not any more.
+    pub(super) async fn sandbox_booted(&self, api: &ApiSandbox, sandbox: Arc<Sandbox>) -> Result<(), TaskError> {
+        // It may have been stopped meanwhile: then it has ended, and nobody would end its VM.
+        let begun = api.process.expect("start", &[Status::CREATED]);
+        let begun = begun.and_then(|()| api.process.assign_pid(sandbox.netns().as_deref()));
+        if let Err(error) = begun {
             self.teardown().await;
             return Err(error);
         }
         api.process.set_status(Status::RUNNING);
-        drop(order);
         tokio::spawn(follow(api.process.clone(), sandbox));
-        self.sandbox_state()
+        Ok(())
     }
 
-    /// Ends the VM, orderly or in bounded time. What belongs to it on the host stays until [`Pod::shutdown_sandbox`].
+    /// Ends the VM, orderly or in bounded time; one that is being booted goes when it is there. What belongs to it on the
+    /// host stays until [`Pod::shutdown_sandbox`].
     pub async fn stop_sandbox(self: Arc<Self>) -> Result<(), TaskError> {
         let api = self.api_sandbox()?;
         let sandbox = self.sandbox_slot().clone();
@@ -157,7 +167,7 @@ impl Pod {
     /// `CreateSandbox` too, when there is nothing to remove.
     pub async fn shutdown_sandbox(self: Arc<Self>) {
         let _gate = self.gate.lock().await;
-        self.teardown().await;
+        self.unmake().await;
         let api = self.api_slot().take();
         if let Some(api) = api {
             api.process.ended(Exit::now(Exit::KILLED));

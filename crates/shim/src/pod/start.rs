@@ -64,7 +64,9 @@ impl Pod {
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
         let pid = process.assign_pid(sandbox.netns().as_deref())?;
-        if let Err(error) = patience::within(EXECUTED, run_exec(&sandbox, container, &process)).await {
+        let ran = patience::within(EXECUTED, run_exec(&sandbox, container, &process)).await;
+        // It has ended already if its container has been deleted meanwhile.
+        if let Err(error) = ran.and_then(|()| process.expect("start", &[Status::CREATED])) {
             // Whoever waits for it is told. No event: its start was not told either.
             process.ended(Exit::now(Exit::KILLED));
             return Err(error);
@@ -128,6 +130,8 @@ impl Pod {
                 }
             },
             () = sandbox.vm.ended() => Exit::KILLED,
+            // An exec, by the deletion of its container.
+            _ = process.wait() => return,
         };
         if let Some(io) = process.io() {
             io.process_ended().await;
@@ -156,10 +160,15 @@ impl Pod {
             container.execs_ended().await;
         }
         let exit = Exit::now(code);
-        if !process.ended(exit.clone()) {
-            return;
+        if process.ended(exit.clone()) {
+            self.tell_exit(container, process, exit);
         }
-        let id = if is_init { &container.id } else { &process.key.exec };
+    }
+
+    /// Says that a process has ended whose start was told.
+    pub(super) fn tell_exit(&self, container: &Container, process: &Process, exit: Exit) {
+        let exec = &process.key.exec;
+        let id = if exec.is_empty() { &container.id } else { exec };
         self.publisher.publish(&TaskExit {
             container_id: container.id.clone(),
             id: id.clone(),

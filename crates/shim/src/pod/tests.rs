@@ -3,18 +3,28 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::events::task::TaskExit;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::types::task::Status;
 use futures::FutureExt;
+use protobuf::Message;
+use protobuf::well_known_types::empty::Empty;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use ttrpc::asynchronous::{Server, TtrpcContext};
 
 use super::hooks::ContainerHooks;
 use super::*;
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::fake::FakeAgent;
+use crate::sandbox::record;
 use crate::share::tests::in_mount_namespace;
 use crate::sizing::Limits;
 use crate::spec::HostHooks;
@@ -34,7 +44,11 @@ async fn pod() -> Fixture {
 }
 
 async fn pod_in(dir: &Path) -> Fixture {
-    let (publisher, _) = Publisher::start("k8s.io".into(), None);
+    pod_that_tells(dir, None).await
+}
+
+async fn pod_that_tells(dir: &Path, events: Option<String>) -> Fixture {
+    let (publisher, _) = Publisher::start("k8s.io".into(), events);
     let endpoint = Arc::new(Endpoint::new(dir.join("socket")));
     std::fs::write(endpoint.socket(), "").unwrap();
     std::fs::write(endpoint.record(), "").unwrap();
@@ -47,6 +61,26 @@ async fn pod_in(dir: &Path) -> Fixture {
     fixture.agent.run("c", "");
     fixture.add("c", Kind::Member).init.set_status(Status::RUNNING);
     fixture
+}
+
+/// containerd's end of the events: passes on what comes.
+struct Listener(mpsc::UnboundedSender<Envelope>);
+
+#[async_trait]
+impl Events for Listener {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let _ = self.0.send(request.envelope.unwrap());
+        Ok(Empty::new())
+    }
+}
+
+/// Listens to events on a socket, as long as the server is kept.
+async fn listen(socket: &Path) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+    let (tell, told) = mpsc::unbounded_channel();
+    let mut server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
+    server = server.register_service(create_events(Arc::new(Listener(tell))));
+    server.start().await.unwrap();
+    (server, told)
 }
 
 /// Runs a test that mounts.
@@ -168,6 +202,54 @@ async fn exec_that_was_never_started_ends_with_its_deletion_or_its_containers() 
 }
 
 #[tokio::test]
+async fn exec_that_the_guest_leaves_running_ends_with_its_containers_deletion() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("events");
+    let (_server, mut told) = listen(&socket).await;
+    let fixture = pod_that_tells(dir.path(), Some(socket.display().to_string())).await;
+    let (exec, waiter) = fixture.exec("e");
+    fixture.start("e").await.unwrap().unwrap();
+    fixture.kill("").await.unwrap().unwrap();
+    fixture.pod.process("c", "").unwrap().wait().await;
+    assert_eq!(exec.status(), Status::RUNNING);
+    fixture.agent.hold("WaitProcess");
+    fixture.delete("c", "").await.unwrap().unwrap();
+    assert_eq!(waiter.now_or_never().expect("the exec goes on").unwrap().code, 137);
+    assert!(!exec.holds_pid());
+    let mut topics = Vec::new();
+    while topics.last().is_none_or(|topic| topic != "/tasks/delete") {
+        let Envelope { topic, event, .. } = told.recv().await.unwrap();
+        if topic == "/tasks/exit" {
+            topics.push(TaskExit::parse_from_bytes(&event.value).unwrap().id);
+        }
+        topics.push(topic);
+    }
+    let expected =
+        ["/tasks/exec-added", "/tasks/exec-started", "c", "/tasks/exit", "e", "/tasks/exit", "/tasks/delete"];
+    assert_eq!(topics, expected);
+    // Nobody follows it any more.
+    let gone = Arc::downgrade(&exec);
+    drop(exec);
+    tokio::task::yield_now().await;
+    assert_eq!(gone.strong_count(), 0);
+}
+
+#[tokio::test]
+async fn exec_whose_container_is_deleted_while_it_is_started_does_not_come_to_be() {
+    let fixture = pod().await;
+    fixture.agent.hold("Exec");
+    let (_, waiter) = fixture.exec("e");
+    let start = fixture.start("e");
+    fixture.agent.called("Exec c/e", 1).await;
+    fixture.kill("").await.unwrap().unwrap();
+    fixture.pod.process("c", "").unwrap().wait().await;
+    fixture.delete("c", "").await.unwrap().unwrap();
+    assert_eq!(waiter.await.unwrap().code, 137);
+    fixture.agent.release("Exec");
+    assert!(matches!(start.await.unwrap(), Err(TaskError::State { what: "start", .. })));
+}
+
+#[tokio::test]
 async fn kill_and_delete_of_an_exec_wait_for_its_start() {
     let fixture = pod().await;
     fixture.agent.hold("Exec");
@@ -201,6 +283,36 @@ async fn exec_that_the_guest_makes_too_late_is_killed() {
     fixture.agent.release("Exec");
     fixture.agent.called("SignalProcess c/e 9", 1).await;
     fixture.agent.called("DeleteProcess c/e", 1).await;
+}
+
+#[tokio::test]
+async fn process_whose_vm_has_ended_cannot_be_killed_because_it_has_finished() {
+    let fixture = pod().await;
+    let init = fixture.pod.process("c", "").unwrap();
+    // Its end cannot be recorded meanwhile.
+    let _order = init.order.lock().await;
+    fixture.sandbox.vm.kill().await;
+    assert!(matches!(fixture.kill("").await.unwrap(), Err(TaskError::Finished)));
+    fixture.pod.teardown().await;
+    assert!(matches!(fixture.kill("").await.unwrap(), Err(TaskError::Finished)));
+    assert_eq!((init.status(), TaskError::Finished.code()), (Status::RUNNING, ttrpc::Code::NOT_FOUND));
+}
+
+#[tokio::test]
+async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_takes_the_vm_along() {
+    let fixture = pod().await;
+    fixture.agent.hold("WaitProcess");
+    let (_, waiter) = fixture.exec("e");
+    fixture.start("e").await.unwrap().unwrap();
+    fixture.kill("e").await.unwrap().unwrap();
+    assert!(!waiter.is_finished() && !fixture.sandbox.vm.has_ended());
+    tokio::task::yield_now().await;
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(61)).await;
+    tokio::time::resume();
+    let exit = tokio::time::timeout(Duration::from_secs(10), waiter).await.expect("the exec goes on");
+    assert_eq!(exit.unwrap().code, 137);
+    assert!(fixture.sandbox.vm.has_ended());
 }
 
 #[tokio::test]
@@ -267,6 +379,63 @@ fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
         create.await.unwrap().unwrap();
         assert_eq!(fixture.delete("late", "").await.unwrap().unwrap().exit.code, 137);
     });
+}
+
+#[tokio::test]
+async fn sandbox_that_is_stopped_while_it_boots_has_no_vm() {
+    let fixture = pod().await;
+    let pod = &fixture.pod;
+    *pod.sandbox_slot() = None;
+    pod.clone().create_sandbox(CreateSandbox::default()).await.unwrap();
+    pod.clone().stop_sandbox().await.unwrap();
+    assert_eq!(pod.wait_sandbox().await.unwrap().code, 137);
+    *pod.sandbox_slot() = Some(fixture.sandbox.clone());
+    let booted = pod.sandbox_booted(&pod.api_sandbox().unwrap(), fixture.sandbox.clone()).await;
+    assert_eq!(booted.unwrap_err().code(), ttrpc::Code::FAILED_PRECONDITION);
+    assert!(fixture.sandbox.vm.has_ended() && pod.sandbox_slot().is_none());
+}
+
+#[tokio::test]
+async fn end_of_the_daemon_takes_along_what_is_being_booted_and_lets_nothing_boot_after() {
+    let fixture = pod().await;
+    let pod = fixture.pod.clone();
+    let booted = pod.sandbox_slot().take();
+    let gate = pod.gate.lock().await;
+    let end = tokio::spawn({
+        let pod = pod.clone();
+        async move { pod.end().await }
+    });
+    tokio::task::yield_now().await;
+    assert!(!end.is_finished());
+    *pod.sandbox_slot() = booted;
+    drop(gate);
+    end.await.unwrap();
+    assert!(fixture.sandbox.vm.has_ended() && pod.gate.try_lock().is_err());
+}
+
+#[tokio::test]
+async fn boot_that_takes_long_when_the_daemon_is_to_end_is_cut_short() {
+    let fixture = pod().await;
+    let pod = fixture.pod.clone();
+    *pod.sandbox_slot() = None;
+    pod.identity.run_dir.create().unwrap();
+    record(&pod.identity.run_dir.vmm_pid(), fixture.sandbox.vm.pid());
+    let gate = pod.gate.lock().await;
+    let boot = async {
+        fixture.sandbox.vm.ended().await;
+        drop(gate);
+    };
+    let end = async {
+        let end = pod.end();
+        tokio::pin!(end);
+        assert!(end.as_mut().now_or_never().is_none());
+        tokio::time::pause();
+        tokio::time::advance(BOOTED).await;
+        tokio::time::resume();
+        end.await;
+    };
+    let both = async { tokio::join!(boot, end) };
+    tokio::time::timeout(BOOTED + Duration::from_secs(10), both).await.expect("the boot goes on");
 }
 
 #[tokio::test]

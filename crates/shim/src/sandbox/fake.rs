@@ -180,6 +180,7 @@ impl proto::Agent for FakeAgent {
     async fn wait_process(&self, _: &TtrpcContext, r: proto::ProcessRequest) -> ttrpc::Result<proto::ExitStatus> {
         let key = (r.container_id, r.exec_id);
         let ended = self.until(|state| match state.processes.get(&key) {
+            _ if state.held.contains("WaitProcess") => None,
             Some(None) => None,
             Some(Some(code)) => Some(Ok(*code)),
             None => Some(Err(refusal(ttrpc::Code::NOT_FOUND))),
