@@ -195,7 +195,8 @@ impl Pod {
         }
         if tokio::time::timeout(UNSTARTED_END, container.init.wait()).await.is_err() {
             sandbox.vm.kill().await;
-            container.init.wait().await;
+            // Not for ever: what waits for a disk of the host has not ended, and is said not to have.
+            let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
         }
     }
 }

@@ -124,6 +124,8 @@ impl Pod {
                 Err(error) => {
                     if !matches!(error, AgentError::Refused { .. }) {
                         sandbox.vm.kill().await;
+                        // As long as it is there it may write to the pod's files.
+                        sandbox.vm.ended().await;
                     }
                     tracing::warn!(%error, process = ?process.key, "the guest does not tell how a process ended");
                     Exit::KILLED
