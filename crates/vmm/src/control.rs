@@ -122,8 +122,8 @@ impl Service {
         }
     }
 
-    fn remove_device(&self, id: u64, slot: u8) {
-        match self.machine.as_ref().map(|machine| machine.remove_device(slot)) {
+    fn remove_device(&mut self, id: u64, slot: u8) {
+        match self.machine.as_mut().map(|machine| machine.remove_device(slot)) {
             Some(Ok(())) => self.reply(&Reply::Done { id }),
             Some(Err(error)) => self.fail(id, describe(&error)),
             None => self.fail(id, NO_MACHINE.into()),
