@@ -91,7 +91,7 @@ pub enum Reply {
     },
     /// The guest tried to reach [`READY_PORT`](crate::guest::READY_PORT): its agent listens. Sent once for a machine.
     GuestReady,
-    /// The guest has ended, the VMM is about to. Last message.
+    /// The guest has ended, the VMM is about to. What other threads of its still answer may follow.
     GuestExited {
         /// Why.
         reason: ExitReason,
