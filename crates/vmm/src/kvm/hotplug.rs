@@ -1,5 +1,5 @@
 //! The part of the memory that is not there at boot: KVM knows of a block of it only while something in it is plugged, so
-//! that a guest has nothing there that it was not given.
+//! that a guest has no block there that it was not given. What is unplugged of a block that stays it can still touch.
 //!
 //! Devices could still be told to read and write there: they know one memory, whose mapping must not have holes that a
 //! device's copy would fault on. So all blocks that are not attached are the same one block of the host's, a decoy. What a
