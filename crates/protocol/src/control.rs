@@ -91,7 +91,7 @@ pub enum Reply {
     },
     /// The guest tried to reach [`READY_PORT`](crate::guest::READY_PORT): its agent listens. Sent once for a machine.
     GuestReady,
-    /// The guest has ended, the VMM is about to. Last message.
+    /// The guest has ended, the VMM is about to. What other threads of its still answer may follow.
     GuestExited {
         /// Why.
         reason: ExitReason,
@@ -117,12 +117,17 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
     if fds.len() > MAX_FDS {
         return Err(ControlError::TooManyFds);
     }
+    let flags = SendFlags::NOSIGNAL;
+    // Not sendmsg(2), which could send descriptors: the VMM's filters do not have it.
+    if fds.is_empty() {
+        rustix::io::retry_on_intr(|| rustix::net::send(&socket, &body, flags)).map_err(ControlError::Send)?;
+        return Ok(());
+    }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+    if !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(ControlError::TooManyFds);
     }
-    let flags = SendFlags::NOSIGNAL;
     rustix::io::retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(&body)], &mut ancillary, flags))
         .map_err(ControlError::Send)?;
     Ok(())
@@ -132,13 +137,9 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
 ///
 /// On a non-blocking socket with nothing to read the error is [`ControlError::Receive`] with `EAGAIN`.
 pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
-    let mut body = vec![0; MAX_MESSAGE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let message = rustix::io::retry_on_intr(|| {
-        recvmsg(&socket, &mut [IoSliceMut::new(&mut body)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-    })
-    .map_err(ControlError::Receive)?;
+    let (body, flags) = receive_packet(socket, &mut ancillary)?;
     // Collected before anything is judged, so that a bad message leaks no descriptor.
     let mut fds = Vec::new();
     for item in ancillary.drain() {
@@ -146,14 +147,46 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(T, Vec<
             fds.extend(rights);
         }
     }
-    if message.bytes == 0 {
-        return Ok(None);
-    }
-    if message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if flags.contains(ReturnFlags::CTRUNC) {
         return Err(ControlError::TooLarge);
     }
-    let value = body.get(..message.bytes).map(serde_json::from_slice).ok_or(ControlError::TooLarge)?;
-    Ok(Some((value.map_err(ControlError::Json)?, fds)))
+    Ok(parse(&body, flags)?.map(|value| (value, fds)))
+}
+
+/// Receives one message from a peer that has no descriptors to send, like [`receive`].
+///
+/// There is no room for any: one that comes all the same is never this process's, which would have to close it. That can
+/// wait for a file system that hangs (close(2)), and the sender chooses which. The message is refused.
+pub fn receive_bare<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<T>, ControlError> {
+    let (body, flags) = receive_packet(socket, &mut RecvAncillaryBuffer::default())?;
+    if flags.contains(ReturnFlags::CTRUNC) {
+        return Err(ControlError::Descriptors);
+    }
+    parse(&body, flags)
+}
+
+fn receive_packet(
+    socket: impl AsFd,
+    ancillary: &mut RecvAncillaryBuffer<'_>,
+) -> Result<(Vec<u8>, ReturnFlags), ControlError> {
+    let mut body = vec![0; MAX_MESSAGE];
+    let message = rustix::io::retry_on_intr(|| {
+        recvmsg(&socket, &mut [IoSliceMut::new(&mut body)], ancillary, RecvFlags::CMSG_CLOEXEC)
+    })
+    .map_err(ControlError::Receive)?;
+    body.truncate(message.bytes);
+    Ok((body, message.flags))
+}
+
+/// The message of a packet; `None` for an empty one, which is how the peer's end reads.
+fn parse<T: DeserializeOwned>(body: &[u8], flags: ReturnFlags) -> Result<Option<T>, ControlError> {
+    if body.is_empty() {
+        return Ok(None);
+    }
+    if flags.contains(ReturnFlags::TRUNC) {
+        return Err(ControlError::TooLarge);
+    }
+    serde_json::from_slice(body).map(Some).map_err(ControlError::Json)
 }
 
 /// The control socket failed.
@@ -165,6 +198,9 @@ pub enum ControlError {
     /// Beyond [`MAX_FDS`].
     #[error("control message carries more than {MAX_FDS} descriptors")]
     TooManyFds,
+    /// From a peer that has none to send.
+    #[error("control message carries descriptors, which nobody asked for")]
+    Descriptors,
     /// Not a message of this protocol; the two binaries may be of different versions.
     #[error("control message is not understood; are shim and VMM of the same version?")]
     Json(#[source] serde_json::Error),
@@ -308,6 +344,27 @@ mod tests {
             let bad = good.replacen(field, value, 1);
             assert!(matches!(received(bad.as_bytes()), Err(ControlError::Json(_))), "{value}");
         }
+    }
+
+    #[test]
+    fn hostile_21_descriptors_that_nobody_asked_for_are_refused_and_not_kept() {
+        let (a, b) = pair();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let reply = Reply::Done { id: 7 };
+        for count in [1, MAX_FDS] {
+            send(&a, &reply, &vec![writer.as_fd(); count]).unwrap();
+            assert!(matches!(receive_bare::<Reply>(&b), Err(ControlError::Descriptors)), "{count}");
+        }
+        // Nobody holds a copy: the pipe's end is seen.
+        drop(writer);
+        assert_eq!(rustix::io::read(&reader, &mut [0; 1][..]).unwrap(), 0);
+        // The next message is a message, and the end is the end.
+        send(&a, &reply, &[]).unwrap();
+        assert_eq!(receive_bare::<Reply>(&b).unwrap(), Some(reply));
+        rustix::net::send(&a, &[b' '; MAX_MESSAGE + 1], SendFlags::empty()).unwrap();
+        assert!(matches!(receive_bare::<Reply>(&b), Err(ControlError::TooLarge)));
+        drop(a);
+        assert!(receive_bare::<Reply>(&b).unwrap().is_none());
     }
 
     #[test]

@@ -33,9 +33,10 @@ pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
     loop {
         let ready = service.wait()?;
         if let Some(reason) = service.machine.as_ref().and_then(|machine| machine.exit().reason()) {
+            // Before the machine is taken apart: a vCPU may be waiting for a disk, and whoever asks after the pod must not.
+            service.reply(&Reply::GuestExited { reason });
             // What the guest wrote last is in the devices' threads; nothing is waited for but the vCPUs.
             drop(service.machine.take());
-            service.reply(&Reply::GuestExited { reason });
             return Ok(End::Guest(reason));
         }
         if ready {
@@ -122,8 +123,8 @@ impl Service {
         }
     }
 
-    fn remove_device(&self, id: u64, slot: u8) {
-        match self.machine.as_ref().map(|machine| machine.remove_device(slot)) {
+    fn remove_device(&mut self, id: u64, slot: u8) {
+        match self.machine.as_mut().map(|machine| machine.remove_device(slot)) {
             Some(Ok(())) => self.reply(&Reply::Done { id }),
             Some(Err(error)) => self.fail(id, describe(&error)),
             None => self.fail(id, NO_MACHINE.into()),

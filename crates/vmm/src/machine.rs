@@ -1,8 +1,10 @@
 //! A machine from its spec: memory, kernel, devices, vCPUs.
 
+mod slots;
+
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,11 +21,9 @@ use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
-use crate::virtio::transport::{Slot, SlotError};
+use crate::virtio::transport::SlotError;
 use crate::virtio::vsock::VsockHandle;
-
-/// Slots by number, shared with the bus that they are on.
-type Slots = Vec<Arc<Mutex<Slot>>>;
+use slots::Slots;
 
 /// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
 pub struct Machine {
@@ -50,7 +50,7 @@ impl Machine {
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
         let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready)?;
-        let (mmio, slots) = build_mmio(&vm, spec, &mut builder, &mut fds)?;
+        let (slots, mmio) = Slots::build(&vm, &spec.devices, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
         let vcpus = (0..spec.vcpus).map(|id| vm.create_vcpu(id, spec.vcpus, entry)).collect::<Result<_, _>>()?;
@@ -83,23 +83,13 @@ impl Machine {
     }
 
     /// Puts a device into the first empty slot of the running machine and returns the slot's number.
-    pub fn add_device(&mut self, spec: &DeviceSpec, mut fds: Descriptors) -> Result<u8, MachineError> {
-        let empty = (0u8..).zip(&self.slots).find(|(_, slot)| lock(slot).is_empty());
-        let (number, slot) = empty.ok_or(MachineError::NoSlot)?;
-        let (address, irq) = place(number)?;
-        let device = self.builder.build(spec, &mut fds)?;
-        lock(slot).fill(&self.vm, address, irq, device)?;
-        Ok(number)
+    pub fn add_device(&mut self, spec: &DeviceSpec, fds: Descriptors) -> Result<u8, MachineError> {
+        self.slots.add(&self.vm, &mut self.builder, spec, fds)
     }
 
     /// Takes the device out of a slot, with no regard to what the guest does with it.
-    pub fn remove_device(&self, number: u8) -> Result<(), MachineError> {
-        let slot = self.slots.get(usize::from(number)).ok_or(MachineError::UnknownSlot(number))?;
-        let (address, irq) = place(number)?;
-        let stopped = lock(slot).clear(&self.vm, address, irq)?;
-        // Outside of the lock: a request that the device is working on must not hold up the vCPU that looks at the slot.
-        drop(stopped);
-        Ok(())
+    pub fn remove_device(&mut self, number: u8) -> Result<(), MachineError> {
+        self.slots.remove(&self.vm, number)
     }
 
     /// Stops the vCPUs and waits for their threads; returns what made them exit to the VMM.
@@ -132,37 +122,6 @@ fn validate(spec: &VmSpec) -> Result<(), MachineError> {
         return Err(MachineError::TooManyDevices(spec.devices.len()));
     }
     Ok(())
-}
-
-fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Address and interrupt of a slot.
-fn place(number: u8) -> Result<(u64, u8), MachineError> {
-    let irq = layout::SLOT_IRQS.get(usize::from(number)).ok_or(MachineError::UnknownSlot(number))?;
-    Ok((layout::slot_address(number.into()), *irq))
-}
-
-/// All slots, the first ones filled with the spec's devices in their order.
-fn build_mmio(
-    vm: &Vm,
-    spec: &VmSpec,
-    builder: &mut DeviceBuilder,
-    fds: &mut Descriptors,
-) -> Result<(Bus, Slots), MachineError> {
-    let (mut bus, mut slots) = (Bus::new(), Vec::with_capacity(SLOTS));
-    let mut devices = spec.devices.iter();
-    for (index, irq) in layout::SLOT_IRQS.into_iter().enumerate() {
-        let (mut slot, address) = (Slot::new(), layout::slot_address(index));
-        if let Some(device) = devices.next() {
-            slot.fill(vm, address, irq, builder.build(device, fds)?)?;
-        }
-        let slot = Arc::new(Mutex::new(slot));
-        bus.insert(address, layout::SLOT_SIZE, slot.clone())?;
-        slots.push(slot);
-    }
-    Ok((bus, slots))
 }
 
 /// The keyboard controller's reset, and the serial port if the spec has one.

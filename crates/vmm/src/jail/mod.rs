@@ -68,6 +68,7 @@ impl Jail {
 pub fn enter(share: Option<OwnedFd>) -> Result<Option<OwnedFd>, JailError> {
     one_arena();
     let filters = Filters::compile()?;
+    leave_memory_out_of_core_dumps();
     let descriptors =
         open_tree(CWD, c"/proc/self/fd", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
             .map_err(step("clone the mount of /proc/self/fd"))?;
@@ -147,10 +148,27 @@ fn harden_root() -> Result<(), Errno> {
     mount_remount(c"/", flags, c"")
 }
 
+/// No kind of mapping is in a core dump of the process from here on (core(5)), however it comes to be written, see
+/// [`limit_resources`]. The guest's memory is marked besides (`kvm::create_memory`).
+fn leave_memory_out_of_core_dumps() {
+    match std::fs::write("/proc/self/coredump_filter", "0") {
+        Ok(()) => {}
+        // A kernel without CONFIG_ELF_CORE writes none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // A /proc that is read-only. It is one lock of several, and no reason to refuse the pod.
+        Err(error) => crate::vmm_log!("cannot leave memory out of core dumps: /proc/self/coredump_filter: {error}"),
+    }
+}
+
 /// The guest's memory is in this process: no core file and no crash handler of the host's gets it.
+///
+/// That the process is not dumpable does not last: whenever the file server takes on an owner's IDs, the kernel sets it to
+/// fs.suid_dumpable (kernel/cred.c), which hosts with a crash handler have at 2. So the limit must hold by itself. 1 is below
+/// the page that a core file has at least, and the one value at which a handler that is a pipe is not started; 0 does not
+/// stop it (fs/coredump.c).
 fn limit_resources() -> Result<(), JailError> {
-    for resource in [Resource::Core, Resource::Memlock, Resource::Msgqueue] {
-        setrlimit(resource, Rlimit { current: Some(0), maximum: Some(0) })
+    for (resource, most) in [(Resource::Core, 1), (Resource::Memlock, 0), (Resource::Msgqueue, 0)] {
+        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
             .map_err(step("lower the resource limits"))?;
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("refuse core dumps"))

@@ -94,7 +94,7 @@ impl Kind {
                 let known = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
                 known.iter().map(|command| one(equals(1, number(*command))?)).collect()
             }
-            // On the streams that it has, to nobody else.
+            // On the sockets that it has, to nobody else. What could send descriptors too, sendmsg(2), is in no table.
             libc::SYS_sendto => Ok(vec![one(is_null(4)?)?]),
             // libcap-ng looks for the bounding set, and without /proc it asks for each capability.
             libc::SYS_prctl => Ok(vec![
@@ -181,23 +181,14 @@ const WORKER: &[Call] = calls![SYS_getrandom, SYS_read];
 const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 
 /// Console, network, sockets' streams, timers, and random bytes.
-const DEVICES: &[Call] = calls![
-    SYS_ioctl,
-    SYS_ppoll,
-    SYS_readv,
-    SYS_recvmsg,
-    SYS_sendmsg,
-    SYS_sendto,
-    SYS_shutdown,
-    SYS_timerfd_settime,
-    SYS_writev,
-];
+const DEVICES: &[Call] =
+    calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendto, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
 
 /// Files and block devices.
 const DISKS: &[Call] = calls![SYS_fdatasync, SYS_fsync, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
 
-/// KVM's memory slots; the discards are madvise(2).
-const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendmsg];
+/// KVM's memory slots, and the shim's socket; the discards are madvise(2).
+const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendto];
 
 /// The shim's socket, the slots of devices that come and go, and the kicks that end the vCPUs.
 const MAIN: &[Call] = calls![
@@ -209,7 +200,7 @@ const MAIN: &[Call] = calls![
     SYS_lseek,
     SYS_ppoll,
     SYS_recvmsg,
-    SYS_sendmsg,
+    SYS_sendto,
     SYS_tgkill,
 ];
 

@@ -13,7 +13,7 @@ fn hostile_19_filters_allow_no_more_calls_than_firecrackers() {
 }
 
 #[test]
-fn hostile_19_no_thread_may_make_processes_sockets_or_change_its_confinement() {
+fn hostile_19_no_thread_may_make_processes_sockets_send_descriptors_or_change_its_confinement() {
     let never = [
         "accept4",
         "bind",
@@ -34,6 +34,8 @@ fn hostile_19_no_thread_may_make_processes_sockets_or_change_its_confinement() {
         "process_vm_writev",
         "ptrace",
         "rt_sigaction",
+        "sendmmsg",
+        "sendmsg",
         "setns",
         "socket",
         "socketpair",

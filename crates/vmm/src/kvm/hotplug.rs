@@ -1,5 +1,5 @@
 //! The part of the memory that is not there at boot: KVM knows of a block of it only while something in it is plugged, so
-//! that a guest has nothing there that it was not given.
+//! that a guest has no block there that it was not given. What is unplugged of a block that stays it can still touch.
 //!
 //! Devices could still be told to read and write there: they know one memory, whose mapping must not have holes that a
 //! device's copy would fault on. So all blocks that are not attached are the same one block of the host's, a decoy. What a
@@ -14,6 +14,7 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
+use super::memory::leave_out_of_dumps;
 use super::{discard, set_slot};
 use crate::layout::MEMORY_BLOCK;
 use crate::virtio::Memory;
@@ -89,7 +90,11 @@ impl HotplugMemory {
                 0,
             )
         };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // A mapping of its own, which has nothing of what the one before it was told.
+        leave_out_of_dumps(&slice)
     }
 
     fn set_slot(&self, slot: u32, address: u64, len: u64) -> io::Result<()> {
@@ -108,8 +113,8 @@ impl Backing for HotplugMemory {
 
     fn attach(&mut self, block: usize) -> io::Result<()> {
         let (address, slot) = self.place(block)?;
-        self.map(address, Block::Own)?;
-        self.set_slot(slot, address, MEMORY_BLOCK).inspect_err(|_| {
+        let mapped = self.map(address, Block::Own);
+        mapped.and_then(|()| self.set_slot(slot, address, MEMORY_BLOCK)).inspect_err(|_| {
             // Memory that nobody uses yet costs nothing, should this fail too.
             let _ = self.map(address, Block::Decoy);
         })
@@ -133,6 +138,42 @@ mod tests {
     use crate::kvm::{Vm, create_memory};
     use crate::layout;
     use vm_memory::Bytes;
+
+    /// Whether each block's mapping is left out of core dumps (proc_pid_smaps(5), VmFlags).
+    fn left_out(memory: &Memory, start: u64) -> [bool; 4] {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mappings: Vec<_> = smaps.split_inclusive("VmFlags:").zip(smaps.split("VmFlags:").skip(1)).collect();
+        [0, 1, 2, 3].map(|block| {
+            let slice = memory.get_slice(GuestAddress(start + block * MEMORY_BLOCK), 1).unwrap();
+            let address = slice.ptr_guard().as_ptr() as usize;
+            let holds = |mapping: &str| {
+                mapping.lines().any(|line| {
+                    let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                    let number = |hex| usize::from_str_radix(hex, 16);
+                    range.is_some_and(|(from, to)| {
+                        matches!((number(from), number(to)), (Ok(from), Ok(to)) if (from..to).contains(&address))
+                    })
+                })
+            };
+            let (_, flags) = mappings.iter().find(|(mapping, _)| holds(mapping)).unwrap();
+            flags.lines().next().unwrap().split(' ').any(|flag| flag == "dd")
+        })
+    }
+
+    #[test]
+    fn hostile_19_memory_that_comes_and_goes_is_left_out_of_core_dumps() {
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("needs a /dev/kvm");
+        let (memory, start) = (create_memory(16, 512).unwrap(), layout::hotplug_start(16));
+        assert_eq!(left_out(&memory, start), [true; 4], "at first");
+        let vm = Vm::new(kvm.into(), memory.clone(), start).unwrap();
+        let mut hotplug = vm.hotplug_memory(start).unwrap().unwrap();
+        assert_eq!(left_out(&memory, start), [true; 4], "decoys");
+        hotplug.attach(1).unwrap();
+        hotplug.attach(2).unwrap();
+        assert_eq!(left_out(&memory, start), [true; 4], "plugged");
+        hotplug.detach(1).unwrap();
+        assert_eq!(left_out(&memory, start), [true; 4], "unplugged");
+    }
 
     #[test]
     fn hostile_13_what_a_device_does_to_memory_that_is_not_plugged_costs_one_block_and_is_in_no_other() {

@@ -2,10 +2,11 @@
 //! back to the host where the guest has no more use for them.
 #![allow(unsafe_code)] // reason: madvise(2)
 
+use std::io;
 use std::sync::Arc;
 
 use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
 use crate::layout::{self, GAP_END, GAP_START};
 use crate::virtio::Memory;
@@ -31,6 +32,10 @@ pub fn create_memory(mib: u64, hotplug_mib: u64) -> Result<Memory, MemoryError> 
     }
     // Private, anonymous and MAP_NORESERVE, see `MmapRegionBuilder`.
     let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MemoryError::Map { mib, source })?;
+    for region in memory.iter() {
+        let whole = region.as_volatile_slice().map_err(io::Error::other);
+        whole.and_then(|slice| leave_out_of_dumps(&slice)).map_err(MemoryError::Undumped)?;
+    }
     Ok(Arc::new(memory))
 }
 
@@ -42,6 +47,15 @@ fn ranges(bytes: u64) -> Option<Vec<(GuestAddress, usize)>> {
         ranges.push((GuestAddress(GAP_END), usize::try_from(bytes - low).ok()?));
     }
     Some(ranges)
+}
+
+/// No core dump of the VMM holds these pages (madvise(2), MADV_DONTDUMP), whatever the host makes of a process that crashes.
+pub(super) fn leave_out_of_dumps(memory: &VolatileSlice<'_>) -> io::Result<()> {
+    // SAFETY: whoever has the slice keeps the range mapped, and this changes neither what is there nor who may access it.
+    match unsafe { libc::madvise(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), libc::MADV_DONTDUMP) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Gives the pages of a range back to the host; the guest reads zeros there from then on (madvise(2), MADV_DONTNEED).
@@ -76,6 +90,9 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::FromRangesError,
     },
+    /// madvise(2) failed.
+    #[error("cannot leave the guest's memory out of core dumps")]
+    Undumped(#[source] io::Error),
 }
 
 #[cfg(test)]

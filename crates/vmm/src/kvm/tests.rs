@@ -37,3 +37,12 @@ fn performance_counters_are_turned_off_where_kvm_can() {
     // An older KVM, one without counters, and one with switches of another kind.
     assert!([-1, 0, 2].into_iter().all(|switches| pmu_switch(switches).is_none()));
 }
+
+#[test]
+fn guest_that_lets_no_event_in_is_left_where_kvm_can() {
+    let switch = notify_switch(1).unwrap();
+    // Without bit 1, at which every such exit would come to the VMM.
+    assert_eq!((switch.cap, switch.args, switch.flags), (219, [1, 0, 0, 0], 0));
+    // An older KVM, and a processor without it.
+    assert!([-1, 0].into_iter().all(|answer| notify_switch(answer).is_none()));
+}

@@ -1,5 +1,5 @@
 //! The buffers of one descriptor chain as the kernel takes them, so that a socket or a tap reads and writes guest memory
-//! without a copy in between (readv(2), sendmsg(2)).
+//! without a copy in between (readv(2), writev(2)).
 //!
 //! The module exists to hold the raw pointers that this needs. A chain is walked once; what the guest does to its
 //! descriptors afterwards changes nothing.
@@ -108,10 +108,25 @@ impl Buffers {
 
     /// Sends up to `limit` bytes from `offset` on a socket, without blocking and without SIGPIPE.
     pub fn send(&self, socket: impl AsFd, offset: usize, limit: usize) -> io::Result<usize> {
-        let mut iov: Vec<_> = self.window(offset, limit).collect();
-        let header = message(&mut iov);
-        // SAFETY: `header` leads to `iov`, whose buffers are guest memory by the invariant of `segments`.
-        retry(|| unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), &header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
+        let socket = socket.as_fd().as_raw_fd();
+        let mut sent = 0;
+        // One by one: sendmsg(2) takes them all, and descriptors, for which it is in no thread's filter.
+        for part in self.window(offset, limit) {
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            // SAFETY: the buffer is guest memory by the invariant of `segments`.
+            match retry(|| unsafe { libc::send(socket, part.iov_base, part.iov_len, flags) }) {
+                Ok(bytes) => {
+                    sent += bytes;
+                    if bytes < part.iov_len {
+                        break;
+                    }
+                }
+                // Whoever goes on behind what was sent meets it again.
+                Err(_) if sent > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(sent)
     }
 
     /// Receives up to `limit` bytes from a socket to `offset`, without blocking. 0 is the end of the stream.
@@ -204,6 +219,8 @@ pub enum BufferError {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
     use super::*;
@@ -260,6 +277,43 @@ mod tests {
             driver.offer(0);
             assert_eq!(collect(&memory, &driver).err(), Some(error), "{count}");
         }
+    }
+
+    #[test]
+    fn payload_of_several_buffers_is_sent_in_order_and_as_far_as_the_socket_takes_it() {
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        memory.write_slice(b"abcdefghi", GuestAddress(0x4000)).unwrap();
+        driver.add(&[(0x4000, 3, false), (0x4003, 3, false), (0x4006, 3, false)]);
+        let buffers = collect(&memory, &driver).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        assert_eq!(buffers.send(&ours, 1, 7).unwrap(), 7);
+        let mut got = [0; 7];
+        theirs.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"bcdefgh");
+        // Full, then gone: an error and no signal.
+        while buffers.send(&ours, 0, 9).is_ok_and(|sent| sent == 9) {}
+        assert_eq!(buffers.send(&ours, 0, 9).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(theirs);
+        assert_eq!(buffers.send(&ours, 0, 9).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    }
+
+    #[test]
+    fn what_a_socket_takes_of_a_payload_is_a_part_from_its_start() {
+        const LEN: u32 = 1 << 20;
+        let memory = memory();
+        let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+        let bytes: Vec<_> = (0..=250).cycle().take(3 * LEN as usize).collect();
+        memory.write_slice(&bytes, GuestAddress(0x40_0000)).unwrap();
+        driver.add(&[0, 1, 2].map(|part| (0x40_0000 + u64::from(part * LEN), LEN, false)));
+        let buffers = collect(&memory, &driver).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let sent = buffers.send(&ours, 0, usize::MAX).unwrap();
+        assert!(sent > 0 && sent < LEN as usize, "{sent}");
+        drop(ours);
+        let mut got = Vec::new();
+        theirs.read_to_end(&mut got).unwrap();
+        assert!(got == bytes[..sent], "{} of {sent} bytes", got.len());
     }
 
     #[test]

@@ -53,6 +53,20 @@ fn segment(kind: u32, offset: u64, address: u64, len: u64) -> Vec<u8> {
     [&kind.to_le_bytes()[..], &7u32.to_le_bytes(), &words].concat()
 }
 
+/// 32-bit code that starts the second vCPU, at 64 KiB in real mode.
+pub fn start_second_vcpu() -> Vec<u8> {
+    let mut code = Vec::new();
+    // INIT, then STARTUP at page 0x10, to APIC id 1: mov dword [0xfee00310], 1 << 24; mov dword [0xfee00300], command
+    for command in [0x4500_u32, 0x4610] {
+        for (register, value) in [(0xfee0_0310_u32, 1 << 24), (0xfee0_0300, command)] {
+            code.extend([0xc7, 0x05]);
+            code.extend(register.to_le_bytes());
+            code.extend(u32::to_le_bytes(value));
+        }
+    }
+    code
+}
+
 /// A file with these bytes.
 pub fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();

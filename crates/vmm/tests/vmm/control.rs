@@ -1,6 +1,8 @@
 //! Service mode: the binary, its control socket, and machines of a few bytes.
 
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Command as Process, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -11,7 +13,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::common::{Start, kernel, kvm, spec};
+use crate::common::{Start, kernel, kvm, spec, start_second_vcpu};
 
 /// `ud2` without an interrupt table.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
@@ -95,6 +97,66 @@ fn guest_that_ends_is_reported_and_the_process_ends_well() {
     // The guest may be faster than the reply.
     replies.sort_by_key(|reply| !matches!(reply, Reply::Done { .. }));
     assert_eq!(replies, [Reply::Done { id: 7 }, Reply::GuestExited { reason: ExitReason::Reset }]);
+    assert_eq!(vmm.reply(), None);
+    assert!(vmm.end());
+}
+
+/// A thread of a process's that does nothing, as one does that waits for a disk; until it is dropped.
+struct Stopped(libc::pid_t);
+
+impl Stopped {
+    fn new(pid: u32, thread: &str) -> Self {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let named = |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim() == thread);
+        let task = tasks.map(|task| task.path()).find(|path| named(path)).unwrap();
+        let stopped = Self(task.file_name().unwrap().to_str().unwrap().parse().unwrap());
+        stopped.trace(libc::PTRACE_SEIZE);
+        stopped.trace(libc::PTRACE_INTERRUPT);
+        let mut status = 0;
+        // SAFETY: the status is where the call is told to put it.
+        #[allow(unsafe_code)]
+        let waited = unsafe { libc::waitpid(stopped.0, &raw mut status, libc::__WALL) };
+        assert!(waited == stopped.0 && libc::WIFSTOPPED(status), "{waited} {status:#x}");
+        stopped
+    }
+
+    fn trace(&self, request: libc::c_uint) {
+        // SAFETY: none of the requests made here reads or writes memory.
+        #[allow(unsafe_code)]
+        let outcome = unsafe { libc::ptrace(request, self.0, 0, 0) };
+        assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.trace(libc::PTRACE_DETACH);
+    }
+}
+
+#[test]
+fn hostile_07_end_of_a_guest_is_reported_before_its_vcpus_have_ended() {
+    let vmm = Vmm::start();
+    // Longer than any of it takes, on a machine under heavy load too.
+    vmm.limit_waiting(Duration::from_secs(20));
+    let mut first = start_second_vcpu();
+    first.extend([0xa1, 0x08, 0, 0, 0xd0, 0x85, 0xc0, 0x74, 0xf7]); // mov eax, [DeviceID of slot 0]; test eax, eax; je back
+    first.extend(TRIPLE_FAULT);
+    let mut second = vec![0xba, 0xf8, 0x03, 0xb0, b'2', 0xee]; // mov dx, 0x3f8; mov al, '2'; out dx, al
+    second.extend(SPIN);
+    let (mut serial, theirs) = std::io::pipe().unwrap();
+    let fds = [kvm(), kernel(Start::Pvh, &first, &second).into(), theirs.into()];
+    vmm.send(1, Command::Boot(VmSpec { vcpus: 2, boot_vcpus: 2, ..spec() }), &fds);
+    drop(fds);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    // Its thread runs.
+    serial.read_exact(&mut [0]).unwrap();
+    let stopped = Stopped::new(vmm.pid(), "vcpu1");
+    // The guest ends when it sees the device.
+    vmm.send(2, Command::AddDevice(DeviceSpec::Rng), &[]);
+    assert_eq!(vmm.reply(), Some(Reply::Added { id: 2, slot: 0 }));
+    assert_eq!(vmm.reply(), Some(Reply::GuestExited { reason: ExitReason::Reset }));
+    drop(stopped);
     assert_eq!(vmm.reply(), None);
     assert!(vmm.end());
 }

@@ -146,14 +146,42 @@ fn hostile_19_core_files_locked_memory_and_message_queues_are_limited_to_nothing
     let share = tempfile::tempdir().unwrap();
     let vmm = jailed(share.path());
     let mut expected = limits("self");
-    for nothing in ["Max core file size", "Max locked memory", "Max msgqueue size"] {
-        expected.insert(nothing.to_owned(), ["0", "0"].map(str::to_owned));
+    // One byte is no core file, and the limit at which a handler that is a pipe is not started.
+    for (nothing, most) in [("Max core file size", "1"), ("Max locked memory", "0"), ("Max msgqueue size", "0")] {
+        expected.insert(nothing.to_owned(), [most, most].map(str::to_owned));
     }
     let mut found = limits(&vmm.pid().to_string());
     // The file server raises its soft limit as far as it needs; the hard one stays.
     let [own, jailed] = [&mut expected, &mut found].map(|limits| limits.remove("Max open files").unwrap());
     assert_eq!(own[1], jailed[1]);
     assert_eq!(found, expected);
+    assert!(vmm.end());
+}
+
+/// Mappings of a process: KiB, and the kernel's flags for them (proc_pid_smaps(5)).
+fn mappings(pid: u32) -> Vec<(u64, Vec<String>)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let sizes = text.lines().filter_map(|line| line.strip_prefix("Size:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let flags = text.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    sizes.zip(flags.map(|flags| flags.split_ascii_whitespace().map(str::to_owned).collect())).collect()
+}
+
+#[test]
+fn hostile_19_no_memory_of_a_jailed_vmm_is_in_a_core_dump() {
+    const BOOT_MIB: u64 = 16;
+    const HOTPLUG_MIB: u64 = 256;
+    let vmm = Vmm::start();
+    vmm.boot(1, VmSpec { memory_mib: BOOT_MIB, hotplug_mib: HOTPLUG_MIB, ..spec() }, &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
+    let filter = fs::read_to_string(format!("/proc/{}/coredump_filter", vmm.pid())).unwrap();
+    assert_eq!(u32::from_str_radix(filter.trim(), 16), Ok(0));
+    let mappings = mappings(vmm.pid());
+    let left_out = |flags: &[String]| flags.iter().any(|flag| flag == "dd");
+    let sum: u64 = mappings.iter().filter(|(_, flags)| left_out(flags)).map(|(size, _)| size).sum();
+    assert!(sum >= (BOOT_MIB + HOTPLUG_MIB) << 10, "{sum} KiB");
+    // Of the VMM's own mappings none is as large.
+    let dumped: Vec<_> = mappings.iter().filter(|(size, flags)| *size >= BOOT_MIB << 10 && !left_out(flags)).collect();
+    assert!(dumped.is_empty(), "{dumped:?}");
     assert!(vmm.end());
 }
 

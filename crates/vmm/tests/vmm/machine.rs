@@ -9,7 +9,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use bulkhead_vmm::descriptors::Descriptors;
 use bulkhead_vmm::machine::{Machine, MachineError};
 
-use crate::common::{Start, build, kernel, run, spec, wait};
+use crate::common::{Start, build, kernel, run, spec, start_second_vcpu, wait};
 
 /// `ud2` without an interrupt table: a triple fault.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
@@ -121,15 +121,7 @@ fn machine_that_was_never_started_can_be_dropped() {
 fn second_vcpu_starts_by_its_startup_ipi() {
     let mut spec = spec();
     (spec.vcpus, spec.boot_vcpus) = (2, 2);
-    let mut first = Vec::new();
-    // INIT, then STARTUP at page 0x10, to APIC id 1: mov dword [0xfee00310], 1 << 24; mov dword [0xfee00300], command
-    for command in [0x4500_u32, 0x4610] {
-        for (register, value) in [(0xfee0_0310_u32, 1 << 24), (0xfee0_0300, command)] {
-            first.extend([0xc7, 0x05]);
-            first.extend(register.to_le_bytes());
-            first.extend(u32::to_le_bytes(value));
-        }
-    }
+    let mut first = start_second_vcpu();
     first.extend([0x80, 0x3d, 0x00, 0x06, 0x00, 0x00, 0x00, 0x74, 0xf7]); // cmp byte [0x600], 0; je back
     first.extend(print(b'1'));
     first.extend(TRIPLE_FAULT);

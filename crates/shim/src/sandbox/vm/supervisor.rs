@@ -133,7 +133,7 @@ impl Supervisor {
     /// What the VMM has sent and this task has not read when the process is gone. As nobody sends any more, it ends.
     fn hear_the_end(&mut self) {
         while !self.deaf
-            && let Ok(Some((reply, _))) = control::receive::<Reply>(&self.socket)
+            && let Ok(Some(reply)) = control::receive_bare::<Reply>(&self.socket)
         {
             if matches!(reply, Reply::GuestExited { .. } | Reply::Failed { .. }) {
                 self.answer(reply);
@@ -267,15 +267,14 @@ async fn send_next(socket: &UnixDatagram, id: u64, next: Option<&Unsent>) -> Res
 async fn receive(socket: &UnixDatagram) -> Result<Option<Reply>, ControlError> {
     let mut got = Ok(None);
     let wait = socket.async_io(Interest::READABLE, || {
-        got = control::receive::<Reply>(socket);
+        got = control::receive_bare::<Reply>(socket);
         would_block(matches!(&got, Err(ControlError::Receive(error)) if *error == Errno::AGAIN))
     });
     // An error of the reactor's own: the socket is of no use any more.
     if wait.await.is_err() {
         return Ok(None);
     }
-    // A VMM sends no descriptors; what came is closed here.
-    got.map(|message| message.map(|(reply, _)| reply))
+    got
 }
 
 async fn send(socket: &UnixDatagram, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), ControlError> {

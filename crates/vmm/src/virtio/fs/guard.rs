@@ -84,6 +84,17 @@ fn range(offset: u64, size: u32) -> io::Result<()> {
     }
 }
 
+/// Where a guest goes on to read a directory. Some file systems have cookies beyond what lseek(2) takes, and for those
+/// virtiofsd reads the directory from its start, in pieces of what the guest asks for: an entry at a time, if it asks for
+/// little. Linux asks for a page at least.
+fn cookie(offset: u64, size: u32) -> io::Result<()> {
+    const PAGE: u32 = 4096;
+    if size < PAGE && i64::try_from(offset).is_err() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(())
+}
+
 /// Methods that pass their arguments on, after the checks named behind the signature.
 macro_rules! pass {
     ($(fn $method:ident $(<$generic:ident: $bound:ident>)? (&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)?
@@ -174,7 +185,7 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n);
         fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
         fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
-            -> io::Result<F::DirIter>;
+            -> io::Result<F::DirIter> where cookie(offset, size);
         fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
         fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()>;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
@@ -204,6 +215,16 @@ mod tests {
         assert!(range(0, u32::MAX).is_ok() && range(most, 0).is_ok() && range(most - 1, 1).is_ok());
         for (offset, size) in [(most, 1), (most + 1, 0), (u64::MAX, 0), (u64::MAX, u32::MAX)] {
             assert_eq!(range(offset, size).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+
+    #[test]
+    fn hostile_11_directory_offsets_that_are_searched_for_come_with_a_page() {
+        let most = i64::MAX.unsigned_abs();
+        assert!(cookie(0, 1).is_ok() && cookie(most, 1).is_ok());
+        assert!(cookie(most + 1, 4096).is_ok() && cookie(u64::MAX, u32::MAX).is_ok());
+        for (offset, size) in [(most + 1, 4095), (u64::MAX, 0)] {
+            assert_eq!(cookie(offset, size).unwrap_err().raw_os_error(), Some(libc::EINVAL));
         }
     }
 

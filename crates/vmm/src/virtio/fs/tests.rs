@@ -31,6 +31,8 @@ mod opcode {
     pub const RELEASE: u32 = 18;
     pub const SETXATTR: u32 = 21;
     pub const INIT: u32 = 26;
+    pub const OPENDIR: u32 = 27;
+    pub const READDIR: u32 = 28;
     pub const CREATE: u32 = 35;
     pub const READDIRPLUS: u32 = 44;
     pub const TMPFILE: u32 = 51;

@@ -1,8 +1,8 @@
 //! virtio-mem (section 5.15): memory that the guest plugs and unplugs on request, so that a pod grows and shrinks while it
 //! runs (ARCHITECTURE.md, D4). Requests are parsed first ([`request`]) and executed then ([`blocks`]).
 //!
-//! What is not plugged is not the guest's: KVM knows nothing of a memory block without plugged parts, and the host has
-//! taken the pages back.
+//! A memory block without plugged parts is not the guest's: KVM knows nothing of it, and the host has taken the pages back. In
+//! the other blocks the host takes back what is unplugged, but a guest can touch it again; its pod's memory limit bounds that.
 
 mod blocks;
 mod request;
@@ -19,7 +19,7 @@ use crate::event_loop::{EventLoop, WorkerGuard};
 
 const QUEUES: [u16; 1] = [64];
 
-/// Section 5.15.3: the driver must not touch what is not plugged. It could not anyway.
+/// Section 5.15.3: the driver must not touch what is not plugged.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
 /// Where the memory is, and how it comes and goes.

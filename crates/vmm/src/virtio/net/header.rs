@@ -19,6 +19,10 @@ pub const ETHERNET_LEN: usize = 14;
 /// Largest frame: 65535 bytes of IP (section 5.1.6.3.1) and an Ethernet header with a VLAN tag.
 pub const MAX_FRAME: usize = 65535 + ETHERNET_LEN + 4;
 
+/// Most segments that the host is made to cut a frame into: the largest frame at Linux's smallest MSS (TCP_MIN_SND_MSS, 48).
+/// A bound on a segment's size alone would drop what honest guests send: options come out of the MSS, down to 8 bytes.
+const MAX_SEGMENTS: usize = MAX_FRAME / 48;
+
 /// What the driver may ask of the device for a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Offloads {
@@ -55,7 +59,8 @@ impl Offloads {
             return None;
         }
         let segment = gso_type != bits(VIRTIO_NET_HDR_GSO_NONE);
-        let fits = word(size0, size1) > 0 && word(hdr0, hdr1) <= frame_len;
+        let segments = frame_len.checked_div(word(size0, size1));
+        let fits = segments.is_some_and(|count| count <= MAX_SEGMENTS) && word(hdr0, hdr1) <= frame_len;
         if segment && !(self.may_segment(gso_type) && needs_checksum && fits) {
             return None;
         }
@@ -104,6 +109,19 @@ mod tests {
         assert!(Offloads::new(TSO4).check(header(1, 0x81, 54, 100, 34, 16), 200).is_none());
         assert!(Offloads::new(TSO4).check(header(1, 3, 54, 100, 34, 16), 200).is_none());
         assert!(Offloads::new(TSO4).check(header(1, 1, 54, 100, 34, 16), 200).is_some());
+    }
+
+    #[test]
+    fn hostile_09_frame_that_the_host_would_cut_into_thousands_is_dropped() {
+        let passes =
+            |size: u8, frame_len| Offloads::new(TSO4).check(header(1, 1, 54, size, 34, 16), frame_len).is_some();
+        for size in 1..48 {
+            assert!(!passes(size, MAX_FRAME), "{size}");
+        }
+        assert!(passes(48, MAX_FRAME));
+        // What Linux sends to a peer with the smallest MSS: less the time stamps, and less all options that there may be.
+        assert!(passes(36, 54 + 1000 * 36) && passes(8, 54 + 1000 * 8));
+        assert!(!passes(1, MAX_SEGMENTS + 1) && passes(1, MAX_SEGMENTS));
     }
 
     #[test]

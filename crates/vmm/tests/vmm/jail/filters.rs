@@ -216,9 +216,11 @@ fn hostile_19_executable_memory_ends_the_process() {
 #[test]
 fn hostile_19_message_to_an_address_ends_the_process() {
     let senders: Vec<_> = Kind::ALL.into_iter().filter(|kind| knows(*kind, "sendto")).collect();
-    assert_eq!(senders, [Kind::Devices]);
-    // One with nothing in its lower half too.
-    assert_ends(Kind::Devices, [sendto(SOMEWHERE), sendto(1 << 32), sendto(NONE)]);
+    assert_eq!(senders, [Kind::Main, Kind::Devices, Kind::Memory]);
+    for kind in senders {
+        // One with nothing in its lower half too.
+        assert_ends(kind, [sendto(SOMEWHERE), sendto(1 << 32), sendto(NONE)]);
+    }
 }
 
 #[test]
@@ -262,11 +264,11 @@ fn calls_that_a_thread_needs_pass() {
             calls.extend([libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL].map(fcntl));
         }
         calls.extend(match kind {
-            Kind::Main => vec![(libc::SYS_tgkill, vec![NONE, NONE]), (libc::SYS_recvmsg, vec![NONE])],
+            Kind::Main => vec![(libc::SYS_tgkill, vec![NONE, NONE]), (libc::SYS_recvmsg, vec![NONE]), sendto(0)],
             Kind::Vcpu => vec![(libc::SYS_eventfd2, vec![0, NONE])],
             Kind::Devices => vec![sendto(0), (libc::SYS_timerfd_settime, vec![NONE])],
             Kind::Disks => vec![(libc::SYS_pread64, vec![NONE]), (libc::SYS_fdatasync, vec![NONE])],
-            Kind::Memory => vec![(libc::SYS_sendmsg, vec![NONE])],
+            Kind::Memory => vec![sendto(0)],
             Kind::FileServer => vec![
                 (libc::SYS_openat, vec![NONE]),
                 prctl(&[libc::PR_CAPBSET_READ]),

@@ -28,6 +28,33 @@ fn truncation() -> Vec<u8> {
     body
 }
 
+/// struct fuse_read_in.
+fn read_request(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+    let mut body = handle.to_le_bytes().to_vec();
+    body.extend(offset.to_le_bytes());
+    body.extend(size.to_le_bytes());
+    body.extend([0; 20]);
+    body
+}
+
+#[test]
+fn hostile_11_directory_is_not_searched_for_an_offset_in_small_pieces() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let handle = u64_at(&guest.call(opcode::OPENDIR, ROOT, &[0; 8]).unwrap(), 0);
+    let most = i64::MAX.unsigned_abs();
+    for opcode in [opcode::READDIR, opcode::READDIRPLUS] {
+        let mut read = |offset, size| guest.call(opcode, ROOT, &read_request(handle, offset, size));
+        for (offset, size) in [(most + 1, 4095), (u64::MAX, 1), (u64::MAX, 280)] {
+            assert_eq!(read(offset, size), Err(libc::EINVAL), "{offset:#x} {size}");
+        }
+        // What is no entry's is searched for, and not found.
+        assert_eq!(read(most + 1, 4096), Ok(vec![]));
+        assert_eq!(read(u64::MAX, 0x8000), Ok(vec![]));
+        assert!(!read(0, 512).unwrap().is_empty());
+    }
+}
+
 #[test]
 fn hostile_11_renames_with_flags_do_not_leave_the_share_either() {
     let (dir, share) = share();
