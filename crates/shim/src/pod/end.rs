@@ -20,8 +20,9 @@ use crate::share::ShareError;
 /// has no output to be copied, so that is milliseconds, fifty times as long on an emulated node; containerd gives a Delete 10 s.
 pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
 
-/// How long a container or an exec may go on that was sent SIGKILL, before its VM is killed. The kernel takes milliseconds, but the end
-/// is not told before the output has been copied, for which there are 30 s. containerd waits two minutes.
+/// How long a container may go on that was sent SIGKILL, before its VM is killed, and an exec, before nobody waits for it any
+/// more. The kernel takes milliseconds, but the end is not told before the output has been copied, for which there are 30 s.
+/// containerd waits two minutes.
 const KILLED_END: Duration = Duration::from_secs(60);
 
 /// Signals that end a sandbox: HUP, INT, QUIT, ABRT, KILL, TERM. The pause program would ignore the others.
@@ -63,7 +64,7 @@ impl Pod {
         }
         let answer = sandbox.agent.signal(&process.key, signal, all).await;
         if signal == SIGKILL {
-            tokio::spawn(see_ended(process, sandbox.clone()));
+            tokio::spawn(self.clone().see_ended(container, process, sandbox.clone()));
         }
         match answer {
             Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
@@ -161,6 +162,24 @@ impl Pod {
         }
     }
 
+    /// Whatever the guest has answered to SIGKILL. A container that goes on would keep its pod from being removed. An exec,
+    /// which may wait for a server of the host's in the guest's kernel, is let go: a probe that hangs must not end its pod.
+    async fn see_ended(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+        if tokio::time::timeout(KILLED_END, process.wait()).await.is_ok() {
+            return;
+        }
+        if process.key.exec.is_empty() {
+            tracing::warn!("killing the VM of a guest in which SIGKILL does not end a container");
+            sandbox.vm.kill().await;
+            return;
+        }
+        tracing::warn!(process = ?process.key, "SIGKILL does not end an exec, which is not waited for any longer");
+        let exit = Exit::now(Exit::KILLED);
+        if process.ended(exit.clone()) {
+            self.tell_exit(&container, &process, exit);
+        }
+    }
+
     async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
         if container.kind == Kind::Standalone {
             self.teardown().await;
@@ -198,15 +217,6 @@ impl Pod {
             // Not for ever: what waits for a disk of the host has not ended, and is said not to have.
             let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
         }
-    }
-}
-
-/// Whatever the guest has answered to SIGKILL: a container that goes on would keep its pod from being removed, and an exec its
-/// pid, its streams and whoever waits for it.
-async fn see_ended(process: Arc<Process>, sandbox: Arc<Sandbox>) {
-    if tokio::time::timeout(KILLED_END, process.wait()).await.is_err() {
-        tracing::warn!("killing the VM of a guest in which SIGKILL does not end a process");
-        sandbox.vm.kill().await;
     }
 }
 

@@ -299,7 +299,7 @@ async fn process_whose_vm_has_ended_cannot_be_killed_because_it_has_finished() {
 }
 
 #[tokio::test]
-async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_takes_the_vm_along() {
+async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_is_waited_for_no_longer() {
     let fixture = pod().await;
     fixture.agent.hold("WaitProcess");
     let (_, waiter) = fixture.exec("e");
@@ -312,7 +312,8 @@ async fn exec_whose_end_the_guest_does_not_tell_after_sigkill_takes_the_vm_along
     tokio::time::resume();
     let exit = tokio::time::timeout(Duration::from_secs(10), waiter).await.expect("the exec goes on");
     assert_eq!(exit.unwrap().code, 137);
-    assert!(fixture.sandbox.vm.has_ended());
+    fixture.delete("c", "e").await.unwrap().unwrap();
+    assert!(!fixture.sandbox.vm.has_ended(), "the pod goes on");
 }
 
 #[tokio::test]
