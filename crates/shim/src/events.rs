@@ -13,8 +13,10 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use protobuf::well_known_types::{any::Any, timestamp::Timestamp};
 use protobuf::{MessageDyn, MessageField, MessageFull};
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use ttrpc::asynchronous::transport::Socket;
 
 /// Events that wait at most; containerd's own publisher keeps as many.
 const QUEUE: usize = 2048;
@@ -110,9 +112,17 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Env
 async fn try_forward(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> ttrpc::Result<()> {
     let connected = match client {
         Some(client) => client,
-        None => client.insert(EventsClient::new(Client::connect(&format!("unix://{address}")).await?)),
+        None => client.insert(connect(address).await?),
     };
     connected.forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request).await.map(|_| ())
+}
+
+/// Not by ttrpc's own connect(2), which waits while containerd's queue of connections is full, and the whole daemon with it.
+/// Here that is an error at once (EAGAIN, unix(7)), and tried again like any other.
+async fn connect(address: &str) -> ttrpc::Result<EventsClient> {
+    let stream = UnixStream::connect(address).await;
+    let stream = stream.map_err(|error| ttrpc::Error::Others(format!("cannot connect to {address}: {error}")))?;
+    Ok(EventsClient::new(Client::new(Socket::from(stream))))
 }
 
 /// A message that is an event of containerd's.
@@ -163,5 +173,33 @@ mod tests {
         publisher.delivered().await;
         drop(publisher);
         drained.await.unwrap();
+    }
+
+    #[test]
+    fn containerd_that_accepts_no_connection_stops_nobody() {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+        let listener = socket();
+        bind(&listener, &address).unwrap();
+        listen(&listener, 0).unwrap();
+        let mut waiting = vec![socket()];
+        while connect(waiting.last().unwrap(), &address).is_ok() {
+            waiting.push(socket());
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        let publish = async move {
+            let (publisher, _) = Publisher::start("k8s.io".into(), Some(path.display().to_string()));
+            publisher.publish(&messages::TaskStart::new());
+            publisher.delivered().await;
+            tell.send(()).unwrap();
+        };
+        // On a clock of its own, which is ahead whenever everybody waits for it.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        std::thread::spawn(move || runtime.block_on(publish));
+        // What takes no time, on a machine that is busy; a thread that waits in connect(2) never comes back.
+        assert!(told.recv_timeout(Duration::from_secs(20)).is_ok());
     }
 }

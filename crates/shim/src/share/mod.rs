@@ -117,25 +117,47 @@ fn make_dir(path: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Detaches every mount at or below `path`, the newest first, and removes the emptied directories.
+/// How often the mounts below a path are looked at until there are none. One round takes all of them away; more are for what
+/// the host mounts meanwhile in a volume that follows it.
+const ROUNDS: u32 = 8;
+
+/// Detaches every mount at or below `path`, and removes the emptied directories.
 fn remove_tree(path: &Path) -> Result<(), ShareError> {
-    let mounts = mountinfo::mounts_below(path).map_err(ShareError::MountTable)?;
-    for mount in mounts.iter().rev() {
-        match unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-            Err(error) => return Err(ShareError::at("unmount", mount, error.into())),
-        }
-    }
     // Only after nothing is mounted there any more: removing must never reach into a volume.
-    if !mountinfo::mounts_below(path).map_err(ShareError::MountTable)?.is_empty() {
-        return Err(ShareError::at("unmount", path, Errno::BUSY.into()));
-    }
+    detach_mounts(path)?;
     let removed = match std::fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
         Ok(_) => std::fs::remove_file(path),
         Err(error) => Err(error),
     };
     ignore_absent(removed).map_err(|error| ShareError::at("remove", path, error))
+}
+
+/// The outermost mounts are detached, and take with them what is mounted below: a path that leads through a volume may have no
+/// end, when whoever serves that volume does not answer any more.
+fn detach_mounts(path: &Path) -> Result<(), ShareError> {
+    for _ in 0..ROUNDS {
+        let mounts = outermost(mountinfo::mounts_below(path).map_err(ShareError::MountTable)?);
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        for mount in &mounts {
+            match unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                // Another one may be removing the same.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(error) => return Err(ShareError::at("unmount", mount, error.into())),
+            }
+        }
+    }
+    Err(ShareError::at("unmount", path, Errno::BUSY.into()))
+}
+
+/// Those that are below no other one. Of several at one place all are: what is below one of them may be hidden by another.
+fn outermost(mut mounts: Vec<PathBuf>) -> Vec<PathBuf> {
+    // By component, so what is below a place comes straight after it.
+    mounts.sort();
+    mounts.dedup_by(|next, outer| next != outer && next.starts_with(&*outer));
+    mounts
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// The mount points at or below `path`, in the order in which they were mounted.
+/// The mount points at or below `path`, each as often as something is mounted there.
 pub fn mounts_below(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     let table = std::fs::read("/proc/thread-self/mountinfo")?;
     Ok(mount_points(&table).filter(|point| point.starts_with(path)).collect())

@@ -1,5 +1,7 @@
 //! The share's mounts, each test in a mount namespace of its own, which takes root.
 
+mod fuse;
+
 use super::*;
 use rustix::mount::MountFlags;
 use std::os::unix::fs::MetadataExt;
@@ -137,20 +139,23 @@ fn unsupported_rootfs_and_volumes_are_named() {
     });
 }
 
-/// A thread in a mount namespace of its own that gets what is mounted in the share, as the VMM's jail does; answers to
-/// paths that it is asked to write a file in, until the asker is gone.
-fn jail() -> (std::sync::mpsc::Sender<PathBuf>, std::sync::mpsc::Receiver<std::io::Result<()>>) {
+/// A thread in a mount namespace of its own that gets what is mounted in the share, as the VMM's jail does; answers for the
+/// paths that it is asked about, until the asker is gone.
+fn jail<T: Send + 'static>(
+    answer: impl Fn(&Path) -> T + Send + 'static,
+) -> (std::sync::mpsc::Sender<PathBuf>, std::sync::mpsc::Receiver<T>) {
     let (ask, asked) = std::sync::mpsc::channel::<PathBuf>();
     let (tell, told) = std::sync::mpsc::channel();
+    let (begin, begun) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         // SAFETY: of the flags only FILES can break other threads' descriptors, and it is not given.
         #[allow(unsafe_code)]
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
         mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
-        tell.send(Ok(())).unwrap();
-        asked.iter().for_each(|path| tell.send(std::fs::write(path, "")).unwrap());
+        begin.send(()).unwrap();
+        asked.iter().for_each(|path| tell.send(answer(&path)).unwrap());
     });
-    told.recv().unwrap().unwrap();
+    begun.recv().unwrap();
     (ask, told)
 }
 
@@ -161,7 +166,7 @@ fn hostile_11_read_only_volume_is_read_only_in_the_jail_too() {
         rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
         let run = RunDir::new(&dir.join("run"), "ns", "pod");
         let share = Share::create(&run).unwrap();
-        let (ask, told) = jail();
+        let (ask, told) = jail(|path| std::fs::write(path, ""));
         let write = |at: &str| {
             ask.send(run.share().join("c/mounts").join(at)).unwrap();
             told.recv().unwrap().is_ok()
@@ -205,7 +210,7 @@ fn mount_of_the_host_reaches_the_jail_only_where_a_volume_follows() {
         std::fs::create_dir_all(dir.join("vol/late")).unwrap();
         let run = RunDir::new(&dir.join("run"), "ns", "pod");
         let share = Share::create(&run).unwrap();
-        let (ask, told) = jail();
+        let (ask, told) = jail(|path| std::fs::write(path, ""));
         for (index, follows_host) in [(0, false), (1, true)] {
             share.add_volume("c", index, &Volume { follows_host, ..volume(&dir.join("vol")) }).unwrap();
         }
@@ -332,5 +337,88 @@ fn hostile_19_device_that_was_opened_for_reading_cannot_be_opened_again_for_writ
         assert_eq!(rustix::io::read(&file, &mut [0; 1]), Ok(0), "what is open stays open");
         assert!(std::fs::write("/dev/null", "x").is_ok(), "the host's own node stays as it is");
         assert!(open_device(Path::new("/dev"), Path::new("fd/0"), OFlags::RDONLY).is_err(), "a link");
+    });
+}
+
+#[test]
+fn outermost_mounts_are_told_by_whole_names_and_stay_as_often_as_they_are() {
+    let sorted = |mounts: &[&str]| outermost(mounts.iter().map(PathBuf::from).collect());
+    let mounts = ["/s/a/x", "/s/a-b/y", "/s/a", "/s/a-b", "/s/b/c/d", "/s/a", "/s/a/x/z", "/s/b/c/e"];
+    assert_eq!(sorted(&mounts), ["/s/a", "/s/a", "/s/a-b", "/s/b/c/d", "/s/b/c/e"].map(PathBuf::from));
+    assert_eq!(sorted(&["/s/a/x", "/s", "/s/a"]), [PathBuf::from("/s")]);
+}
+
+#[test]
+fn nested_and_stacked_mounts_go_and_from_the_jail_as_well() {
+    in_mount_namespace(|dir| {
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let (ask, told) = jail(|path| mountinfo::mounts_below(path).unwrap().len());
+        let count = |path: &Path| {
+            ask.send(path.to_path_buf()).unwrap();
+            (mountinfo::mounts_below(path).unwrap().len(), told.recv().unwrap())
+        };
+        let at = run.share().join("c");
+        let tmpfs = |place: &str| {
+            std::fs::create_dir_all(at.join(place)).unwrap();
+            rustix::mount::mount("tmpfs", at.join(place), "tmpfs", MountFlags::empty(), None).unwrap();
+        };
+        // The second `a` hides what is below the first one, and has something of its own at the same place.
+        ["a", "a/b", "a/b/c", "a", "a/b", "a/b", "d/e"].into_iter().for_each(tmpfs);
+        mount_bind(at.join("a/b"), at.join("a")).unwrap();
+        assert_eq!(count(&at), (8, 8));
+        // By itself: a directory that is removed loses its mounts in every namespace.
+        detach_mounts(&at).unwrap();
+        assert_eq!(count(&run.share()), (1, 1));
+        share.remove_container("c").unwrap();
+        assert!(!at.exists());
+        ["a", "a/b", "a", "a/b"].into_iter().for_each(tmpfs);
+        Share::destroy(&run).unwrap();
+        assert_eq!(count(&run.share()), (0, 0));
+    });
+}
+
+#[test]
+fn volume_whose_server_is_silent_is_removed_without_asking_it() {
+    for whole_pod in [false, true] {
+        in_mount_namespace(move |dir| {
+            let run = RunDir::new(&dir.join("run"), "ns", "pod");
+            let share = Share::create(&run).unwrap();
+            std::fs::create_dir(dir.join("vol")).unwrap();
+            let server = fuse::mount(&dir.join("vol"));
+            rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+            share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+            assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 3);
+            server.fall_silent();
+            if !whole_pod {
+                share.remove_container("c").unwrap();
+                assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 1);
+            }
+            Share::destroy(&run).unwrap();
+            assert_eq!(server.unanswered(), 0);
+            assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 0);
+            assert!(std::fs::metadata(dir.join("vol/inner")).is_err() && server.unanswered() > 0, "it would be seen");
+        });
+    }
+}
+
+#[test]
+fn silent_volume_is_not_asked_for_what_it_hides() {
+    in_mount_namespace(|dir| {
+        let run = RunDir::new(&dir.join("run"), "ns", "pod");
+        let share = Share::create(&run).unwrap();
+        let (fuse, place) = (dir.join("fuse"), run.share().join("c/v"));
+        std::fs::create_dir(&fuse).unwrap();
+        let server = fuse::mount(&fuse);
+        for place in [place.clone(), place.join("inner")] {
+            std::fs::create_dir_all(&place).unwrap();
+            rustix::mount::mount("tmpfs", &place, "tmpfs", MountFlags::empty(), None).unwrap();
+        }
+        // The oldest mount, and on top.
+        rustix::mount::mount_move(&fuse, &place).unwrap();
+        server.fall_silent();
+        share.remove_container("c").unwrap();
+        assert_eq!(server.unanswered(), 0);
+        Share::destroy(&run).unwrap();
     });
 }
