@@ -172,7 +172,7 @@ impl Pod {
             tracing::warn!("killing a VMM whose boot takes long");
             let vmm = self.identity.run_dir.vmm_pid();
             let _: Result<(), TaskError> = removing(move || {
-                kill_recorded(&vmm);
+                kill_recorded(&[&vmm]);
                 Ok(())
             })
             .await;
