@@ -103,7 +103,14 @@ pub async fn converge(node: &Node) -> Result<Duration> {
     let mut slowest = Duration::ZERO;
     for pod in pods {
         let begin = Instant::now();
-        node.cri.remove_pod(&pod.id).await.with_context(|| format!("pod {} cannot be removed", pod.id))?;
+        let mut removed = node.cri.remove_pod(&pod.id).await;
+        // A pod that has died is deleted by containerd too, which then closes its connection to the shim, a call of StopPodSandbox
+        // that is under way or not. The kubelet asks again.
+        if removed.as_ref().is_err_and(|error| format!("{error:#}").contains("ttrpc: closed")) {
+            println!("chaos: once more, {removed:?}");
+            removed = node.cri.remove_pod(&pod.id).await;
+        }
+        removed.with_context(|| format!("pod {} cannot be removed", pod.id))?;
         let took = begin.elapsed();
         println!("chaos: pod {} removed in {took:.2?}", pod.id);
         ensure!(took < CONVERGED, "StopPodSandbox and RemovePodSandbox took {took:?}, more than {CONVERGED:?}");
