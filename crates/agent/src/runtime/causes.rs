@@ -34,7 +34,7 @@ impl Causes {
         let innermost = error.rsplit(": ").next().unwrap_or(error);
         let lines: Vec<_> = text.lines().map(str::trim).collect();
         let end = lines.iter().position(|line| line.contains(innermost)).map_or(lines.len(), |last| last + 1);
-        let news = |line: &&str| !line.is_empty() && !line.contains(error) && !error.contains(*line);
+        let news = |line: &&str| !line.is_empty() && !line.ends_with(innermost) && !error.contains(*line);
         let told: Vec<_> = lines.into_iter().take(end).filter(news).collect();
         (!told.is_empty()).then(|| told.join("; "))
     }
@@ -76,5 +76,6 @@ mod tests {
         let told = "failed to mount \"/x\" code=22; failed to prepare rootfs err=\"Mount(EINVAL)\"";
         assert_eq!(causes.behind("cannot create: failed to prepare rootfs").unwrap(), told);
         assert_eq!(causes.behind("failed to mount \"/x\" code=22"), None);
+        assert_eq!(causes.behind("cannot create: \"/x\" code=22"), None, "the first line says it");
     }
 }
