@@ -10,7 +10,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use crate::own_thread;
 
-/// Name and stack, in bytes, of the threads.
+/// Name of the threads.
 const THREAD: &str = "bulkhead-netns";
 
 /// Runs `body` to its end on a new thread that has entered the namespace, with a reactor of its own: sockets belong to

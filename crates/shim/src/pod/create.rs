@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
 use crate::sandbox::{Sandbox, mounting, patience, removing};
-use crate::share::{Share, ShareError};
+use crate::share::ShareError;
 use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
@@ -209,7 +209,7 @@ impl Pod {
             share.add_rootfs(&id, &rootfs, &prepared)?;
             share.add_volumes(&id, &volumes)
         };
-        mounting(mount, move || remove(&abandoned, &its_id)).await?;
+        mounting(mount, move || warn_of(abandoned.remove_container(&its_id))).await?;
         let copied_volumes = sandbox.volumes.add(&sandbox.agent, &task.id, &guest.volumes);
         let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
@@ -286,17 +286,12 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
     sandbox.container_ended(&id);
     sandbox.detach_disks(&id).await;
     sandbox.give_back().await;
-    let remove = move || {
-        remove(&share, &id);
-        Ok::<_, ShareError>(())
-    };
-    if let Err(error) = removing(remove).await {
-        tracing::warn!("{}", super::error::chain(&error));
-    }
+    warn_of(removing(move || share.remove_container(&id)).await);
 }
 
-fn remove(share: &Share, id: &str) {
-    if let Err(error) = share.remove_container(id) {
+/// What cannot be removed goes with the pod.
+fn warn_of(removed: Result<(), ShareError>) {
+    if let Err(error) = removed {
         tracing::warn!("{}", super::error::chain(&error));
     }
 }

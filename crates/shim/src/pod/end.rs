@@ -154,11 +154,16 @@ impl Pod {
     /// is told, and containerd if it knows of the start.
     fn end_execs(&self, container: &Container) {
         for process in container.all_execs() {
-            let started = process.status() != Status::CREATED;
-            let exit = Exit::now(Exit::KILLED);
-            if process.ended(exit.clone()) && started {
-                self.tell_exit(container, &process, exit);
-            }
+            self.let_go(container, &process);
+        }
+    }
+
+    /// Ends an exec here, whatever the guest says of it.
+    fn let_go(&self, container: &Container, process: &Process) {
+        let started = process.status() != Status::CREATED;
+        let exit = Exit::now(Exit::KILLED);
+        if process.ended(exit.clone()) && started {
+            self.tell_exit(container, process, exit);
         }
     }
 
@@ -174,10 +179,7 @@ impl Pod {
             return;
         }
         tracing::warn!(process = ?process.key, "SIGKILL does not end an exec, which is not waited for any longer");
-        let exit = Exit::now(Exit::KILLED);
-        if process.ended(exit.clone()) {
-            self.tell_exit(&container, &process, exit);
-        }
+        self.let_go(&container, &process);
     }
 
     async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
