@@ -117,6 +117,7 @@ impl Sandbox {
             hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
+        share.is_jail_of(vm.process()?);
         timeline.until("VMM start", built);
         timeline.done("guest");
         let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;
