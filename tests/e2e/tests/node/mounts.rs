@@ -42,17 +42,17 @@ fn node_unmounts_and_removes_what_it_likes_below_the_volumes_of_a_pod() {
         old.sleeper("main").await?;
         let before = node_mounts()?;
         let pod = node.pod("whole-node").await?;
-        // The whole node, as node-exporter has it, in each way that there is, and a volume with a mount below it.
+        // The whole node, as node-exporter has it, what follows the host in both ways, and a volume with a mount below it.
         let mut config = mounted(sh("main", SLEEP), &volume, "/data", false);
         config = mounted(config, Path::new("/"), "/host", true);
-        config = following(mounted(config, Path::new("/"), "/follows", true));
-        config = following(mounted(config, Path::new("/"), "/writes", false));
+        config = following(mounted(config, &base, "/follows", true));
+        config = following(mounted(config, &base, "/writes", false));
         let main = pod.run(config).await?;
         let more = more_mounts(&before, &pod.id)?;
         ensure!(more.is_empty(), "the pod has mounted on the node: {more:?}");
         let inside = base.strip_prefix("/")?.display().to_string();
         // What it looks at where it may write and follows the host would be busy (docs/compatibility.md).
-        let seen = format!("ls -d /host/{inside}/theirs /follows/{inside}/theirs /data/inner /writes");
+        let seen = format!("ls -d /host/{inside}/theirs /follows/theirs /data/inner /writes");
         ensure!(pod.sh(&main, &seen).await?.lines().count() == 4);
         // The kubelet's way with a volume: no lazy unmount, and the directory has to go.
         for gone in ["volume/inner", "theirs"].map(|at| base.join(at)) {
