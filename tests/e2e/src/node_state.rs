@@ -8,12 +8,16 @@
 //! none of the list.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
-use std::io::Write;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow};
+use futures::TryStreamExt;
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::route::RouteAttribute;
+use rtnetlink::{IpVersion, RouteMessageBuilder};
 
 /// The bridge of the CNI configuration.
 const BRIDGE: &str = "cni0";
@@ -34,16 +38,19 @@ const CHANGING: [&str; 12] = [
     "net/netfilter/nf_conntrack_count",
 ];
 
-/// What is asked for and how, a program and what it reads.
-const QUESTIONS: [(&str, &[&str], &str); 3] = [
-    ("ip", &["-o", "-batch", "-"], "link show\naddr show\nroute show table all\nrule show\n"),
-    ("ip", &["-6", "-o", "-batch", "-"], "route show table all\nrule show\n"),
-    ("tc", &["-batch", "-"], "qdisc show\n"),
+/// What of a link is its configuration, by the names that the parser has for it.
+const OF_LINKS: [&str; 10] = [
+    "IfName(",
+    "Mtu(",
+    "Address(",
+    "Controller(",
+    "LinkInfo(",
+    "TxQueueLen(",
+    "Link(",
+    "Promiscuity(",
+    "Xdp(",
+    "IfAlias(",
 ];
-
-/// What of a line about a link, an address or a route is not of interest: the rest of it from a word on, or the word alone.
-const FROM: [&str; 2] = ["valid_lft", "expires"];
-const WORDS: [&str; 2] = ["linkdown", "dadfailed"];
 
 /// Links, addresses, routes, rules, queueing disciplines and mounts, each as often as it is there.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -53,14 +60,7 @@ impl NodeState {
     /// Looks at the node.
     pub fn look() -> Result<Self> {
         let mut seen = Self::default();
-        for (program, arguments, questions) in QUESTIONS {
-            for line in ask(program, arguments, questions)?.lines() {
-                let about_bridge = line.split([' ', ':', '@']).any(|word| word == BRIDGE);
-                if !about_bridge && !line.trim().is_empty() {
-                    seen.add(format!("{program}: {}", kept(line)));
-                }
-            }
-        }
+        network()?.into_iter().for_each(|what| seen.add(what));
         let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
         table.lines().filter_map(mount).for_each(|mount| seen.add(mount));
         Ok(seen)
@@ -80,19 +80,66 @@ impl NodeState {
     }
 }
 
-fn ask(program: &str, arguments: &[&str], questions: &str) -> Result<String> {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot run {program}"))?;
-    child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(questions.as_bytes()))?;
-    let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+/// What rtnetlink(7) shows, on a thread of its own: who asks may be on a reactor.
+fn network() -> Result<Vec<String>> {
+    let ask = || -> Result<Vec<String>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(dump())
+    };
+    let dumped = std::thread::scope(|scope| scope.spawn(ask).join());
+    dumped
+        .map_err(|_| anyhow!("the thread that looks at the network has panicked"))?
+        .context("cannot look at the network")
 }
 
-fn kept(line: &str) -> String {
-    let words = line.split_whitespace().take_while(|word| !FROM.contains(word));
-    words.filter(|word| !WORDS.contains(word)).collect::<Vec<_>>().join(" ")
+async fn dump() -> Result<Vec<String>> {
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    tokio::spawn(connection);
+    let mut seen = Vec::new();
+    let mut bridge = None;
+    let links: Vec<_> = handle.link().get().execute().try_collect().await?;
+    for link in links {
+        if link.attributes.contains(&LinkAttribute::IfName(BRIDGE.to_owned())) {
+            bridge = Some(link.header.index);
+        } else {
+            let attributes = told(&link.attributes, |text| OF_LINKS.iter().any(|kept| text.starts_with(kept)));
+            seen.push(format!("link {} {:?} {attributes}", link.header.index, link.header.flags));
+        }
+    }
+    let addresses: Vec<_> = handle.address().get().execute().try_collect().await?;
+    for address in addresses.into_iter().filter(|address| Some(address.header.index) != bridge) {
+        let attributes = told(&address.attributes, |text| !text.starts_with("CacheInfo"));
+        seen.push(format!("address {:?} {attributes}", address.header));
+    }
+    for all in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+        let routes: Vec<_> = handle.route().get(all).execute().try_collect().await?;
+        let by_bridge =
+            |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Oif(link) if Some(*link) == bridge);
+        for route in routes.into_iter().filter(|route| !route.attributes.iter().any(by_bridge)) {
+            let attributes = told(&route.attributes, |text| !text.starts_with("CacheInfo"));
+            seen.push(format!("route {:?} {attributes}", route.header));
+        }
+    }
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let rules: Vec<_> = handle.rule().get(version).execute().try_collect().await?;
+        seen.extend(rules.into_iter().map(|rule| format!("rule {rule:?}")));
+    }
+    let disciplines: Vec<_> = handle.qdisc().get().execute().try_collect().await?;
+    for discipline in disciplines {
+        let header = &discipline.header;
+        let attributes = told(&discipline.attributes, |text| !text.contains("tats"));
+        // The bridge's own; what is put on it is not.
+        let own = u32::try_from(header.index).ok() == bridge && attributes.contains("noqueue");
+        if !own {
+            seen.push(format!("qdisc {} {:?} {attributes}", header.index, header.parent));
+        }
+    }
+    Ok(seen)
+}
+
+fn told(attributes: &[impl Debug], keep: impl Fn(&str) -> bool) -> String {
+    let texts = attributes.iter().map(|attribute| format!("{attribute:?}"));
+    texts.filter(|text| keep(text)).collect::<Vec<_>>().join(" ")
 }
 
 /// A line of the mount table without its numbers.
@@ -171,9 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn lifetimes_and_numbers_are_left_out() {
-        let line = "2: eth0    inet6 fe80::1/64 scope link dadfailed \\       valid_lft 12sec preferred_lft 1sec";
-        assert_eq!(kept(line), "2: eth0 inet6 fe80::1/64 scope link \\");
+    fn every_namespace_has_loopback() {
+        let seen = network().unwrap();
+        assert!(seen.iter().any(|line| line.starts_with("link 1 ") && line.contains("lo")), "{seen:?}");
+        assert!(seen.iter().any(|line| line.starts_with("rule ")), "{seen:?}");
+    }
+
+    #[test]
+    fn numbers_of_mounts_are_left_out() {
         let line = "36 35 98:0 /a /mnt rw,noatime shared:7 master:1 - ext3 /dev/root rw,errors=continue";
         assert_eq!(mount(line).unwrap(), "mount /mnt (ext3 /dev/root/a, rw,noatime shared master)");
         assert_eq!(mount("36 35 0:1 / /run/netns rw shared:7 - tmpfs tmpfs rw"), None);
