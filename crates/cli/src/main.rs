@@ -1,6 +1,7 @@
 //! `bulkhead`: the operator's and the developer's command.
 
 mod check;
+mod clean;
 mod run;
 
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ struct Arguments {
 enum Command {
     /// Show what the processes of a running pod may do on this node, and whether their jail is closed (root)
     Check(check::CheckArguments),
+    /// Remove what killed shims have left on this node, directories, cgroups and sockets, and name it (root)
+    Clean(clean::CleanArguments),
     /// Run a pod from an image through the CRI, and show that it is in a guest of its own
     Run(run::RunArguments),
 }
@@ -39,6 +42,7 @@ struct CriArguments {
 async fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Check(arguments) => check::run(&arguments),
+        Command::Clean(arguments) => clean::run(&arguments),
         Command::Run(arguments) => run::run(arguments).await,
     }
 }

@@ -38,6 +38,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Action::Info => cli::info::print_info().map_err(anyhow::Error::from),
         Action::Start => cli::start::run(&flags).map_err(anyhow::Error::from),
         Action::Delete => cli::delete::run(&flags).map_err(anyhow::Error::from),
+        Action::Clean => cli::dead::run().map_err(anyhow::Error::from),
         Action::Serve => cli::serve::run(&flags).map_err(anyhow::Error::from),
     };
     match done {

@@ -24,6 +24,11 @@ impl RunDir {
         Self(root.join(namespace).join(sandbox_id))
     }
 
+    /// One that is there.
+    pub fn at(path: &Path) -> Self {
+        Self(path.to_path_buf())
+    }
+
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.0

@@ -1,18 +1,20 @@
 //! What "nothing is left" means: the one checker that every suite uses.
 //!
-//! It lists everything of a pod that lives outside containerd's own database: processes (zombies too), KVM's VMs, network
-//! interfaces, addresses, mounts, sockets, run directories, bundles, fifos, shared memory, cgroups, network namespaces, and
-//! descriptors of containerd. A test takes the list before and compares after; what is there in addition is a leak. Taps
-//! and redirects are in the pod's network namespace, and go with it at the latest.
+//! It lists everything of a pod that lives outside containerd's own database: processes (zombies too), KVM's VMs, addresses that
+//! CNI has given, sockets, run directories, bundles, fifos, shared memory, cgroups, network namespaces, and descriptors of
+//! containerd. A test takes the list before and compares after; what is there in addition is a leak. Taps and redirects are in
+//! the pod's network namespace, and go with it at the latest. Beside it what a node has without pods is compared both ways
+//! ([`crate::node_state`]).
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::containerd;
+use crate::node_state::{NodeState, Sysctls};
 
 /// Directories whose entries belong to running pods.
 const DIRECTORIES: [&str; 13] = [
@@ -42,32 +44,54 @@ const SETTLE: Duration = Duration::from_secs(10);
 /// Connections that containerd may have more than before: its clients' and its own, which close when it finds the time.
 const CONNECTIONS: usize = 8;
 
-/// Everything on the node that a pod could leave behind.
+/// Everything on the node that a pod could leave behind or change.
+#[derive(Clone, Debug)]
+pub struct Before {
+    leftovers: Leftovers,
+    sysctls: Sysctls,
+}
+
+impl Before {
+    /// Looks at the node.
+    pub fn look() -> Result<Self> {
+        Ok(Self { leftovers: Leftovers::find()?, sysctls: Sysctls::look() })
+    }
+
+    /// Asserts that nothing has come or changed since; gives what is on its way out a bounded time.
+    pub fn assert_as_it_was(&self) -> Result<()> {
+        self.leftovers.assert_nothing_more()?;
+        let changed = Sysctls::look().changes_since(&self.sysctls);
+        ensure!(changed.is_empty(), "changed on the node:\n  {}", changed.join("\n  "));
+        Ok(())
+    }
+}
+
+/// What of that goes away by and by.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Leftovers {
+struct Leftovers {
     found: BTreeSet<String>,
     containerd: Option<(u32, usize)>,
+    node: NodeState,
 }
 
 impl Leftovers {
     /// Lists what is there.
-    pub fn find() -> Result<Self> {
+    fn find() -> Result<Self> {
         let mut found = BTreeSet::new();
         processes(&mut found)?;
-        mounts(&mut found)?;
-        interfaces(&mut found)?;
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut found);
         leases(&mut found);
         for directory in DIRECTORIES {
             entries(Path::new(directory), 0, &mut found);
         }
         let containerd = containerd::pid().ok().map(|pid| (pid, descriptors(pid, &mut found)));
-        Ok(Self { found, containerd })
+        Ok(Self { found, containerd, node: NodeState::look()? })
     }
 
-    /// What is there in addition to what was before.
+    /// What is there in addition to what was before, and what of the node is different.
     fn more_than(&self, before: &Self) -> Vec<String> {
         let mut more: Vec<_> = self.found.difference(&before.found).cloned().collect();
+        more.extend(self.node.changes_since(&before.node));
         // One that was started again has all of its connections anew.
         if let (Some((pid, now)), Some((same, then))) = (self.containerd, before.containerd)
             && pid == same
@@ -78,8 +102,7 @@ impl Leftovers {
         more
     }
 
-    /// Asserts that nothing has come since; gives what is on its way out a bounded time.
-    pub fn assert_nothing_more(&self) -> Result<()> {
+    fn assert_nothing_more(&self) -> Result<()> {
         let deadline = std::time::Instant::now() + SETTLE;
         loop {
             let more = Self::find()?.more_than(self);
@@ -125,25 +148,6 @@ fn descriptors(pid: u32, found: &mut BTreeSet<String>) -> usize {
         }
     }
     others
-}
-
-fn mounts(found: &mut BTreeSet<String>) -> Result<()> {
-    let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
-    // ip-netns(8) makes its directory a mount at its first use, and keeps it.
-    found.extend(points.filter(|&point| point != "/run/netns").map(|point| format!("mount {point}")));
-    Ok(())
-}
-
-fn interfaces(found: &mut BTreeSet<String>) -> Result<()> {
-    for entry in fs::read_dir("/sys/class/net").context("cannot list the network interfaces")?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // The bridge belongs to the CNI configuration and stays.
-        if name != "cni0" {
-            found.insert(format!("interface {name}"));
-        }
-    }
-    Ok(())
 }
 
 /// Addresses that CNI's host-local plugin has given: a file for each, in a directory for each network.

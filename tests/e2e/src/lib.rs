@@ -12,6 +12,7 @@ pub mod leftovers;
 pub mod liar;
 pub mod log_watch;
 mod netns;
+mod node_state;
 pub mod port_forward;
 pub mod processes;
 pub mod shim;
@@ -28,7 +29,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bulkhead_cli::cri::{self, Cri, ExecOutput, Pod, v1};
 use bulkhead_cli::log;
 
-use crate::leftovers::Leftovers;
+use crate::leftovers::Before;
 pub use crate::netns::Netns;
 
 /// An image with busybox and its applets.
@@ -72,10 +73,10 @@ pub fn on_shims(test: impl AsyncFnOnce() -> Result<()>) {
     let _alone = NODE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let outcome = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from);
     let outcome = outcome.and_then(|runtime| {
-        let before = Leftovers::find()?;
+        let before = Before::look()?;
         runtime.block_on(test())?;
         drop(runtime);
-        before.assert_nothing_more()
+        before.assert_as_it_was()
     });
     if let Err(error) = outcome {
         panic!("{error:#}");
@@ -89,7 +90,7 @@ pub async fn with_node(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()
     std::fs::create_dir_all(&logs).context("cannot create the log directory")?;
     let node = Node { cri: Cri::connect(&socket).await?, logs, pods: RefCell::default() };
     node.cri.pull(BUSYBOX).await?;
-    let before = Leftovers::find()?;
+    let before = Before::look()?;
     let outcome = test(&node).await;
     for id in node.pods.take() {
         if let Err(error) = node.cri.remove_pod(&id).await {
@@ -100,7 +101,7 @@ pub async fn with_node(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()
         }
     }
     outcome?;
-    before.assert_nothing_more()
+    before.assert_as_it_was()
 }
 
 impl Node {

@@ -13,6 +13,8 @@ pub enum Action {
     Start,
     /// Clean up what a dead shim left.
     Delete,
+    /// Clean up what all dead shims of the node left. Not part of containerd's contract: `bulkhead clean` runs it.
+    Clean,
     /// Be the daemon. Not part of containerd's contract: `start` runs it.
     Serve,
     /// Print the version.
@@ -145,6 +147,9 @@ impl Flags {
         if matches!(self.action, Action::Version | Action::Info) {
             return Ok(self);
         }
+        if action.as_deref() == Some("clean") {
+            return Ok(Self { action: Action::Clean, ..self });
+        }
         self.action = match action.as_deref() {
             Some("start") => Action::Start,
             Some("delete") => Action::Delete,
@@ -192,9 +197,10 @@ mod tests {
     }
 
     #[test]
-    fn version_needs_nothing_else() {
+    fn version_and_cleaning_need_nothing_else() {
         assert_eq!(parse("-v").unwrap().action, Action::Version);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
+        assert_eq!(parse("clean").unwrap().action, Action::Clean);
     }
 
     #[test]

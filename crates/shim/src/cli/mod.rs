@@ -2,6 +2,7 @@
 
 pub mod bootstrap;
 mod confine;
+pub mod dead;
 pub mod delete;
 mod features;
 pub mod flags;

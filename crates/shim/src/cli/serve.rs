@@ -71,6 +71,8 @@ async fn serve(flags: &Flags, listener: UnixListener, endpoint: Arc<Endpoint>) -
         .add_listener(ttrpc::asynchronous::transport::Listener::from(listener))
         .register_service(service::services(pod.clone()));
     server.start().await.map_err(ServeError::Serve)?;
+    // Beside the pod, which does not wait for it.
+    tokio::spawn(crate::own_thread::run("bulkhead-clean", super::dead::clean_up));
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signal)?;
     tokio::select! {
         () = pod.finished() => {}

@@ -25,7 +25,8 @@ use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::fake::FakeAgent;
 use crate::sandbox::record;
-use crate::share::tests::in_mount_namespace;
+use crate::share::Share;
+use crate::share::tests::{in_mount_namespace, jail_of};
 use crate::sizing::Limits;
 use crate::spec::HostHooks;
 
@@ -60,6 +61,15 @@ async fn pod_that_tells(dir: &Path, events: Option<String>) -> Fixture {
     let fixture = Fixture { pod, sandbox, agent, _dir: None };
     fixture.agent.run("c", "");
     fixture.add("c", Kind::Member).init.set_status(Status::RUNNING);
+    fixture
+}
+
+/// The same, with a VMM that is locked into its share.
+async fn pod_that_mounts(dir: &Path) -> Fixture {
+    let fixture = pod_in(dir).await;
+    let run = &fixture.pod.identity.run_dir;
+    Share::create(run).unwrap();
+    fixture.sandbox.share.is_jail_of(jail_of(run));
     fixture
 }
 
@@ -347,7 +357,7 @@ async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
 #[test]
 fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
     with_mounts(async |dir| {
-        let fixture = pod_in(&dir).await;
+        let fixture = pod_that_mounts(&dir).await;
         let mut bundle = SlowBundle::new(dir.join("bundle"));
         let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
         bundle.begun().await;
@@ -370,7 +380,7 @@ fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
 #[test]
 fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
     with_mounts(async |dir| {
-        let fixture = pod_in(&dir).await;
+        let fixture = pod_that_mounts(&dir).await;
         let mut bundle = SlowBundle::new(dir.join("bundle"));
         let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
         bundle.begun().await;

@@ -38,7 +38,7 @@ pub use cgroup::Cgroup;
 pub use disks::DiskError;
 use disks::Disks;
 use late_network::PodNetwork;
-pub use process::{kill_recorded, record};
+pub use process::{has_ended, kill_recorded, record};
 pub use resize::ResizeError;
 use resize::Resizer;
 use timeline::Timeline;
@@ -103,10 +103,13 @@ impl Sandbox {
         let files = hypervisor::Files::open(&config)?;
         let share = blocking({
             let run_dir = run_dir.clone();
-            move || Share::create(&run_dir)
+            move || {
+                let share = Share::create(&run_dir)?;
+                record(&run_dir.shim_pid(), std::process::id());
+                Ok::<_, ShareError>(share)
+            }
         })
         .await?;
-        record(&run_dir.shim_pid(), std::process::id());
         let mut network = match pod_network.prepared() {
             Some(netns) => network::attach(netns.to_path_buf()).await?,
             None => Network::default(),
@@ -117,6 +120,7 @@ impl Sandbox {
             hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
+        share.is_jail_of(vm.process()?);
         timeline.until("VMM start", built);
         timeline.done("guest");
         let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;

@@ -33,18 +33,35 @@ pub fn kill_recorded(files: &[&Path]) {
 
 /// Kills one process, and answers with what tells its end.
 fn kill(file: &Path) -> Option<OwnedFd> {
-    let record = std::fs::read_to_string(file).ok()?.parse::<ProcessRecord>().ok()?;
-    let pid = record.pid;
-    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
-    if pid == std::process::id() {
-        return None;
-    }
+    let record = read(file).filter(|record| record.pid != std::process::id())?;
     // Opened before the check: a pidfd stays with its process.
-    let pidfd = pidfd_open(raw, PidfdFlags::empty()).ok()?;
-    if start_time(pid) != Some(record.start_time) {
+    let pidfd = open(record).ok()?;
+    if start_time(record.pid) != Some(record.start_time) {
         return None;
     }
     pidfd_send_signal(&pidfd, Signal::KILL).ok().map(|()| pidfd)
+}
+
+/// Whether there is a record, and its process is gone or waits only to be waited for.
+pub fn has_ended(file: &Path) -> bool {
+    let Some(record) = read(file) else { return false };
+    let pidfd = match open(record) {
+        Ok(pidfd) => pidfd,
+        // Nobody's number, or a thread's. What fails for another reason says nothing of the process.
+        Err(error) => return matches!(error, Errno::SRCH | Errno::INVAL),
+    };
+    let mut polled = [PollFd::new(&pidfd, PollFlags::IN)];
+    let ended = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ended| ended > 0);
+    ended || start_time(record.pid).is_some_and(|time| time != record.start_time)
+}
+
+fn read(file: &Path) -> Option<ProcessRecord> {
+    std::fs::read_to_string(file).ok()?.parse().ok()
+}
+
+fn open(record: ProcessRecord) -> Result<OwnedFd, Errno> {
+    let raw = i32::try_from(record.pid).ok().and_then(Pid::from_raw).ok_or(Errno::BADF)?;
+    pidfd_open(raw, PidfdFlags::empty())
 }
 
 fn wait(mut processes: Vec<OwnedFd>, deadline: Instant) {

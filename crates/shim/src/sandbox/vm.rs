@@ -8,6 +8,7 @@ mod supervisor;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
@@ -43,6 +44,7 @@ const DEATH: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Vm {
     pid: u32,
+    process: Arc<OwnedFd>,
     requests: mpsc::Sender<Order>,
     ended: watch::Receiver<bool>,
 }
@@ -96,6 +98,11 @@ impl Vm {
     /// The VMM's process.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The same as a descriptor, which stays with this process and no other that has its number later.
+    pub fn process(&self) -> Result<OwnedFd, VmError> {
+        self.process.try_clone().map_err(VmError::Process)
     }
 
     /// Whether the VMM's process is gone.
@@ -218,6 +225,9 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// pidfd_open(2).
+    #[error("cannot hold the VMM's process by a descriptor")]
+    Process(#[source] std::io::Error),
     /// A socket or pipe.
     #[error("cannot make a socket or pipe for the VMM")]
     Socket(#[source] std::io::Error),

@@ -1,10 +1,13 @@
 //! The pod's share: the one directory of the host that the guest sees, through virtio-fs (ARCHITECTURE.md, D5).
 //!
 //! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes, most of them as links
-//! to what containers have in common ([`volumes`]). Nothing is copied, and removing a container is unmounting. What the pod
-//! may only read is mounted read-only here, never only in the guest; [`tree`] says why mounts are finished before they are
-//! attached.
+//! to what containers have in common ([`volumes`]). Nothing is copied. The mounts are in the VMM's mount namespace and not in
+//! the node's ([`jail`]), where the share is a tree of empty directories, and removing a container is removing its part of it.
+//! What the pod may only read is mounted read-only, never only in the guest; [`tree`] says why mounts are finished before they
+//! are attached.
 
+mod follow;
+mod jail;
 mod mountinfo;
 mod rootfs;
 mod tree;
@@ -19,12 +22,13 @@ use std::time::Duration;
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
+use rustix::mount::{UnmountFlags, unmount};
 
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
+use jail::{Jail, Place};
 pub use tree::open_device;
 use tree::{Propagation, Tree};
 use volumes::Volumes;
@@ -32,48 +36,46 @@ use volumes::Volumes;
 /// A pod's share. Its methods block: mount(2) on a slow file system does.
 #[derive(Clone, Debug)]
 pub struct Share {
-    dir: PathBuf,
+    place: Place,
     volumes: Volumes,
 }
 
 impl Share {
-    /// Makes the directory a mount of its own, shared, so that a jailed VMM sees what is mounted later.
+    /// Makes the directory.
     pub fn create(run_dir: &RunDir) -> Result<Self, ShareError> {
-        let dir = run_dir.share();
+        let share = Self::of(run_dir);
         let failed = |what| move |source: std::io::Error| ShareError::at(what, &run_dir.share(), source);
         run_dir.create().map_err(failed("make the pod's directory"))?;
-        make_dir(&dir).map_err(failed("make"))?;
-        mount_bind(&dir, &dir).map_err(|e| failed("bind")(e.into()))?;
-        // Private first: the parent mount may be shared, and a peer of it must not see the pod.
-        mount_change(&dir, MountPropagationFlags::PRIVATE).map_err(|e| failed("make private")(e.into()))?;
-        mount_change(&dir, MountPropagationFlags::SHARED).map_err(|e| failed("make shared")(e.into()))?;
-        Ok(Self { dir, volumes: Volumes::default() })
+        make_dir(&share.place.dir).map_err(failed("make"))?;
+        Ok(share)
     }
 
     /// The share of a pod whose shim is gone, for cleaning up.
     pub fn of(run_dir: &RunDir) -> Self {
-        Self { dir: run_dir.share(), volumes: Volumes::default() }
+        Self { place: Place { dir: run_dir.share(), jail: Jail::default() }, volumes: Volumes::default() }
+    }
+
+    /// Mounts go to this VMM from now on, which has locked itself into the share: a pidfd, or its mount namespace.
+    pub fn is_jail_of(&self, vmm: OwnedFd) {
+        self.place.jail.set(vmm);
     }
 
     /// The directory as a descriptor, for the VMM.
     pub fn open(&self) -> Result<OwnedFd, ShareError> {
-        rustix::fs::open(&self.dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| ShareError::at("open", &self.dir, error.into()))
+        rustix::fs::open(&self.place.dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| ShareError::at("open", &self.place.dir, error.into()))
     }
 
     /// Mounts a container's root file system: what containerd describes, else the bundle's own directory.
     pub fn add_rootfs(&self, id: &str, mounts: &[Mount], prepared: &Path) -> Result<(), ShareError> {
-        let target = self.dir.join(id).join("rootfs");
+        let target = self.place.dir.join(id).join("rootfs");
         make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
+        let attach = |tree: Tree| self.place.attach(&tree, &target).map_err(|error| ShareError::attach(&target, error));
         if mounts.is_empty() {
-            return Tree::copy(prepared, true, Propagation::Private)
-                .and_then(|tree| tree.attach(&target))
-                .map_err(|error| ShareError::Rootfs { path: prepared.to_path_buf(), source: error.into() });
+            let tree = Tree::copy(prepared, true, Propagation::Private);
+            return attach(tree.map_err(|error| ShareError::Rootfs { path: prepared.into(), source: error.into() })?);
         }
-        for mount in mounts {
-            rootfs::mount_one(mount, &target)?;
-        }
-        Ok(())
+        mounts.iter().try_for_each(|mount| attach(rootfs::make(mount, &target)?))
     }
 
     /// Shows the volumes of a container. Those that it may write come first, so that it has the same ones to read.
@@ -84,23 +86,23 @@ impl Share {
     }
 
     fn add_volume(&self, id: &str, index: usize, volume: &Volume) -> Result<(), ShareError> {
-        let place = self.dir.join(id).join("mounts").join(index.to_string());
+        let place = self.place.dir.join(id).join("mounts").join(index.to_string());
         if volume.copied {
-            return volumes::show(volume, &place);
+            return volumes::show(&self.place, volume, &place);
         }
-        let number = self.volumes.add(&self.dir, id, volume)?;
+        let number = self.volumes.add(&self.place, id, volume)?;
         let failed = |error| ShareError::at("make", &place, error);
         place.parent().map_or(Ok(()), make_dir).map_err(failed)?;
         symlink(Path::new("../..").join(SHARED_VOLUMES).join(number.to_string()), &place).map_err(failed)
     }
 
-    /// Unmounts and removes what a container had. What is already gone is no error.
+    /// Removes what a container had, and with that its mounts. What is already gone is no error.
     pub fn remove_container(&self, id: &str) -> Result<(), ShareError> {
-        let own = remove_tree(&self.dir.join(id));
-        own.and(self.volumes.leave(&self.dir, id))
+        let own = remove_tree(&self.place.dir.join(id));
+        own.and(self.volumes.leave(&self.place.dir, id))
     }
 
-    /// Unmounts and removes the share and the pod's directory.
+    /// Removes the share and the pod's directory.
     pub fn destroy(run_dir: &RunDir) -> Result<(), ShareError> {
         remove_tree(&run_dir.share())?;
         let done = std::fs::remove_dir_all(run_dir.path());
@@ -121,9 +123,10 @@ fn make_dir(path: &Path) -> std::io::Result<()> {
 /// the host mounts meanwhile in a volume that follows it.
 const ROUNDS: u32 = 8;
 
-/// Detaches every mount at or below `path`, and removes the emptied directories.
+/// Removes directories of a share, and what they are mounted on in the VMM's namespace is detached with them.
 fn remove_tree(path: &Path) -> Result<(), ShareError> {
-    // Only after nothing is mounted there any more: removing must never reach into a volume.
+    // Only after nothing is mounted there for the node: removing must never reach into a volume. A shim of a version that
+    // mounted there may have been replaced while its pod ran.
     detach_mounts(path)?;
     let removed = match std::fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
@@ -190,6 +193,15 @@ pub enum ShareError {
         #[source]
         source: std::io::Error,
     },
+    /// The VMM's mount namespace cannot be had, or takes no mount.
+    #[error("cannot mount {path} for the VMM; has it ended?")]
+    Attach {
+        /// Where in the share.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The root file system cannot be mounted.
     #[error("cannot mount the container's root file system {path}")]
     Rootfs {
@@ -230,6 +242,10 @@ pub enum ShareError {
 impl ShareError {
     fn at(what: &'static str, path: &Path, source: std::io::Error) -> Self {
         Self::Step { what, path: path.to_path_buf(), source }
+    }
+
+    fn attach(path: &Path, source: std::io::Error) -> Self {
+        Self::Attach { path: path.to_path_buf(), source }
     }
 
     fn volume(path: &Path, source: std::io::Error) -> Self {

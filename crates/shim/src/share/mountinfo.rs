@@ -1,5 +1,6 @@
 //! Mount points below a directory, from /proc/thread-self/mountinfo (proc_pid_mountinfo(5)).
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,33 @@ use std::path::{Path, PathBuf};
 pub fn mounts_below(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     let table = std::fs::read("/proc/thread-self/mountinfo")?;
     Ok(mount_points(&table).filter(|point| point.starts_with(path)).collect())
+}
+
+/// A mount of the node.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct MountPoint {
+    /// The kernel's number for it, which another one may have when it is gone.
+    pub id: u64,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether it was carried over to slaves of the mount that it is mounted on: that is shared.
+    pub propagates: bool,
+}
+
+/// The mounts of a table at or below `path`.
+pub fn points_below(table: &[u8], path: &Path) -> Vec<MountPoint> {
+    let lines = || {
+        table.split(|byte| *byte == b'\n').filter_map(|line| {
+            let fields: Vec<_> = line.split(|byte| *byte == b' ').collect();
+            let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse::<u64>().ok();
+            let optional = fields.get(6..)?.iter().take_while(|field| **field != b"-");
+            let shared = optional.clone().any(|field| field.starts_with(b"shared:"));
+            Some((number(fields.first()?)?, number(fields.get(1)?)?, unescape(fields.get(4)?), shared))
+        })
+    };
+    let shared: BTreeSet<_> = lines().filter(|(.., shared)| *shared).map(|(id, ..)| id).collect();
+    let below = lines().filter(|(_, _, point, _)| point.starts_with(path));
+    below.map(|(id, parent, path, _)| MountPoint { id, path, propagates: shared.contains(&parent) }).collect()
 }
 
 /// Where in its file system a path is that has no links and dots.
@@ -65,6 +93,14 @@ mod tests {
         for (path, wanted) in [("/etc/x", "/etc/x"), ("/mnt/a", "/sub/a"), ("/mnt/in/b", "/y/b"), ("/mnt/in", "/y/")] {
             assert_eq!(place(table, Path::new(path)), Some(PathBuf::from(wanted)));
         }
+    }
+
+    #[test]
+    fn mounts_are_carried_over_where_what_they_are_mounted_on_is_shared() {
+        let table = b"1 0 8:0 / / rw shared:1 - a a rw\n2 1 8:1 / /v rw master:1 - b b rw\n3 2 8:2 / /v/x rw - c c rw\n4 1 8:3 / /w rw - d d rw\nnonsense\n";
+        let found: Vec<_> =
+            points_below(table, Path::new("/v")).into_iter().map(|point| (point.id, point.propagates)).collect();
+        assert_eq!(found, [(2, true), (3, false)]);
     }
 
     #[test]

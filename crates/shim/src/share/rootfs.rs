@@ -4,55 +4,55 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use containerd_shim_protos::types::mount::Mount;
-use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, mount, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen, mount,
 };
 
 use super::ShareError;
+use super::jail;
 use super::tree::{ONLY_DATA, Propagation, Tree};
 
 /// mount(2) copies one page of options, the terminating zero included.
 const MAX_DATA: usize = 4095;
 
-/// Mounts one entry at `target`.
-pub fn mount_one(entry: &Mount, target: &Path) -> Result<(), ShareError> {
+/// Makes the mount of one entry, detached. `spare` is a directory of the pod's that it may be mounted on for a moment, where
+/// nobody sees it.
+pub fn make(entry: &Mount, spare: &Path) -> Result<Tree, ShareError> {
     let options = Options::parse(&entry.options);
     options.own_upper_directory()?;
-    let failed = |error: Errno| ShareError::Rootfs { path: entry.source.clone().into(), source: error.into() };
+    let failed = |source| ShareError::Rootfs { path: entry.source.clone().into(), source };
     match entry.type_.as_str() {
-        "overlay" if options.data_len() <= MAX_DATA => {
-            let flags = options.flags | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-            mount(entry.source.as_str(), target, "overlay", flags, Some(options.data().as_c_str())).map_err(failed)
-        }
-        "overlay" => mount_layers(&options, target),
+        "overlay" => match layers(&options) {
+            Ok(tree) => Ok(tree),
+            Err(_) if options.data_len() <= MAX_DATA => by_mount(entry, &options, spare).map_err(failed),
+            Err(error) => Err(ShareError::TooManyLayers(error.into())),
+        },
         "bind" | "rbind" | "" if options.bind || entry.type_ == "bind" || entry.type_ == "rbind" => {
-            bind_rootfs(entry, &options, target).map_err(failed)
+            bind(entry, &options).map_err(|error| failed(error.into()))
         }
         other => Err(ShareError::RootfsType(other.to_owned())),
     }
 }
 
-fn bind_rootfs(entry: &Mount, options: &Options<'_>, target: &Path) -> Result<(), Errno> {
+fn bind(entry: &Mount, options: &Options<'_>) -> Result<Tree, Errno> {
     let recursive = options.recursive || entry.type_ == "rbind";
     let tree = Tree::copy(Path::new(&entry.source), recursive, Propagation::Private)?;
     if options.flags.contains(MountFlags::RDONLY) {
         tree.make_read_only()?;
     }
-    tree.attach(target)
+    Ok(tree)
 }
 
-/// Overlay with more layers than mount(2) takes: each layer is an option of its own (Linux 6.8, overlayfs `lowerdir+`).
-fn mount_layers(options: &Options<'_>, target: &Path) -> Result<(), ShareError> {
-    try_mount_layers(options, target).map_err(|error| ShareError::TooManyLayers(error.into()))
-}
-
-fn try_mount_layers(options: &Options<'_>, target: &Path) -> Result<(), Errno> {
+/// Overlay without a place to mount it on, and of as many layers as there are: each is an option of its own (Linux 6.8, overlayfs
+/// `lowerdir+`).
+fn layers(options: &Options<'_>) -> Result<Tree, Errno> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for option in &options.data {
         match option.split_once('=') {
+            // As one option it has escapes and separators of other kinds.
+            Some(("lowerdir", layers)) if layers.contains('\\') || layers.contains("::") => return Err(Errno::INVAL),
             Some(("lowerdir", layers)) => {
                 for layer in layers.split(':') {
                     fsconfig_set_string(&context, "lowerdir+", layer)?;
@@ -63,13 +63,26 @@ fn try_mount_layers(options: &Options<'_>, target: &Path) -> Result<(), Errno> {
         }
     }
     fsconfig_create(&context)?;
-    let read_only = if options.flags.contains(MountFlags::RDONLY) {
-        MountAttrFlags::MOUNT_ATTR_RDONLY
-    } else {
-        MountAttrFlags::empty()
-    };
-    let detached = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, ONLY_DATA | read_only)?;
-    move_mount(&detached, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    let mut attributes = ONLY_DATA;
+    for (flag, attribute) in [
+        (MountFlags::RDONLY, MountAttrFlags::MOUNT_ATTR_RDONLY),
+        (MountFlags::NOATIME, MountAttrFlags::MOUNT_ATTR_NOATIME),
+    ] {
+        if options.flags.contains(flag) {
+            attributes |= attribute;
+        }
+    }
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map(Tree::from)
+}
+
+/// Overlay by the call that every kernel has. It mounts on a directory; in a namespace that is thrown away the node has none of
+/// it.
+fn by_mount(entry: &Mount, options: &Options<'_>, spare: &Path) -> std::io::Result<Tree> {
+    let flags = options.flags | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    jail::apart(|| {
+        mount(entry.source.as_str(), spare, "overlay", flags, Some(options.data().as_c_str()))?;
+        Tree::copy(spare, false, Propagation::Private)
+    })
 }
 
 /// fstab(5) style options, sorted into what mount(2) wants.

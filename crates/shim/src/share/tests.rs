@@ -1,27 +1,17 @@
 //! The share's mounts, each test in a mount namespace of its own, which takes root.
 
 mod fuse;
+mod stage;
 
-use super::*;
-use rustix::mount::MountFlags;
+use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
-/// Runs `body` in a thread with a private mount namespace. unshare(2) of the file system attributes is per thread.
-pub fn in_mount_namespace(body: impl FnOnce(&Path) + Send + 'static) {
-    assert!(rustix::process::geteuid().is_root(), "the share's mounts are tested as root");
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().to_path_buf();
-    std::thread::spawn(move || {
-        // SAFETY: of the flags only FILES can break other threads' descriptors, and it is not given.
-        #[allow(unsafe_code)]
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-        body(&path);
-    })
-    .join()
-    .unwrap();
-}
+use super::*;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use stage::{Pod, mounts_of_the_node, tmpfs};
+pub use stage::{in_mount_namespace, jail_of};
 
 fn volume(source: &Path) -> Volume {
     Volume {
@@ -48,24 +38,28 @@ fn overlay(dir: &Path) -> Mount {
 }
 
 #[test]
-fn container_appears_and_leaves_nothing() {
+fn container_appears_for_the_vmm_alone_and_leaves_nothing() {
     in_mount_namespace(|dir| {
         // overlayfs takes no overlay as its upper directory, and / may be one.
-        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
+        tmpfs(dir);
+        let before = mounts_of_the_node();
+        let pod = Pod::new(dir);
         std::fs::create_dir(dir.join("vol")).unwrap();
         std::fs::write(dir.join("vol/data"), "v").unwrap();
-        share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
-        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        share.add_volume("c", 1, &Volume { access: Access::ReadOnly, ..volume(&dir.join("vol/data")) }).unwrap();
-        let at = run.share().join("c");
-        assert_eq!(std::fs::read_to_string(at.join("rootfs/file")).unwrap(), "lower");
-        assert_eq!(std::fs::read_to_string(at.join("mounts/0/data")).unwrap(), "v");
-        assert!(std::fs::write(at.join("mounts/1"), "x").is_err(), "read-only on the host side");
-        share.remove_container("c").unwrap();
+        pod.share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
+        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        pod.share.add_volume("c", 1, &Volume { access: Access::ReadOnly, ..volume(&dir.join("vol/data")) }).unwrap();
+        assert_eq!(pod.read("c/rootfs/file").unwrap(), "lower");
+        assert_eq!(pod.read("c/mounts/0/data").unwrap(), "v");
+        assert!(!pod.can_write("c/mounts/1"), "read-only on the host side");
+        assert_eq!((pod.mounts(), mounts_of_the_node()), (3, before));
+        let at = pod.run.share().join("c");
+        assert_eq!(std::fs::read_dir(at.join("rootfs")).unwrap().count(), 0, "nothing is there for the node");
+        pod.share.remove_container("c").unwrap();
         assert!(!at.exists());
-        Share::destroy(&run).unwrap();
+        assert_eq!(pod.mounts(), 0);
+        let run = pod.run.clone();
+        pod.end();
         assert!(!run.path().exists());
         assert_eq!(std::fs::read_to_string(dir.join("vol/data")).unwrap(), "v", "the volume itself is untouched");
         Share::destroy(&run).unwrap();
@@ -73,60 +67,94 @@ fn container_appears_and_leaves_nothing() {
 }
 
 #[test]
+fn nothing_is_mounted_where_no_vmm_is_locked_in() {
+    in_mount_namespace(|dir| {
+        let pod = Pod::new(dir);
+        std::fs::create_dir(dir.join("vol")).unwrap();
+        let before = mounts_of_the_node();
+        // The namespace of a process that is in no jail: this one.
+        let node =
+            rustix::fs::open("/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        for vmm in [None, Some(node)] {
+            let share = Share::of(&pod.run);
+            vmm.into_iter().for_each(|vmm| share.is_jail_of(vmm));
+            let added = share.add_volume("c", 0, &volume(&dir.join("vol")));
+            assert!(matches!(added, Err(ShareError::Attach { .. })), "{added:?}");
+            share.remove_container("c").unwrap();
+        }
+        assert_eq!(mounts_of_the_node(), before);
+        pod.end();
+    });
+}
+
+#[test]
+fn directory_below_a_volume_is_the_nodes_to_unmount_and_remove() {
+    in_mount_namespace(|dir| {
+        tmpfs(&dir.join("vol/inner/deep"));
+        let pod = Pod::new(dir);
+        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        let open = pod.inside(|| File::create("/c/mounts/0/inner/deep/file").unwrap());
+        unmount(dir.join("vol/inner/deep"), UnmountFlags::empty()).unwrap();
+        std::fs::remove_dir(dir.join("vol/inner/deep")).unwrap();
+        assert_eq!(pod.read("c/mounts/0/inner/deep/file"), None, "it went with its place");
+        drop(open);
+        pod.end();
+    });
+}
+
+#[test]
+fn root_file_system_is_mounted_by_the_call_that_older_kernels_have() {
+    in_mount_namespace(|dir| {
+        tmpfs(dir);
+        let pod = Pod::new(dir);
+        let before = mounts_of_the_node();
+        let mut mount = overlay(dir);
+        // An escaped separator, which only one option of all layers has.
+        std::fs::rename(dir.join("lower"), dir.join("lo:er")).unwrap();
+        mount.options[0] = format!("lowerdir={}/lo\\:er", dir.display());
+        pod.share.add_rootfs("c", &[mount], Path::new("/nonexistent")).unwrap();
+        assert_eq!(pod.read("c/rootfs/file").unwrap(), "lower");
+        assert!(pod.can_write("c/rootfs/new") && dir.join("upper/new").exists());
+        assert_eq!((pod.mounts(), mounts_of_the_node()), (1, before));
+        pod.end();
+    });
+}
+
+#[test]
 fn unmounting_a_volume_leaves_the_hosts_mounts() {
     in_mount_namespace(|dir| {
-        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(dir);
         mount_change(dir, MountPropagationFlags::SHARED).unwrap();
-        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
-        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(&dir.join("vol/inner"));
         std::fs::write(dir.join("vol/inner/kept"), "").unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        assert!(run.share().join("c/mounts/0/inner/kept").exists());
-        share.remove_container("c").unwrap();
+        let pod = Pod::new(dir);
+        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        assert!(pod.read("c/mounts/0/inner/kept").is_some());
+        pod.share.remove_container("c").unwrap();
         assert!(dir.join("vol/inner/kept").exists());
-        Share::destroy(&run).unwrap();
+        pod.end();
     });
 }
 
 #[test]
 fn root_file_system_for_a_user_namespace_keeps_the_ids_on_disk() {
     in_mount_namespace(|dir| {
-        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
+        tmpfs(dir);
+        let pod = Pod::new(dir);
         let mut mount = overlay(dir);
         std::os::unix::fs::chown(dir.join("upper"), Some(65536), Some(65536)).unwrap();
         mount.options.extend(["uidmap=0:65536:65536".to_owned(), "gidmap=0:65536:65536".to_owned()]);
-        share.add_rootfs("c", &[mount], Path::new("/nonexistent")).unwrap();
-        let root = std::fs::metadata(run.share().join("c/rootfs")).unwrap();
+        pod.share.add_rootfs("c", &[mount], Path::new("/nonexistent")).unwrap();
+        let root = pod.inside(|| std::fs::metadata("/c/rootfs").unwrap());
         assert_eq!((root.uid(), root.gid()), (0, 0));
-        Share::destroy(&run).unwrap();
-    });
-}
-
-#[test]
-fn read_only_reaches_what_is_mounted_below() {
-    in_mount_namespace(|dir| {
-        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
-        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        share.add_volume("c", 0, &Volume { access: Access::ReadOnly, ..volume(&dir.join("vol")) }).unwrap();
-        let at = run.share().join("c/mounts/0");
-        assert!(std::fs::write(at.join("file"), "").is_err());
-        assert!(std::fs::write(at.join("inner/file"), "").is_err());
-        assert!(std::fs::write(dir.join("vol/inner/file"), "").is_ok(), "the host's own mount stays as it is");
-        Share::destroy(&run).unwrap();
+        pod.end();
     });
 }
 
 #[test]
 fn unsupported_rootfs_and_volumes_are_named() {
     in_mount_namespace(|dir| {
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
+        let Pod { run, share, .. } = Pod::new(dir);
         let block = Mount { type_: "ext4".into(), source: "/dev/vda".into(), ..Mount::default() };
         assert!(matches!(share.add_rootfs("c", &[block], dir), Err(ShareError::RootfsType(t)) if t == "ext4"));
         let socket = dir.join("s");
@@ -139,103 +167,108 @@ fn unsupported_rootfs_and_volumes_are_named() {
     });
 }
 
-/// A thread in a mount namespace of its own that gets what is mounted in the share, as the VMM's jail does; answers for the
-/// paths that it is asked about, until the asker is gone.
-fn jail<T: Send + 'static>(
-    answer: impl Fn(&Path) -> T + Send + 'static,
-) -> (std::sync::mpsc::Sender<PathBuf>, std::sync::mpsc::Receiver<T>) {
-    let (ask, asked) = std::sync::mpsc::channel::<PathBuf>();
-    let (tell, told) = std::sync::mpsc::channel();
-    let (begin, begun) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        // SAFETY: of the flags only FILES can break other threads' descriptors, and it is not given.
-        #[allow(unsafe_code)]
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
-        begin.send(()).unwrap();
-        asked.iter().for_each(|path| tell.send(answer(&path)).unwrap());
-    });
-    begun.recv().unwrap();
-    (ask, told)
-}
-
 #[test]
-fn hostile_11_read_only_volume_is_read_only_in_the_jail_too() {
+fn hostile_11_read_only_volume_is_read_only_with_what_is_mounted_below() {
     in_mount_namespace(|dir| {
-        std::fs::create_dir_all(dir.join("vol/inner")).unwrap();
-        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        let (ask, told) = jail(|path| std::fs::write(path, ""));
-        let write = |at: &str| {
-            ask.send(run.share().join("c/mounts").join(at)).unwrap();
-            told.recv().unwrap().is_ok()
-        };
+        tmpfs(&dir.join("vol/inner"));
+        let pod = Pod::new(dir);
         for (index, access) in [Access::ReadWrite, Access::ReadOnly].into_iter().enumerate() {
-            share.add_volume("c", index, &Volume { access, ..volume(&dir.join("vol")) }).unwrap();
+            pod.share.add_volume("c", index, &Volume { access, ..volume(&dir.join("vol")) }).unwrap();
         }
+        let write = |at: &str| pod.can_write(Path::new("c/mounts").join(at));
         assert_eq!(["0/file", "1/file"].map(write), [true, false]);
         assert_eq!(["0/inner/file", "1/inner/file"].map(write), [true, false], "what is mounted below as well");
-        share.remove_container("c").unwrap();
-        assert!(!write("0/file"), "unmounted there too");
-        Share::destroy(&run).unwrap();
+        assert!(std::fs::write(dir.join("vol/inner/file"), "").is_ok(), "the host's own mount stays as it is");
+        pod.share.remove_container("c").unwrap();
+        assert!(!write("0/file"));
+        pod.end();
     });
 }
 
 #[test]
 fn volumes_are_nothing_but_data_to_the_host() {
     in_mount_namespace(|dir| {
-        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(dir);
         std::fs::create_dir(dir.join("vol")).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
-        share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        for at in ["c/rootfs", "c/mounts/0"] {
-            let flags = rustix::fs::statvfs(run.share().join(at)).unwrap().f_flag;
+        let pod = Pod::new(dir);
+        pod.share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
+        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+        for at in ["/c/rootfs", "/c/mounts/0"] {
+            let flags = pod.inside(|| rustix::fs::statvfs(at).unwrap().f_flag);
             let wanted = rustix::fs::StatVfsMountFlags::NOSUID
                 | rustix::fs::StatVfsMountFlags::NODEV
                 | rustix::fs::StatVfsMountFlags::NOEXEC;
             assert!(flags.contains(wanted), "{at}: {flags:?}");
         }
-        Share::destroy(&run).unwrap();
+        pod.end();
     });
 }
 
 #[test]
 fn mount_of_the_host_reaches_the_jail_only_where_a_volume_follows() {
     in_mount_namespace(|dir| {
-        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(dir);
         mount_change(dir, MountPropagationFlags::SHARED).unwrap();
         std::fs::create_dir_all(dir.join("vol/late")).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        let (ask, told) = jail(|path| std::fs::write(path, ""));
+        let pod = Pod::new(dir);
         for (index, follows_host) in [(0, false), (1, true)] {
-            share.add_volume("c", index, &Volume { follows_host, ..volume(&dir.join("vol")) }).unwrap();
+            pod.share.add_volume("c", index, &Volume { follows_host, ..volume(&dir.join("vol")) }).unwrap();
         }
-        rustix::mount::mount("tmpfs", dir.join("vol/late"), "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(&dir.join("vol/late"));
         for at in ["0/late/from-0", "1/late/from-1"] {
-            ask.send(run.share().join("c/mounts").join(at)).unwrap();
-            told.recv().unwrap().unwrap();
+            assert!(pod.can_write(Path::new("c/mounts").join(at)));
         }
         assert!(!dir.join("vol/late/from-0").exists(), "the volume that does not follow has what is below the mount");
         assert!(dir.join("vol/late/from-1").exists());
-        share.remove_container("c").unwrap();
+        pod.share.remove_container("c").unwrap();
         assert!(dir.join("vol/late/from-1").exists(), "the host's mount stays");
-        Share::destroy(&run).unwrap();
+        pod.end();
     });
 }
 
-/// What a container's volume is in the share.
-fn shown(run: &RunDir, container: &str, index: usize) -> PathBuf {
-    run.share().join(container).join("mounts").join(index.to_string()).canonicalize().unwrap()
+/// What follows the host does so soon, on a thread of its own.
+fn until(what: &str, done: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(std::time::Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
-/// Shows the directory `vol` to a container, and answers what it is in the share.
-fn show(share: &Share, run: &RunDir, container: &str, volume: Volume) -> PathBuf {
-    share.add_volumes(container, &[volume]).unwrap();
-    shown(run, container, 0)
+#[test]
+fn hostile_11_mount_that_the_host_makes_later_in_a_read_only_volume_comes_read_only() {
+    in_mount_namespace(|dir| {
+        tmpfs(dir);
+        mount_change(dir, MountPropagationFlags::SHARED).unwrap();
+        tmpfs(&dir.join("vol/private"));
+        mount_change(dir.join("vol/private"), MountPropagationFlags::PRIVATE).unwrap();
+        let pod = Pod::new(dir);
+        let follows = Volume { follows_host: true, access: Access::ReadOnly, ..volume(&dir.join("vol")) };
+        pod.share.add_volume("c", 0, &follows).unwrap();
+        for late in ["vol/private/late", "vol/late", "vol/late/deep", "vol/last"] {
+            tmpfs(&dir.join(late));
+            std::fs::write(dir.join(late).join("file"), "").unwrap();
+        }
+        until("the last one comes", || pod.read("c/mounts/0/last/file").is_some());
+        for at in ["late", "late/deep"] {
+            assert!(pod.read(Path::new("c/mounts/0").join(at).join("file")).is_some(), "{at}");
+            assert!(!pod.can_write(Path::new("c/mounts/0").join(at).join("new")), "{at}");
+        }
+        assert_eq!(pod.mounts(), 5, "what is mounted on a private mount does not come");
+        // Held open by the guest: the host does not have to care.
+        let open = pod.inside(|| File::open("/c/mounts/0/late/deep/file").unwrap());
+        for late in ["vol/late/deep", "vol/late"] {
+            unmount(dir.join(late), UnmountFlags::empty()).unwrap();
+        }
+        until("they go", || pod.mounts() == 3);
+        drop(open);
+        tmpfs(&dir.join("vol/end"));
+        until("the next one comes", || pod.mounts() == 4);
+        pod.share.remove_container("c").unwrap();
+        assert_eq!(pod.mounts(), 0);
+        tmpfs(&dir.join("vol/after"));
+        pod.end();
+    });
 }
 
 #[test]
@@ -243,23 +276,23 @@ fn volume_of_two_containers_is_one_mount_until_both_have_gone() {
     in_mount_namespace(|dir| {
         std::fs::create_dir(dir.join("vol")).unwrap();
         std::fs::create_dir(dir.join("other")).unwrap();
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        let one = show(&share, &run, "one", volume(&dir.join("vol")));
+        let pod = Pod::new(dir);
+        let one = pod.show("one", volume(&dir.join("vol")));
         // As the kubelet gives a subPath: by another mount of the same directory.
         std::fs::create_dir(dir.join("again")).unwrap();
         mount_bind(dir.join("vol"), dir.join("again")).unwrap();
-        assert_eq!(show(&share, &run, "two", volume(&dir.join("again"))), one);
-        assert_ne!(show(&share, &run, "three", volume(&dir.join("other"))), one);
-        share.remove_container("one").unwrap();
-        assert!(one.is_dir(), "the other one has it");
-        share.remove_container("two").unwrap();
-        assert!(!one.exists());
-        assert_ne!(show(&share, &run, "two", volume(&dir.join("vol"))), one, "the guest may still know the old number");
-        share.remove_container("two").unwrap();
-        share.remove_container("three").unwrap();
-        assert_eq!(std::fs::read_dir(run.share().join(SHARED_VOLUMES)).unwrap().count(), 0);
-        Share::destroy(&run).unwrap();
+        assert_eq!(pod.show("two", volume(&dir.join("again"))), one);
+        assert_ne!(pod.show("three", volume(&dir.join("other"))), one);
+        pod.share.remove_container("one").unwrap();
+        assert!(pod.can_write(one.join("x")) && dir.join("vol/x").exists(), "the other one has it");
+        pod.share.remove_container("two").unwrap();
+        assert!(!pod.run.share().join(&one).exists());
+        assert_ne!(pod.show("two", volume(&dir.join("vol"))), one, "the guest may still know the old number");
+        pod.share.remove_container("two").unwrap();
+        pod.share.remove_container("three").unwrap();
+        assert_eq!(std::fs::read_dir(pod.run.share().join(SHARED_VOLUMES)).unwrap().count(), 0);
+        assert_eq!(pod.mounts(), 0);
+        pod.end();
     });
 }
 
@@ -267,61 +300,54 @@ fn volume_of_two_containers_is_one_mount_until_both_have_gone() {
 fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
     in_mount_namespace(|dir| {
         let read_only = |source: &Path| Volume { access: Access::ReadOnly, ..volume(source) };
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
+        let pod = Pod::new(dir);
         for name in ["vol", "fixed"] {
             std::fs::create_dir(dir.join(name)).unwrap();
         }
-        let early = show(&share, &run, "early", read_only(&dir.join("vol")));
-        assert!(std::fs::write(early.join("x"), "").is_err(), "nobody may write yet");
-        let writer = show(&share, &run, "writer", volume(&dir.join("vol")));
+        let early = pod.show("early", read_only(&dir.join("vol")));
+        assert!(!pod.can_write(early.join("x")), "nobody may write yet");
+        let writer = pod.show("writer", volume(&dir.join("vol")));
         assert_ne!(writer, early);
-        std::fs::write(writer.join("x"), "").unwrap();
-        assert!(std::fs::write(early.join("x"), "").is_err());
-        assert_eq!(show(&share, &run, "late", read_only(&dir.join("vol"))), writer);
+        assert!(pod.can_write(writer.join("x")) && !pod.can_write(early.join("x")));
+        assert_eq!(pod.show("late", read_only(&dir.join("vol"))), writer);
 
         let scratch = dir.join("pods/u/volumes/kubernetes.io~empty-dir/v");
         std::fs::create_dir_all(&scratch).unwrap();
-        let early = show(&share, &run, "scratch-early", Volume { scratch: true, ..read_only(&scratch) });
-        let writer = show(&share, &run, "scratch-writer", Volume { scratch: true, ..volume(&scratch) });
+        let early = pod.show("scratch-early", Volume { scratch: true, ..read_only(&scratch) });
+        let writer = pod.show("scratch-writer", Volume { scratch: true, ..volume(&scratch) });
         assert_eq!(writer, early, "the pod's own directory");
         let link = dir.join("pods/u/volumes/kubernetes.io~empty-dir/link");
         std::os::unix::fs::symlink(dir.join("fixed"), &link).unwrap();
-        let linked = show(&share, &run, "linked", Volume { scratch: true, ..read_only(&link) });
-        assert!(std::fs::write(linked.join("x"), "").is_err(), "a link with the name of one");
+        let linked = pod.show("linked", Volume { scratch: true, ..read_only(&link) });
+        assert!(!pod.can_write(linked.join("x")), "a link with the name of one");
 
         // One container with both: whatever their order.
-        share.add_volumes("both", &[read_only(&dir.join("fixed")), volume(&dir.join("fixed"))]).unwrap();
-        assert_eq!(shown(&run, "both", 0), shown(&run, "both", 1));
-        Share::destroy(&run).unwrap();
+        pod.share.add_volumes("both", &[read_only(&dir.join("fixed")), volume(&dir.join("fixed"))]).unwrap();
+        assert_eq!(pod.shown("both", 0), pod.shown("both", 1));
+        pod.end();
     });
 }
 
 #[test]
 fn volumes_that_may_differ_are_not_one() {
     in_mount_namespace(|dir| {
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        for name in ["vol/inner", "frozen", "plain"] {
+        let pod = Pod::new(dir);
+        for name in ["frozen", "plain"] {
             std::fs::create_dir_all(dir.join(name)).unwrap();
         }
-        rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+        tmpfs(&dir.join("vol/inner"));
         let with_mount_below = || volume(&dir.join("vol"));
-        assert_ne!(
-            show(&share, &run, "a", with_mount_below()),
-            show(&share, &run, "b", with_mount_below()),
-            "mounts below"
-        );
+        assert_ne!(pod.show("a", with_mount_below()), pod.show("b", with_mount_below()), "mounts below");
         let follows = || Volume { follows_host: true, ..volume(&dir.join("plain")) };
-        assert_ne!(show(&share, &run, "c", follows()), show(&share, &run, "d", follows()));
-        let plain = show(&share, &run, "e", volume(&dir.join("plain")));
+        assert_ne!(pod.show("c", follows()), pod.show("d", follows()));
+        let plain = pod.show("e", volume(&dir.join("plain")));
         // The same directory by a mount that the host has made read-only.
         mount_bind(dir.join("plain"), dir.join("frozen")).unwrap();
         rustix::mount::mount_remount(dir.join("frozen"), MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
-        let frozen = show(&share, &run, "f", volume(&dir.join("frozen")));
+        let frozen = pod.show("f", volume(&dir.join("frozen")));
         assert_ne!(frozen, plain);
-        assert!(std::fs::write(frozen.join("x"), "").is_err());
-        Share::destroy(&run).unwrap();
+        assert!(!pod.can_write(frozen.join("x")));
+        pod.end();
     });
 }
 
@@ -349,32 +375,20 @@ fn outermost_mounts_are_told_by_whole_names_and_stay_as_often_as_they_are() {
 }
 
 #[test]
-fn nested_and_stacked_mounts_go_and_from_the_jail_as_well() {
+fn mounts_that_another_version_has_made_on_the_node_go() {
     in_mount_namespace(|dir| {
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
-        let (ask, told) = jail(|path| mountinfo::mounts_below(path).unwrap().len());
-        let count = |path: &Path| {
-            ask.send(path.to_path_buf()).unwrap();
-            (mountinfo::mounts_below(path).unwrap().len(), told.recv().unwrap())
-        };
+        let Pod { run, share, .. } = Pod::new(dir);
+        let count = |path: &Path| mountinfo::mounts_below(path).unwrap().len();
         let at = run.share().join("c");
-        let tmpfs = |place: &str| {
-            std::fs::create_dir_all(at.join(place)).unwrap();
-            rustix::mount::mount("tmpfs", at.join(place), "tmpfs", MountFlags::empty(), None).unwrap();
-        };
         // The second `a` hides what is below the first one, and has something of its own at the same place.
-        ["a", "a/b", "a/b/c", "a", "a/b", "a/b", "d/e"].into_iter().for_each(tmpfs);
+        ["a", "a/b", "a/b/c", "a", "a/b", "a/b", "d/e"].into_iter().for_each(|place| tmpfs(&at.join(place)));
         mount_bind(at.join("a/b"), at.join("a")).unwrap();
-        assert_eq!(count(&at), (8, 8));
-        // By itself: a directory that is removed loses its mounts in every namespace.
-        detach_mounts(&at).unwrap();
-        assert_eq!(count(&run.share()), (1, 1));
+        assert_eq!(count(&at), 8);
         share.remove_container("c").unwrap();
         assert!(!at.exists());
-        ["a", "a/b", "a", "a/b"].into_iter().for_each(tmpfs);
+        ["a", "a/b", "a", "a/b"].into_iter().for_each(|place| tmpfs(&at.join(place)));
         Share::destroy(&run).unwrap();
-        assert_eq!(count(&run.share()), (0, 0));
+        assert_eq!(count(&run.share()), 0);
     });
 }
 
@@ -382,21 +396,19 @@ fn nested_and_stacked_mounts_go_and_from_the_jail_as_well() {
 fn volume_whose_server_is_silent_is_removed_without_asking_it() {
     for whole_pod in [false, true] {
         in_mount_namespace(move |dir| {
-            let run = RunDir::new(&dir.join("run"), "ns", "pod");
-            let share = Share::create(&run).unwrap();
+            let pod = Pod::new(dir);
             std::fs::create_dir(dir.join("vol")).unwrap();
             let server = fuse::mount(&dir.join("vol"));
-            rustix::mount::mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
-            share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-            assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 3);
+            mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
+            pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+            assert_eq!(pod.mounts(), 2);
             server.fall_silent();
             if !whole_pod {
-                share.remove_container("c").unwrap();
-                assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 1);
+                pod.share.remove_container("c").unwrap();
+                assert_eq!(pod.mounts(), 0);
             }
-            Share::destroy(&run).unwrap();
+            pod.end();
             assert_eq!(server.unanswered(), 0);
-            assert_eq!(mountinfo::mounts_below(&run.share()).unwrap().len(), 0);
             assert!(std::fs::metadata(dir.join("vol/inner")).is_err() && server.unanswered() > 0, "it would be seen");
         });
     }
@@ -405,8 +417,7 @@ fn volume_whose_server_is_silent_is_removed_without_asking_it() {
 #[test]
 fn silent_volume_is_not_asked_for_what_it_hides() {
     in_mount_namespace(|dir| {
-        let run = RunDir::new(&dir.join("run"), "ns", "pod");
-        let share = Share::create(&run).unwrap();
+        let Pod { run, share, .. } = Pod::new(dir);
         let (fuse, place) = (dir.join("fuse"), run.share().join("c/v"));
         std::fs::create_dir(&fuse).unwrap();
         let server = fuse::mount(&fuse);

@@ -1,14 +1,12 @@
 //! Copies of mounts that are finished before anyone sees them.
 //!
-//! A mount that appears in the share appears in the VMM's jail at the same moment, with the flags that it has then; what
-//! changes later changes on the host's side only (mount_namespaces(7)). A volume that became read-only after it was bound
-//! would stay writable where it matters. So a copy is made detached (open_tree(2)), given its attributes (mount_setattr(2),
-//! Linux 5.12) and attached. Below the share, which is a shared mount, it gets a peer group of its own with the jail's side
-//! following: what is mounted in it or unmounted later arrives there, and nothing that is unmounted here is unmounted where
-//! the copy comes from.
+//! A guest sees a mount from the moment on at which it is attached in the VMM's jail. A volume that became read-only after it
+//! was attached would be writable until then. So a copy is made detached (open_tree(2)), given its attributes
+//! (mount_setattr(2), Linux 5.12) and attached. One that follows its source is the slave of it: what is mounted in the source
+//! or unmounted later arrives in the copy, and nothing goes the other way.
 #![allow(unsafe_code)] // reason: mount_setattr(2), which rustix does not have
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -52,6 +50,19 @@ pub struct Inode {
 /// A detached copy of a mount, or of the mounts below it as well.
 pub struct Tree(OwnedFd);
 
+impl AsFd for Tree {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Tree {
+    /// A mount that was made detached.
+    fn from(mount: OwnedFd) -> Self {
+        Self(mount)
+    }
+}
+
 impl Tree {
     /// Copies what is at `source`, with nothing in it for the host but data.
     pub fn copy(source: &Path, recursive: bool, propagation: Propagation) -> Result<Self, Errno> {
@@ -59,6 +70,15 @@ impl Tree {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | all;
         let tree = Self(open_tree(CWD, source, flags)?);
         tree.set(ONLY_DATA, Some(propagation))?;
+        Ok(tree)
+    }
+
+    /// Copies the one mount that is at `source`, and nothing below it.
+    pub fn copy_mount(source: &Path) -> Result<Self, Errno> {
+        // One that waits for somebody to look into it goes on waiting.
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_NO_AUTOMOUNT;
+        let tree = Self(open_tree(CWD, source, flags)?);
+        tree.set(ONLY_DATA, Some(Propagation::Private))?;
         Ok(tree)
     }
 

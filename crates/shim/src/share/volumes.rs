@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::io::Errno;
 
+use super::follow::{Following, Watch};
+use super::jail::Place;
 use super::mountinfo::{mounts_below, place_in_file_system};
 use super::tree::{Inode, Propagation, Tree};
 use super::{ShareError, make_dir, remove_tree};
@@ -50,14 +52,18 @@ struct Shown {
     what: Option<What>,
     writable: bool,
     containers: BTreeSet<String>,
+    /// What the host mounts in it later comes by this.
+    _following: Option<Following>,
 }
 
 impl Volumes {
-    /// Shows a container's volume in the share `dir`, and answers below which number.
-    pub fn add(&self, dir: &Path, container: &str, volume: &Volume) -> Result<u64, ShareError> {
+    /// Shows a container's volume in a share, and answers below which number.
+    pub fn add(&self, share: &Place, container: &str, volume: &Volume) -> Result<u64, ShareError> {
         let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
-        let tree = copy(volume).map_err(failed)?;
         let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
+        let watch = (volume.follows_host && volume.access == Access::ReadOnly).then(|| Watch::begin(&place));
+        let watch = watch.transpose().map_err(ShareError::MountTable)?;
+        let tree = copy(volume).map_err(failed)?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
         let what = if alone { None } else { what(&tree, &place).map_err(failed)? };
         let source_writable = match tree.is_read_only() {
@@ -72,13 +78,18 @@ impl Volumes {
         restrict(&tree, access).map_err(failed)?;
         // Nothing that may wait for a file system of the host happens under the lock.
         let number = self.lock().number();
-        let target = dir.join(SHARED_VOLUMES).join(number.to_string());
-        let attached = make_target(&volume.source, &target).and_then(|()| tree.attach(&target).map_err(failed));
-        if attached.is_err() {
+        let target = share.dir.join(SHARED_VOLUMES).join(number.to_string());
+        let attach = || share.attach(&tree, &target).map_err(|error| ShareError::attach(&target, error));
+        let attached = make_target(&volume.source, &target).and_then(|()| attach());
+        let followed = attached.and_then(|()| {
+            let follow = |watch: Watch| watch.follow(share.jail.clone(), share.inside(&target));
+            watch.map(follow).transpose().map_err(ShareError::Thread)
+        });
+        if followed.is_err() {
             // Nobody else knows of it.
             let _ = remove_tree(&target);
         }
-        attached?;
+        let following = followed?;
         let writable = access == Access::ReadWrite && source_writable;
         let containers = BTreeSet::from([container.to_owned()]);
         let mut table = self.lock();
@@ -88,11 +99,11 @@ impl Volumes {
             let _ = remove_tree(&target);
             return Ok(other);
         }
-        table.shown.push(Shown { number, what, writable, containers });
+        table.shown.push(Shown { number, what, writable, containers, _following: following });
         Ok(number)
     }
 
-    /// A container has gone: unmounts what nobody has any more. What cannot be unmounted is tried again with the next one.
+    /// A container has gone: removes what nobody has any more. What cannot be removed is tried again with the next one.
     pub fn leave(&self, dir: &Path, container: &str) -> Result<(), ShareError> {
         let unused = self.lock().leave(container);
         let mut outcome = Ok(());
@@ -142,16 +153,18 @@ impl Table {
 }
 
 /// Shows a volume at a place of its own.
-pub fn show(volume: &Volume, target: &Path) -> Result<(), ShareError> {
+pub fn show(share: &Place, volume: &Volume, target: &Path) -> Result<(), ShareError> {
     let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
     let tree = copy(volume).map_err(failed)?;
     restrict(&tree, volume.access).map_err(failed)?;
     make_target(&volume.source, target)?;
-    tree.attach(target).map_err(failed)
+    share.attach(&tree, target).map_err(|error| ShareError::attach(target, error))
 }
 
 fn copy(volume: &Volume) -> Result<Tree, Errno> {
-    let propagation = if volume.follows_host { Propagation::Slave } else { Propagation::Private };
+    // What comes to a read-only one later has to be made read-only first ([`super::follow`]).
+    let slave = volume.follows_host && volume.access == Access::ReadWrite;
+    let propagation = if slave { Propagation::Slave } else { Propagation::Private };
     Tree::copy(&volume.source, volume.recursive, propagation)
 }
 

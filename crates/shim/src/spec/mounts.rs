@@ -18,8 +18,7 @@ pub struct Volume {
     pub recursive: bool,
     /// Whether the guest may write.
     pub access: Access,
-    /// What the host mounts below it later appears as well (HostToContainer). Never in what the guest may only read: such a
-    /// mount comes with the host's flags, and would be writable.
+    /// What the host mounts below it later appears as well (HostToContainer), read-only if the volume is.
     pub follows_host: bool,
     /// The guest keeps a copy of it and is told of updates, which raise inotify(7) events in it then.
     pub copied: bool,
@@ -128,7 +127,7 @@ fn volume(mount: &Mount, source: PathBuf, pod: Option<&str>) -> Result<Volume, S
         source,
         access,
         recursive: options(mount).any(|option| option == "rbind"),
-        follows_host: access == Access::ReadWrite && options(mount).any(|option| matches!(option, "slave" | "rslave")),
+        follows_host: options(mount).any(|option| matches!(option, "slave" | "rslave")),
     })
 }
 

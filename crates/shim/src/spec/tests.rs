@@ -111,10 +111,10 @@ fn device_bound_onto_another_becomes_its_node() {
 }
 
 #[test]
-fn hostile_11_read_only_volume_gets_no_mounts_that_the_host_makes_later() {
-    for (access, follows) in [("rw", true), ("ro", false), ("rro", false)] {
+fn volume_follows_the_host_if_it_is_asked_to() {
+    for (access, propagation, follows) in [("rw", "rslave", true), ("ro", "rslave", true), ("ro", "rprivate", false)] {
         let mut value = container();
-        value["mounts"][3]["options"] = json!(["rbind", "rslave", access]);
+        value["mounts"][3]["options"] = json!(["rbind", propagation, access]);
         assert_eq!(translated(value).1.volumes[1].follows_host, follows, "{access}");
     }
 }

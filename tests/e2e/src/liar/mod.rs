@@ -6,6 +6,7 @@
 //! [`stream`]. Nothing is booted, so a pod is there in milliseconds. Threads and blocking calls throughout: a lie may hang.
 
 mod control;
+mod jail;
 mod rpc;
 mod stream;
 
@@ -76,6 +77,12 @@ pub fn run() -> Result<()> {
         DeviceSpec::Console { output } => Some(output.0),
         _ => None,
     });
+    if let Some(root) = spec.devices.iter().find_map(|device| match device {
+        DeviceSpec::Fs { root, .. } => fds.get(root.0),
+        _ => None,
+    }) {
+        jail::enter(root).context("cannot lock itself in")?;
+    }
     let guest = Arc::new(Guest {
         control,
         script: script.collect(),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
 use bulkhead_e2e::guest_root::{self, ESCAPE, privileged};
+use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::{Node, PATIENCE, TestPod, on_node, sh};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -347,7 +348,9 @@ fn device_nodes_on_the_share_are_refused() {
             ensure!(out.contains(&place), "not {place}: {out}");
         }
         ensure!(out.contains(&format!("a fifo in {SHARE}/{SHARED_VOLUMES}/")) && !out.contains("made"), "{out}");
-        let root = Path::new("/run/bulkhead/k8s.io").join(&pod.id).join("share").join(&container).join("rootfs");
+        // As the VMM has it: its mounts are not the node's.
+        let share = PathBuf::from(format!("/proc/{}/root", Processes::of(&pod)?.vmm));
+        let root = share.join(&container).join("rootfs");
         for directory in [volume, root] {
             ensure!(fs::symlink_metadata(directory.join("fifo"))?.file_type().is_fifo(), "not the pod's directory");
             for entry in fs::read_dir(directory)?.flatten() {

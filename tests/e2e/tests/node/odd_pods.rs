@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_e2e::on_shims;
+use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::shim::{Code, code};
 use containerd_shim_protos::api;
 use containerd_shim_protos::types::mount::Mount;
@@ -236,9 +237,9 @@ async fn try_one(stage: &Stage, pod: &Pod, odd: &Odd) -> Result<Outcome> {
 /// What the guest sees: mounts in the pod's share, and entries.
 fn share_of(pod: &str) -> Result<Vec<PathBuf>> {
     let share = Path::new("/run/bulkhead/k8s.io").join(pod).join("share");
-    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", Processes::of_sandbox(pod)?.vmm))?;
     let mounts = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    let mut found: Vec<_> = mounts.filter(|point| point.starts_with(&share) && *point != share).collect();
+    let mut found: Vec<_> = mounts.filter(|point| point != Path::new("/")).collect();
     found.extend(std::fs::read_dir(&share)?.flatten().map(|entry| entry.path()));
     Ok(found)
 }

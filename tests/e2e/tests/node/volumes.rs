@@ -13,7 +13,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, moun
 
 /// A directory of a pod as the kubelet has it, removed at the end with what is mounted there.
 pub struct KubeletDir {
-    dir: PathBuf,
+    pub dir: PathBuf,
     mounts: Vec<PathBuf>,
 }
 
@@ -31,7 +31,7 @@ impl KubeletDir {
         Ok(path)
     }
 
-    fn tmpfs(&mut self, at: &Path, options: &std::ffi::CStr) -> Result<()> {
+    pub fn tmpfs(&mut self, at: &Path, options: &std::ffi::CStr) -> Result<()> {
         fs::create_dir_all(at)?;
         mount("tmpfs", at, "tmpfs", MountFlags::empty(), options).context("cannot mount a tmpfs")?;
         self.mounts.push(at.to_path_buf());
@@ -64,7 +64,7 @@ fn write_version(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result
     old.map_or(Ok(()), |old| Ok(fs::remove_dir_all(volume.join(old))?))
 }
 
-fn mounted(mut config: v1::ContainerConfig, host: &Path, container: &str, readonly: bool) -> v1::ContainerConfig {
+pub fn mounted(mut config: v1::ContainerConfig, host: &Path, container: &str, readonly: bool) -> v1::ContainerConfig {
     config.mounts.push(v1::Mount {
         container_path: container.to_owned(),
         host_path: host.display().to_string(),
@@ -74,7 +74,7 @@ fn mounted(mut config: v1::ContainerConfig, host: &Path, container: &str, readon
     config
 }
 
-const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done";
+pub const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done";
 
 #[test]
 fn update_of_a_config_map_appears_and_raises_inotify_events() {
@@ -156,6 +156,14 @@ fn subpath_shows_one_directory_and_one_file() {
     });
 }
 
+/// Has the last mount follow the host.
+pub fn following(mut config: v1::ContainerConfig) -> v1::ContainerConfig {
+    if let Some(last) = config.mounts.last_mut() {
+        last.propagation = v1::MountPropagation::PropagationHostToContainer.into();
+    }
+    config
+}
+
 #[test]
 fn mounts_of_the_host_propagate_only_if_asked_for() {
     on_node(async |node| {
@@ -165,9 +173,8 @@ fn mounts_of_the_host_propagate_only_if_asked_for() {
         mount_change(&volume, MountPropagationFlags::SHARED)?;
         let pod = node.pod("propagation").await?;
         let mut config = mounted(sh("main", SLEEP), &volume, "/private", false);
-        config = mounted(config, &volume, "/slave", false);
-        if let Some(last) = config.mounts.last_mut() {
-            last.propagation = v1::MountPropagation::PropagationHostToContainer.into();
+        for (at, readonly) in [("/slave", false), ("/fixed", true)] {
+            config = following(mounted(config, &volume, at, readonly));
         }
         let container = pod.run(config).await?;
         let late = volume.join("late");
@@ -175,10 +182,15 @@ fn mounts_of_the_host_propagate_only_if_asked_for() {
         fs::write(late.join("file"), "late")?;
         let seen = pod.sh(&container, "cat /slave/late/file; ls /private/late").await?;
         ensure!(seen == "late", "{seen}");
+        // This one is made read-only first, so it comes a moment later.
+        let script = "while ! cat /fixed/late/file 2>/dev/null; do sleep 0.1; done; touch /fixed/late/new 2>&1; true";
+        let seen = pod.sh(&container, script).await?;
+        ensure!(seen.starts_with("late") && seen.contains("Read-only file system"), "{seen}");
         // Lazily: what the guest has looked at stays open in the VMM (docs/compatibility.md).
         unmount(&late, UnmountFlags::DETACH)?;
         // The guest trusts a name for a second before it asks again.
-        let seen = pod.sh(&container, "sleep 1; ls /slave/late").await?;
+        let seen =
+            pod.sh(&container, "sleep 1; ls /slave/late; while [ -e /fixed/late/file ]; do sleep 0.1; done").await?;
         ensure!(seen.is_empty(), "{seen}");
         Ok(())
     });

@@ -6,10 +6,12 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
@@ -57,6 +59,9 @@ impl Vm {
         let socket = std::os::unix::net::UnixDatagram::from(socket);
         socket.set_nonblocking(true).map_err(VmError::Socket)?;
         let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
+        // Here it has not been waited for, so that the number is still its own.
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(VmError::Ended)?;
+        let process = pidfd_open(raw, PidfdFlags::empty()).map_err(|error| VmError::Process(error.into()))?;
         let (requests, orders) = mpsc::channel(REQUESTS);
         let (tell_end, ended) = watch::channel(false);
         let (tell_ready, ready) = oneshot::channel();
@@ -74,7 +79,7 @@ impl Vm {
             reason: None,
         };
         tokio::spawn(supervisor.run(orders, tell_end));
-        Ok((Self { pid, requests, ended }, ready))
+        Ok((Self { pid, process: Arc::new(process), requests, ended }, ready))
     }
 }
 
