@@ -3,6 +3,7 @@
 //! It is a library so that what the guest says can be put to it without a guest, by the fuzz targets above all. Public is
 //! what they need.
 
+mod about;
 pub mod annotations;
 mod bundle;
 mod cli;

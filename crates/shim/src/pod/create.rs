@@ -18,6 +18,7 @@ use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::process::Process;
 use super::{Pod, options};
+use crate::about;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
@@ -69,6 +70,7 @@ impl Pod {
         let mut spec = bundle::read_spec(&task.bundle)?;
         task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
+        about::note_pod(spec.annotations().as_ref());
         let kind = match bundle::spec_role(&spec)? {
             Role::Sandbox => Kind::Sandbox,
             Role::Standalone => Kind::Standalone,

@@ -12,6 +12,7 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
+use crate::about;
 use crate::sandbox::agent::{AgentError, SIGKILL};
 use crate::sandbox::{Sandbox, removing};
 use crate::share::ShareError;
@@ -64,7 +65,7 @@ impl Pod {
         }
         let answer = sandbox.agent.signal(&process.key, signal, all).await;
         if signal == SIGKILL {
-            tokio::spawn(self.clone().see_ended(container, process, sandbox.clone()));
+            about::spawn(self.clone().see_ended(container, process, sandbox.clone()));
         }
         match answer {
             Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
@@ -178,7 +179,7 @@ impl Pod {
             sandbox.vm.kill().await;
             return;
         }
-        tracing::warn!(process = ?process.key, "SIGKILL does not end an exec, which is not waited for any longer");
+        tracing::warn!("SIGKILL does not end an exec, which is not waited for any longer");
         self.let_go(&container, &process);
     }
 
@@ -196,7 +197,7 @@ impl Pod {
         sandbox.container_ended(&container.id);
         sandbox.detach_disks(&container.id).await;
         let shrinking = sandbox.clone();
-        tokio::spawn(async move { shrinking.give_back().await });
+        about::spawn(async move { shrinking.give_back().await });
         let (share, id) = (sandbox.share.clone(), container.id.clone());
         let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
         Ok(removed?)

@@ -14,6 +14,7 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
+use crate::about;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, patience};
@@ -75,7 +76,7 @@ impl Pod {
         let (container_id, exec_id) = (container.id.clone(), exec.to_owned());
         self.publisher.publish(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
         drop(order);
-        tokio::spawn(self.clone().follow(container.clone(), process, sandbox));
+        about::spawn(self.clone().follow(container.clone(), process, sandbox));
         Ok(pid)
     }
 
@@ -101,8 +102,8 @@ impl Pod {
     pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         let init = container.init.clone();
         match container.kind {
-            Kind::Sandbox => tokio::spawn(self.clone().follow_vm(container, sandbox)),
-            Kind::Member | Kind::Standalone => tokio::spawn(self.clone().follow(container, init, sandbox)),
+            Kind::Sandbox => about::spawn(self.clone().follow_vm(container, sandbox)),
+            Kind::Member | Kind::Standalone => about::spawn(self.clone().follow(container, init, sandbox)),
         };
     }
 
@@ -127,7 +128,7 @@ impl Pod {
                         // As long as it is there it may write to the pod's files.
                         sandbox.vm.ended().await;
                     }
-                    tracing::warn!(%error, process = ?process.key, "the guest does not tell how a process ended");
+                    tracing::warn!(%error, "the guest does not tell how a process ended");
                     Exit::KILLED
                 }
             },

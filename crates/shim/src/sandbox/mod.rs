@@ -286,7 +286,8 @@ where
     T: Send + 'static,
     E: From<ShareError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
+    let whose = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || whose.in_scope(work)).await {
         Ok(done) => done,
         Err(error) => Err(ShareError::Thread(std::io::Error::other(error)).into()),
     }
