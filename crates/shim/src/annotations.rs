@@ -101,10 +101,7 @@ pub fn request(annotations: &HashMap<String, String>, allowed: &[String]) -> Res
     let none = HashMap::new();
     let told = if annotations.contains_key(CRIO_TYPE) { &none } else { annotations };
     let quota = number::<i64>(told, CPU_QUOTA)?.and_then(|quota| u64::try_from(quota).ok());
-    let period = number::<u64>(told, CPU_PERIOD)?.unwrap_or(100_000);
-    if period == 0 {
-        return Err(AnnotationError::bad(CPU_PERIOD, "0"));
-    }
+    let period = number::<u64>(told, CPU_PERIOD)?.filter(|period| *period > 0).unwrap_or(100_000);
     let memory = number::<i64>(told, MEMORY)?.and_then(|bytes| u64::try_from(bytes).ok());
     Ok(Request {
         cpus: quota.filter(|quota| *quota > 0).map(|quota| quota.div_ceil(period)),
@@ -196,6 +193,8 @@ mod tests {
         assert_eq!((got.cpus, got.memory), (Some(2), Some(1 << 20)));
         let none = request(&map(&[(CPU_QUOTA, "-1"), (MEMORY, "0")]), &[]).unwrap();
         assert_eq!(none, Request::default());
+        let usual_period = request(&map(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "0")]), &[]).unwrap();
+        assert_eq!(usual_period.cpus, Some(2));
     }
 
     #[test]
@@ -204,7 +203,6 @@ mod tests {
             request(&map(&[(MEMORY, "lots")]), &[]),
             Err(AnnotationError::Malformed { name: MEMORY, .. })
         ));
-        assert!(request(&map(&[(CPU_PERIOD, "0")]), &[]).is_err());
     }
 
     #[test]

@@ -9,20 +9,20 @@ mod huge_pages;
 mod mounts;
 mod namespaces;
 mod pod;
+mod resources;
 mod sandbox;
 mod users;
 
 use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::guest::SHARE_DIR;
-use oci_spec::runtime::{Linux, LinuxResources, Process, Root, Spec};
-
-use crate::sizing::Limits;
+use oci_spec::runtime::{Linux, Process, Root, Spec};
 
 pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
 pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
+pub use resources::{limits, parse as parse_resources, translate as translate_resources};
 pub use sandbox::{Netns, SandboxSpec, sandbox};
 
 /// A container as the agent is asked to create it.
@@ -131,23 +131,6 @@ pub fn translate_process(json: &[u8]) -> Result<(Vec<u8>, ConsoleSize), SpecErro
     Ok((serde_json::to_vec(&process).map_err(SpecError::Encode)?, size))
 }
 
-/// Reads an update's resources.
-pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
-    serde_json::from_slice(json).map_err(SpecError::Resources)
-}
-
-/// Rewrites an update's resources, to JSON.
-pub fn translate_resources(mut resources: LinuxResources) -> Result<Vec<u8>, SpecError> {
-    strip_resources(&mut resources);
-    serde_json::to_vec(&resources).map_err(SpecError::Encode)
-}
-
-/// What a container may use.
-pub fn limits(spec: &Spec) -> Limits {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    resources.map(Limits::of).unwrap_or_default()
-}
-
 /// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement. Nor has it the host's CPUs.
 fn strip_process(process: &mut Process) {
     process.set_apparmor_profile(None);
@@ -165,21 +148,8 @@ fn strip_linux(linux: &mut Linux) {
     // The pod's sysctls are set once, when the sandbox is created.
     linux.set_sysctl(None);
     if let Some(resources) = linux.resources_mut() {
-        strip_resources(resources);
+        resources::strip(resources);
     }
-}
-
-/// Drops what speaks of the host's CPUs, disks and cgroup v1 classes.
-fn strip_resources(resources: &mut LinuxResources) {
-    if let Some(cpu) = resources.cpu_mut() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
-        cpu.set_realtime_period(None);
-        cpu.set_realtime_runtime(None);
-    }
-    resources.set_block_io(None);
-    resources.set_network(None);
-    resources.set_rdma(None);
 }
 
 /// A spec that a guest cannot honour.
