@@ -84,6 +84,7 @@ impl Pod {
         let (init, hooks) = (&container.init, &container.hooks);
         match kind {
             Kind::Sandbox => {
+                init.set_io(ProcessIo::hold(&task.stdio)?);
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
                 self.or_teardown(init.assign_pid(sandbox.netns().as_deref()).map(drop)).await?;
                 self.or_teardown(hooks.created(init.pid()).await).await?;

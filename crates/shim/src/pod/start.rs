@@ -15,7 +15,7 @@ use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
 use crate::about;
-use crate::io::{ProcessIo, Stdio};
+use crate::io::{ProcessIo, Stdio, Written};
 use crate::sandbox::agent::{AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, patience};
 use crate::spec;
@@ -109,18 +109,23 @@ impl Pod {
 
     async fn follow_vm(self: Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         sandbox.vm.ended().await;
-        self.process_ended(&container, &container.init.clone(), Exit::KILLED).await;
+        let init = container.init.clone();
+        if let Some(io) = init.io() {
+            io.finish().await;
+        }
+        self.process_ended(&container, &init, Exit::KILLED).await;
     }
 
     /// Waits for a process in the guest. Its VM's end is its end; a guest that does not say how a process ended is not one.
     async fn follow(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
-        let code = tokio::select! {
+        let unknown = Written::default();
+        let (code, written) = tokio::select! {
             answer = sandbox.agent.wait(&process.key) => match answer {
                 Ok(status) => {
                     if status.oom_killed {
                         self.tell_oom(&container).await;
                     }
-                    status.code
+                    (status.code, Written { stdout: status.stdout_bytes, stderr: status.stderr_bytes })
                 }
                 Err(error) => {
                     if !matches!(error, AgentError::Refused { .. }) {
@@ -129,15 +134,15 @@ impl Pod {
                         sandbox.vm.ended().await;
                     }
                     tracing::warn!(%error, "the guest does not tell how a process ended");
-                    Exit::KILLED
+                    (Exit::KILLED, unknown)
                 }
             },
-            () = sandbox.vm.ended() => Exit::KILLED,
+            () = sandbox.vm.ended() => (Exit::KILLED, unknown),
             // An exec, by the deletion of its container.
             _ = process.wait() => return,
         };
         if let Some(io) = process.io() {
-            io.process_ended().await;
+            io.process_ended(written).await;
         }
         if process.key.exec.is_empty() {
             sandbox.container_ended(&container.id);
