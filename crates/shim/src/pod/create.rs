@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, event};
@@ -253,7 +252,7 @@ impl Pod {
                         && let Ok(container) = self.container(&oom.container_id)
                         && container.kind != Kind::Sandbox
                     {
-                        container.oom_told.store(true, Ordering::Relaxed);
+                        container.out_of_memory();
                         let container_id = oom.container_id;
                         self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
                     }

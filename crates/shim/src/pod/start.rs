@@ -1,7 +1,6 @@
 //! `Start` and `Exec`: processes begin, and each is waited for from then on.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ExecRequest;
@@ -153,7 +152,7 @@ impl Pod {
     /// Says that a container was out of memory, if that was not said before, and waits until containerd knows: the reason
     /// that the kubelet sees is settled by what containerd knows when it learns of the end.
     async fn tell_oom(&self, container: &Container) {
-        if !container.oom_told.swap(true, Ordering::Relaxed) {
+        if container.out_of_memory() {
             let container_id = container.id.clone();
             self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
         }
