@@ -74,6 +74,16 @@ pub fn pod_uid(annotations: &HashMap<String, String>) -> Option<&str> {
     annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| is_identifier(uid))
 }
 
+/// Whether it is CRI-O that has written a container's spec.
+pub fn is_of_crio(annotations: &HashMap<String, String>) -> bool {
+    annotations.contains_key(CRIO_TYPE)
+}
+
+/// Whether it is the CRI of containerd.
+pub fn is_of_cri(annotations: &HashMap<String, String>) -> bool {
+    annotations.contains_key(CRI_TYPE)
+}
+
 /// What a pod asks for; `None` where it does not say.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Request {

@@ -92,6 +92,8 @@ impl Pod {
             Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
                 let mut own = spec::sandbox(&spec)?;
+                // A pod's VM is there already. This one would be made in vain.
+                spec::check(&spec, &task.id)?;
                 if own.netns == Netns::New {
                     // Nobody gives it to CNI.
                     own.netns = Netns::None;

@@ -3,6 +3,7 @@
 //! Pure: what has to be bound on the host comes out as a list. Whatever names a thing of the host (namespace paths,
 //! cgroups, security labels, cpusets) is dropped, its block devices become the guest's ([`devices`]); what cannot be honoured in a guest is refused.
 
+mod asker;
 mod devices;
 mod hooks;
 mod huge_pages;
@@ -17,6 +18,7 @@ use bulkhead_protocol::agent::PidNamespace;
 use bulkhead_protocol::guest::SHARE_DIR;
 use oci_spec::runtime::{Linux, Process, Root, Spec};
 
+pub use asker::Asker;
 pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
 pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
@@ -65,6 +67,12 @@ pub struct Given {
     pub disks: Vec<GuestDisk>,
     /// Those that [`huge_volumes`] has found.
     pub huge_volumes: Vec<HugeVolume>,
+}
+
+/// Refuses what [`translate`] and [`disks`] will refuse, before there is anything to give.
+pub fn check(spec: &Spec, id: &str) -> Result<(), SpecError> {
+    disks(spec)?;
+    translate(spec.clone(), id, &Given::default()).map(drop)
 }
 
 /// Rewrites a container's spec.
@@ -197,9 +205,10 @@ pub enum SpecError {
     CreateContainerHook,
     /// A device of the host that a guest cannot be given.
     #[error(
-        "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible (is privileged_without_host_devices = true set for the runtime in containerd's configuration?)"
+        "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible: {hint}",
+        hint = .1.without_host_devices()
     )]
-    Device(std::path::PathBuf),
+    Device(std::path::PathBuf, Asker),
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),
