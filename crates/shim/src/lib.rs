@@ -37,6 +37,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let done = match flags.action {
         Action::Version => cli::info::print_version().map_err(anyhow::Error::from),
         Action::Info => cli::info::print_info().map_err(anyhow::Error::from),
+        Action::Features => cli::info::print_features().map_err(anyhow::Error::from),
         Action::Start => cli::start::run(&flags).map_err(anyhow::Error::from),
         Action::Delete => cli::delete::run(&flags).map_err(anyhow::Error::from),
         Action::Serve => cli::serve::run(&flags).map_err(anyhow::Error::from),

@@ -19,6 +19,8 @@ pub enum Action {
     Version,
     /// Print a `RuntimeInfo`.
     Info,
+    /// Print the features alone, as runc does.
+    Features,
 }
 
 /// The parsed command line.
@@ -153,6 +155,7 @@ impl Flags {
         }
         self.action = match action.as_deref() {
             Some("version") => return Ok(Self { action: Action::Version, ..self }),
+            Some("features") => return Ok(Self { action: Action::Features, ..self }),
             Some("start") => Action::Start,
             Some("delete") => Action::Delete,
             Some("serve") => Action::Serve,
@@ -209,6 +212,7 @@ mod tests {
             assert_eq!(parse(line).unwrap().action, Action::Version, "{line}");
         }
         assert!(parse("--version=false").is_err(), "that asks for nothing");
+        assert_eq!(parse("features").unwrap().action, Action::Features);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
     }
 

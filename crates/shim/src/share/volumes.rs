@@ -56,7 +56,7 @@ impl Volumes {
     /// Shows a container's volume in the share `dir`, and answers below which number.
     pub fn add(&self, dir: &Path, container: &str, volume: &Volume) -> Result<u64, ShareError> {
         let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
-        let tree = copy(volume).map_err(failed)?;
+        let tree = copy(volume)?;
         let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
         let what = if alone { None } else { what(&tree, &place).map_err(failed)? };
@@ -144,15 +144,23 @@ impl Table {
 /// Shows a volume at a place of its own.
 pub fn show(volume: &Volume, target: &Path) -> Result<(), ShareError> {
     let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
-    let tree = copy(volume).map_err(failed)?;
+    let tree = copy(volume)?;
     restrict(&tree, volume.access).map_err(failed)?;
     make_target(&volume.source, target)?;
     tree.attach(target).map_err(failed)
 }
 
-fn copy(volume: &Volume) -> Result<Tree, Errno> {
+fn copy(volume: &Volume) -> Result<Tree, ShareError> {
+    let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
     let propagation = if volume.follows_host { Propagation::Slave } else { Propagation::Private };
-    Tree::copy(&volume.source, volume.recursive, propagation)
+    let tree = Tree::copy(&volume.source, volume.recursive, propagation).map_err(failed)?;
+    if let Some(namespace) = &volume.mapped_by {
+        tree.map_ids(namespace).map_err(|error| match error {
+            Errno::INVAL => ShareError::Unmappable(volume.source.clone()),
+            other => failed(other),
+        })?;
+    }
+    Ok(tree)
 }
 
 fn restrict(tree: &Tree, access: Access) -> Result<(), Errno> {

@@ -15,8 +15,10 @@ mod sandbox;
 mod users;
 
 use bulkhead_protocol::agent::PidNamespace;
+use bulkhead_protocol::cri::NamespaceMode;
 use bulkhead_protocol::guest::SHARE_DIR;
 use oci_spec::runtime::{Linux, Process, Root, Spec};
+use protobuf::EnumOrUnknown;
 
 pub use asker::Asker;
 pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
@@ -80,9 +82,10 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
     devices::renumber(&mut spec, &given.disks);
     devices::open_to_privileged(&mut spec);
     refuse_what_is_on_the_host(&spec)?;
+    let users = users::of_volumes(&spec);
     let pid = namespaces::strip(&mut spec)?;
+    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes, users.as_ref())?;
     users::rewrite(&mut spec);
-    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes)?;
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
     spec.set_root(Some(root));
@@ -209,6 +212,24 @@ pub enum SpecError {
         hint = .1.without_host_devices()
     )]
     Device(std::path::PathBuf, Asker),
+    /// Nobody could set up a container.
+    #[error(
+        "the pod's user namespace has no id 0, as which its containers are set up; map root of users and groups, or remove the user namespace from the pod"
+    )]
+    NoRoot,
+    /// A mode of user namespaces that no pod can have.
+    #[error(
+        "the pod asks for a user namespace of the mode {0:?}, but it has one of its own (POD) or none (NODE); correct the pod's configuration"
+    )]
+    UserNamespaceMode(EnumOrUnknown<NamespaceMode>),
+    /// Ids beyond what there are.
+    #[error("the pod's user namespace maps ids beyond 4294967295; correct its mappings")]
+    Ids,
+    /// The ids of a volume are to be mapped by a namespace that has no path.
+    #[error(
+        "the owners of the volume at {0:?} are to be mapped, but the container's user namespace is not one that can be opened; update CRI-O"
+    )]
+    VolumeIds(std::path::PathBuf),
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),
