@@ -23,7 +23,7 @@ use super::causes::Causes;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
-use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
+use super::{EXEC_PID, PID_NAMESPACE_ARG, SECCOMP_FILE, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -79,9 +79,10 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
             container.pid().map_or(0, nix_pid)
         }
         Action::Exec { id, state, process, seccomp, cgroup } => {
-            let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
+            let mut described = read_json(&process)?;
+            let confinement = seccomp.map(|filter| confine(&mut described, &process, &filter)).transpose()?;
             let executor = AgentExecutor { init: None, window, confinement };
-            prepare(&read_json(&process)?)?;
+            prepare(&described)?;
             join_user_namespace(&state.join(&id))?;
             let pid_file = state.join(&id).join(EXEC_PID);
             let pid = builder(id, &state, console_path, stdio, executor)?
@@ -140,6 +141,10 @@ fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confin
     let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
     let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
     let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
+    if let Some(filter) = &filter {
+        let path = config.with_file_name(SECCOMP_FILE);
+        std::fs::write(&path, filter.to_bytes()).map_err(|source| HelperError::File { path, source })?;
+    }
     let process = spec.process_mut().as_mut();
     let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
     if confinement.is_some() || !hooks.is_empty() {
@@ -148,12 +153,13 @@ fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confin
     Ok((hooks, confinement))
 }
 
-/// The same for an exec, which has a filter only.
-fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperError> {
-    let filter = Filter::compile(&read_json(seccomp)?)?;
-    let mut process: Process = read_json(process_path)?;
-    let confinement = Confinement::take_over(filter, &mut process);
-    write_json(process_path, &process)?;
+/// The same for an exec, which has a filter only. Its description is in a file for libcontainer as well.
+fn confine(process: &mut Process, process_path: &Path, filter: &Path) -> Result<Confinement, HelperError> {
+    let unread = |source| HelperError::File { path: filter.into(), source };
+    let bytes = std::fs::read(filter).map_err(unread)?;
+    let filter = Filter::from_bytes(&bytes).ok_or_else(|| unread(io::ErrorKind::InvalidData.into()))?;
+    let confinement = Confinement::take_over(filter, process);
+    write_json(process_path, process)?;
     Ok(confinement)
 }
 

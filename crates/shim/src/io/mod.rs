@@ -163,8 +163,8 @@ impl ProcessIo {
             let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
             outputs.iter().map(|output| all_copied(output.progress.clone(), written.of(output.stream))).collect()
         };
-        if tokio::time::timeout(TRAILING, join_all(followed)).await.is_err() {
-            tracing::warn!("a process's output still comes {TRAILING:?} after its end");
+        if let Err(waited) = patience::timeout(TRAILING, join_all(followed)).await {
+            tracing::warn!("a process's output still comes {waited:?} after its end");
         }
     }
 
@@ -219,7 +219,7 @@ async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Resu
         connection.write_all(&bytes).await?;
         connection.read_u8().await
     };
-    match tokio::time::timeout(patience::left(HEADER), handshake).await {
+    match patience::timeout(HEADER, handshake).await {
         Ok(Ok(ACCEPTED)) => Ok(connection),
         Ok(Ok(_)) => Err(IoError::Refused(stream)),
         Ok(Err(source)) => Err(IoError::Handshake(source)),

@@ -281,11 +281,11 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
     // The guest's side first: it may hold the mounts. What it says does not matter any more.
     let forgotten = async {
         if sandbox.agent.signal(init, SIGKILL, true).await.is_ok() {
-            let _ = tokio::time::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
+            let _ = patience::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
         }
         let _ = sandbox.agent.delete_container(&id).await;
     };
-    let _ = tokio::time::timeout(GUEST_FORGETS, forgotten).await;
+    let _ = patience::timeout(GUEST_FORGETS, forgotten).await;
     sandbox.volumes.remove(&id);
     sandbox.container_ended(&id);
     sandbox.detach_disks(&id).await;

@@ -113,6 +113,9 @@ impl Sandbox {
         };
         let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
+        if let Some(cgroup) = &cgroup {
+            patience::follow(cgroup.path());
+        }
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =
             hypervisor::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
