@@ -40,14 +40,22 @@ pub fn main() -> i32 {
             control::send(&agent, &Reply::Created { pid }, &terminal)
         }
         Err(error) => {
-            let mut message = sys::chain(&error);
-            if let Some(behind) = causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
-                message = format!("{message} ({behind})");
-            }
-            control::send(&agent, &Reply::Failed { message }, &[])
+            let message = sys::chain(&error);
+            let told = of_program(&message).map(str::to_owned);
+            let told = told.unwrap_or_else(|| match causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
+                Some(behind) => format!("{message} ({behind})"),
+                None => message,
+            });
+            control::send(&agent, &Reply::Failed { message: told }, &[])
         }
     };
     i32::from(sent.is_err())
+}
+
+/// What is said of a program that cannot be executed, if that is the error: it needs no account of the way there, and people
+/// and tools look for runc's words, which it is in.
+fn of_program(message: &str) -> Option<&str> {
+    message.find("exec: \"").and_then(|at| message.get(at..))
 }
 
 fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
