@@ -14,6 +14,7 @@ mod events;
 mod forward;
 mod listen;
 mod netns;
+mod patience;
 mod power;
 mod reaper;
 mod rpc;

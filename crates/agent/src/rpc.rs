@@ -160,7 +160,8 @@ impl Agent for Service {
         // Asked before a delete can have been: whoever waits deletes afterwards.
         let container = self.containers.get(&request.container_id).ok().filter(|_| request.exec_id.is_empty());
         let oom_killed = container.is_some_and(|container| container.cgroup().has_oom_kills());
-        Ok(ExitStatus { code: exit.code, oom_killed, ..Default::default() })
+        let (stdout_bytes, stderr_bytes) = self.containers.written(&request.container_id, &request.exec_id);
+        Ok(ExitStatus { code: exit.code, oom_killed, stdout_bytes, stderr_bytes, ..Default::default() })
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {

@@ -9,6 +9,7 @@ use std::fmt::Write;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::sys::signal::{SigHandler, Signal};
 use rustix::ioctl::{self, NoArg, Setter, opcode};
@@ -124,6 +125,12 @@ pub fn install_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io
 /// Makes the event loop watch a descriptor.
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd owns one descriptor, the same for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// The same for one that others may look at.
+pub fn watch_shared(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: as above, and it lives as long as the event loop has its share of it.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 

@@ -45,6 +45,28 @@ pub struct VmSpec {
     pub serial: Option<FdIndex>,
 }
 
+/// Ids of users and groups that have other numbers in the guest than on the host's disks.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdMaps {
+    /// Of users.
+    pub uids: Vec<IdMap>,
+    /// Of groups.
+    pub gids: Vec<IdMap>,
+}
+
+/// A range of ids. Those of no range are the same on both sides.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdMap {
+    /// The first in the guest.
+    pub guest: u32,
+    /// The same on the host.
+    pub host: u32,
+    /// How many.
+    pub count: u32,
+}
+
 /// A virtio device in a slot.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case", tag = "type")]
@@ -71,6 +93,9 @@ pub enum DeviceSpec {
         tag: String,
         /// Directory that is exported.
         root: FdIndex,
+        /// Owners of files that the guest knows by other ids.
+        #[serde(default)]
+        ids: IdMaps,
     },
     /// virtio-mem over the spec's `hotplug_mib`; later sizes come by [`crate::control::Command::ResizeMemory`].
     Memory {

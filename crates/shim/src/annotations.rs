@@ -74,6 +74,16 @@ pub fn pod_uid(annotations: &HashMap<String, String>) -> Option<&str> {
     annotations.get(CRI_POD_UID).map(String::as_str).filter(|uid| is_identifier(uid))
 }
 
+/// Whether it is CRI-O that has written a container's spec.
+pub fn is_of_crio(annotations: &HashMap<String, String>) -> bool {
+    annotations.contains_key(CRIO_TYPE)
+}
+
+/// Whether it is the CRI of containerd.
+pub fn is_of_cri(annotations: &HashMap<String, String>) -> bool {
+    annotations.contains_key(CRI_TYPE)
+}
+
 /// What a pod asks for; `None` where it does not say.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Request {
@@ -101,10 +111,7 @@ pub fn request(annotations: &HashMap<String, String>, allowed: &[String]) -> Res
     let none = HashMap::new();
     let told = if annotations.contains_key(CRIO_TYPE) { &none } else { annotations };
     let quota = number::<i64>(told, CPU_QUOTA)?.and_then(|quota| u64::try_from(quota).ok());
-    let period = number::<u64>(told, CPU_PERIOD)?.unwrap_or(100_000);
-    if period == 0 {
-        return Err(AnnotationError::bad(CPU_PERIOD, "0"));
-    }
+    let period = number::<u64>(told, CPU_PERIOD)?.filter(|period| *period > 0).unwrap_or(100_000);
     let memory = number::<i64>(told, MEMORY)?.and_then(|bytes| u64::try_from(bytes).ok());
     Ok(Request {
         cpus: quota.filter(|quota| *quota > 0).map(|quota| quota.div_ceil(period)),
@@ -196,6 +203,8 @@ mod tests {
         assert_eq!((got.cpus, got.memory), (Some(2), Some(1 << 20)));
         let none = request(&map(&[(CPU_QUOTA, "-1"), (MEMORY, "0")]), &[]).unwrap();
         assert_eq!(none, Request::default());
+        let usual_period = request(&map(&[(CPU_QUOTA, "150000"), (CPU_PERIOD, "0")]), &[]).unwrap();
+        assert_eq!(usual_period.cpus, Some(2));
     }
 
     #[test]
@@ -204,7 +213,6 @@ mod tests {
             request(&map(&[(MEMORY, "lots")]), &[]),
             Err(AnnotationError::Malformed { name: MEMORY, .. })
         ));
-        assert!(request(&map(&[(CPU_PERIOD, "0")]), &[]).is_err());
     }
 
     #[test]

@@ -201,6 +201,17 @@ mod tests {
         assert!(matches!(config("kernel = 'vmlinux'"), Err(ConfigError::Relative(_))));
     }
 
+    /// CRI-O leaves out a runtime whose configuration it does not take, and says so in its log alone (cri-o:
+    /// pkg/config/config.go, RuntimeHandler).
+    #[test]
+    fn deployed_configuration_of_crio_has_nothing_that_it_refuses() {
+        let deployed: toml::Table = toml::from_str(include_str!("../../../deploy/crio.conf")).unwrap();
+        let handler = deployed["crio"]["runtime"]["runtimes"]["bulkhead"].as_table().unwrap();
+        let keys: Vec<_> = handler.keys().map(String::as_str).collect();
+        assert_eq!(keys, ["privileged_without_host_devices", "runtime_path", "runtime_root", "runtime_type"]);
+        assert_eq!(handler["runtime_type"].as_str(), Some("vm"));
+    }
+
     #[test]
     fn named_file_must_exist() {
         assert!(matches!(Config::load(Some(Path::new("/nonexistent/x"))), Err(ConfigError::Read { .. })));

@@ -3,6 +3,7 @@
 //! It is a library so that what the guest says can be put to it without a guest, by the fuzz targets above all. Public is
 //! what they need.
 
+mod about;
 pub mod annotations;
 mod bundle;
 mod cli;
@@ -36,6 +37,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let done = match flags.action {
         Action::Version => cli::info::print_version().map_err(anyhow::Error::from),
         Action::Info => cli::info::print_info().map_err(anyhow::Error::from),
+        Action::Features => cli::info::print_features().map_err(anyhow::Error::from),
         Action::Start => cli::start::run(&flags).map_err(anyhow::Error::from),
         Action::Delete => cli::delete::run(&flags).map_err(anyhow::Error::from),
         Action::Clean => cli::dead::run().map_err(anyhow::Error::from),

@@ -21,7 +21,9 @@ pub async fn run_or_undo<T: Send + 'static>(
     undo: impl FnOnce() + Send + 'static,
 ) -> io::Result<T> {
     let (tell, told) = oneshot::channel();
+    let whose = tracing::Span::current();
     Builder::new().name(name.to_owned()).stack_size(STACK).spawn(move || {
+        let _entered = whose.enter();
         if tell.send(work()).is_err() {
             undo();
         }

@@ -61,7 +61,7 @@ impl DeviceBuilder {
                 let output = fds.take(*output, "console")?;
                 Box::new(Console::new(output, event_loop).map_err(DeviceError::Console)?)
             }
-            DeviceSpec::Fs { tag, root } => Box::new(Fs::new(tag, fds.take(*root, "share")?)?),
+            DeviceSpec::Fs { tag, root, ids } => Box::new(Fs::new(tag, fds.take(*root, "share")?, ids)?),
             DeviceSpec::Memory { requested_mib } => {
                 let memory_loop = self.memory_loop.clone();
                 let backing = Box::new(self.hotplug.take().ok_or(DeviceError::NoHotplug)?);

@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use bulkhead_protocol::control::ExitReason;
 use bulkhead_protocol::guest::SHARE_TAG;
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use bulkhead_vmm::descriptors::Descriptors;
 use bulkhead_vmm::machine::Machine;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -93,7 +93,7 @@ fn open_devices(options: &RunOptions, opened: &mut Opened) -> anyhow::Result<Vec
     }
     if let Some(path) = &options.share {
         let root = opened.push(File::open(path).with_context(|| format!("cannot open the share {path:?}"))?);
-        devices.push(DeviceSpec::Fs { tag: SHARE_TAG.into(), root });
+        devices.push(DeviceSpec::Fs { tag: SHARE_TAG.into(), root, ids: IdMaps::default() });
     }
     for (number, disk) in options.disk.iter().enumerate() {
         let (path, read_only) = disk.strip_suffix(":ro").map_or((disk.as_str(), false), |path| (path, true));

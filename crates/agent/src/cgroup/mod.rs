@@ -18,7 +18,7 @@ use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
-use crate::sys;
+use crate::{patience, sys};
 use notify::KernfsFile;
 
 /// Where cgroup v2 is mounted.
@@ -196,7 +196,8 @@ impl Cgroup {
                 file.changed().await.map_err(error)?;
             }
         };
-        tokio::time::timeout(SETTLE, wait).await.map_err(|_| CgroupError::Unsettled { path: self.dir.clone() })?
+        let unsettled = || CgroupError::Unsettled { path: self.dir.clone() };
+        patience::timeout(SETTLE, wait).await.ok_or_else(unsettled)?
     }
 }
 

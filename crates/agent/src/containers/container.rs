@@ -11,7 +11,7 @@ use super::error::ContainerError;
 use super::process::Process;
 use super::spec;
 use crate::cgroup::Cgroup;
-use crate::{events, sys};
+use crate::{events, patience, sys};
 
 /// How long execs that are being created may take when their container's init has ended and its processes are killed, which is
 /// what they wait for if they wait for anything in the guest. With twice 5 s for the killing it is less than the 20 s that a
@@ -187,8 +187,8 @@ impl Container {
                 made.await;
             }
         };
-        let late = |_| self.wrong_state("entered by an exec", "left alone");
-        tokio::time::timeout(EXECS_MADE, made).await.map_err(late)
+        let late = || self.wrong_state("entered by an exec", "left alone");
+        patience::timeout(EXECS_MADE, made).await.ok_or_else(late)
     }
 
     fn expect_running(&self) -> Result<(), ContainerError> {

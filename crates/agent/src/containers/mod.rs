@@ -17,6 +17,7 @@ use bulkhead_protocol::agent::{
     CreateContainerRequest, ExecRequest, PidNamespace, Streams as Wanted, UpdateVolumeRequest, UserNamespace,
 };
 use bulkhead_protocol::guest::{MAX_IDENTIFIER, is_identifier};
+use bulkhead_protocol::stdio::Stream;
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
@@ -204,6 +205,12 @@ impl Containers {
         container.forget_exec(exec_id);
         self.streams.remove(&Owner { container_id: id.into(), exec_id: exec_id.into() });
         Ok(())
+    }
+
+    /// What has been written to a process's stdout and stderr so far.
+    pub fn written(&self, id: &str, exec_id: &str) -> (Option<u64>, Option<u64>) {
+        let owner = Owner { container_id: id.into(), exec_id: exec_id.into() };
+        (self.streams.written(&owner, Stream::Stdout), self.streams.written(&owner, Stream::Stderr))
     }
 
     /// Sends a signal to a process, or to every process of the container.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::net::unix::pipe;
 
+use crate::patience;
 use crate::reaper::{Exit, ExitWatch};
 use crate::runtime::Created;
 use crate::runtime::message::WindowSize;
@@ -47,7 +48,7 @@ impl Process {
     pub async fn executed(&self) {
         if let Some(pipe) = &self.until_executed {
             // Nobody writes: readable is at its end.
-            let _ = tokio::time::timeout(TO_PROGRAM, pipe.readable()).await;
+            let _ = patience::timeout(TO_PROGRAM, pipe.readable()).await;
         }
     }
 

@@ -23,7 +23,7 @@ use super::causes::Causes;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request};
 use super::seccomp::{Filter, FilterError};
-use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
+use super::{EXEC_PID, PID_NAMESPACE_ARG, SECCOMP_FILE, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
@@ -40,14 +40,22 @@ pub fn main() -> i32 {
             control::send(&agent, &Reply::Created { pid }, &terminal)
         }
         Err(error) => {
-            let mut message = sys::chain(&error);
-            if let Some(behind) = causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
-                message = format!("{message} ({behind})");
-            }
-            control::send(&agent, &Reply::Failed { message }, &[])
+            let message = sys::chain(&error);
+            let told = of_program(&message).map(str::to_owned);
+            let told = told.unwrap_or_else(|| match causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
+                Some(behind) => format!("{message} ({behind})"),
+                None => message,
+            });
+            control::send(&agent, &Reply::Failed { message: told }, &[])
         }
     };
     i32::from(sent.is_err())
+}
+
+/// What is said of a program that cannot be executed, if that is the error: it needs no account of the way there, and people
+/// and tools look for runc's words, which it is in.
+fn of_program(message: &str) -> Option<&str> {
+    message.find("exec: \"").and_then(|at| message.get(at..))
 }
 
 fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<OwnedFd>), HelperError> {
@@ -79,9 +87,10 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
             container.pid().map_or(0, nix_pid)
         }
         Action::Exec { id, state, process, seccomp, cgroup } => {
-            let confinement = seccomp.map(|path| confine(&process, &path)).transpose()?;
+            let mut described = read_json(&process)?;
+            let confinement = seccomp.map(|filter| confine(&mut described, &process, &filter)).transpose()?;
             let executor = AgentExecutor { init: None, window, confinement };
-            prepare(&read_json(&process)?)?;
+            prepare(&described)?;
             join_user_namespace(&state.join(&id))?;
             let pid_file = state.join(&id).join(EXEC_PID);
             let pid = builder(id, &state, console_path, stdio, executor)?
@@ -140,6 +149,10 @@ fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confin
     let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
     let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
     let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
+    if let Some(filter) = &filter {
+        let path = config.with_file_name(SECCOMP_FILE);
+        std::fs::write(&path, filter.to_bytes()).map_err(|source| HelperError::File { path, source })?;
+    }
     let process = spec.process_mut().as_mut();
     let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
     if confinement.is_some() || !hooks.is_empty() {
@@ -148,12 +161,13 @@ fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confin
     Ok((hooks, confinement))
 }
 
-/// The same for an exec, which has a filter only.
-fn confine(process_path: &Path, seccomp: &Path) -> Result<Confinement, HelperError> {
-    let filter = Filter::compile(&read_json(seccomp)?)?;
-    let mut process: Process = read_json(process_path)?;
-    let confinement = Confinement::take_over(filter, &mut process);
-    write_json(process_path, &process)?;
+/// The same for an exec, which has a filter only. Its description is in a file for libcontainer as well.
+fn confine(process: &mut Process, process_path: &Path, filter: &Path) -> Result<Confinement, HelperError> {
+    let unread = |source| HelperError::File { path: filter.into(), source };
+    let bytes = std::fs::read(filter).map_err(unread)?;
+    let filter = Filter::from_bytes(&bytes).ok_or_else(|| unread(io::ErrorKind::InvalidData.into()))?;
+    let confinement = Confinement::take_over(filter, process);
+    write_json(process_path, process)?;
     Ok(confinement)
 }
 

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::control::{self, ControlError};
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Process, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt;
@@ -36,7 +36,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
 use crate::reaper::{Birth, Exit, ExitWatch, Reaper};
-use crate::sys;
+use crate::{patience, sys};
 use message::{Action, IdMaps, Reply, Request, WindowSize};
 
 /// First argument of a helper.
@@ -55,10 +55,11 @@ const EXEC_STATE: &str = "/run/bulkhead/x";
 /// Name of the file, there, in which libcontainer leaves the pid of an exec before it has an answer.
 const EXEC_PID: &str = "pid";
 /// Time for a helper to answer. A container's root may stop whatever comes into it, and its share's host be slow. The caller
-/// hears of it before its own patience ends, which is 60 s: an exec waits 10 s for its init's program before this.
+/// hears of it before its own patience ends, which is 60 s: an exec waits 10 s for its init's program before this. Neither
+/// counts time in which the pod has no CPU.
 const ANSWER: Duration = Duration::from_secs(45);
-/// Profile of a container beside its configuration, for its execs.
-const SECCOMP_FILE: &str = "seccomp.json";
+/// Filter of a container beside its configuration, compiled, for its execs.
+const SECCOMP_FILE: &str = "seccomp.bpf";
 
 /// Creates processes by way of helpers.
 #[derive(Debug)]
@@ -101,9 +102,7 @@ impl Runtime {
     /// Creates a container whose init waits for [`Self::start`].
     pub async fn create(&self, id: &str, spec: &Spec, stdio: ProcessStdio) -> Result<Created, RuntimeError> {
         let bundle = bundle_dir(id);
-        let linux = spec.linux().as_ref();
-        prepare_bundle(&bundle, spec, linux.and_then(|linux| linux.seccomp().as_ref()))
-            .map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
+        prepare_bundle(&bundle, spec).map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let action = Action::Create { id: id.into(), bundle, state: STATE.into() };
         // The helper hands its end down by fork(2); execve(2) closes it.
@@ -247,7 +246,7 @@ async fn answer(
             exit = helper_exit.wait() => last_words(channel, exit),
         }
     };
-    tokio::time::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
+    patience::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
 }
 
 /// A socket pair for one helper. The agent's end does not block.
@@ -285,12 +284,9 @@ fn bundle_dir(id: &str) -> PathBuf {
     Path::new(BUNDLES).join(id)
 }
 
-fn prepare_bundle(bundle: &Path, spec: &Spec, seccomp: Option<&LinuxSeccomp>) -> io::Result<()> {
+fn prepare_bundle(bundle: &Path, spec: &Spec) -> io::Result<()> {
     std::fs::create_dir_all(bundle)?;
     std::fs::create_dir_all(STATE)?;
-    if let Some(seccomp) = seccomp {
-        write_json(&bundle.join(SECCOMP_FILE), seccomp)?;
-    }
     write_json(&bundle.join("config.json"), spec)
 }
 

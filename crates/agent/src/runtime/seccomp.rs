@@ -78,6 +78,32 @@ impl Filter {
         Ok(Self { program, flags: flags(profile) })
     }
 
+    /// As bytes: the flags, then the instructions as the kernel has them. To compile a profile of some hundred calls takes longer
+    /// than all else that an exec takes, so a container's execs read what its creation has compiled.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.flags.to_le_bytes().to_vec();
+        for sock_filter { code, jt, jf, k } in &self.program {
+            bytes.extend(code.to_le_bytes());
+            bytes.extend([*jt, *jf]);
+            bytes.extend(k.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// From bytes that [`Self::to_bytes`] has made; `None` from others.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (flags, program) = bytes.split_first_chunk()?;
+        let (instructions, rest) = program.as_chunks::<8>();
+        let instruction = |[code0, code1, jt, jf, k0, k1, k2, k3]: [u8; 8]| sock_filter {
+            code: u16::from_le_bytes([code0, code1]),
+            jt,
+            jf,
+            k: u32::from_le_bytes([k0, k1, k2, k3]),
+        };
+        let program = instructions.iter().copied().map(instruction).collect();
+        rest.is_empty().then(|| Self { program, flags: c_ulong::from_le_bytes(*flags) })
+    }
+
     /// Puts this thread under the filter, which takes CAP_SYS_ADMIN or no_new_privs.
     pub fn install(&self) -> io::Result<()> {
         sys::install_filter(&self.program, self.flags)

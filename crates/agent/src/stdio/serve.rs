@@ -5,10 +5,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_protocol::stdio::{ACCEPTED, REFUSED, Stream, StreamHeader, decode, decode_length};
+use bulkhead_protocol::stdio::{ACCEPTED, REFUSED, StreamHeader, decode, decode_length};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{Owner, Streams, copy};
+use super::{End, Owner, Streams, copy};
 
 /// How long a connection may take to name its stream. The host sends the header with the connection; one that does not
 /// would hold its task for ever.
@@ -30,9 +30,9 @@ pub async fn connection(streams: Arc<Streams>, mut connection: impl AsyncRead + 
         return;
     }
     let copying = async {
-        match header.stream {
-            Stream::Stdin => copy::input(connection, attachment.end).await,
-            Stream::Stdout | Stream::Stderr => copy::output(attachment.end, connection).await,
+        match attachment.end {
+            End::Input(end) => copy::input(connection, end).await,
+            End::Output(output) => copy::output(output, connection).await,
         }
     };
     tokio::select! {

@@ -41,13 +41,36 @@ async fn output_is_copied_to_its_end_and_half_closed() {
     let (read, write) = pipe();
     let (ours, mut host) = tokio::net::UnixStream::pair().unwrap();
     rustix::io::write(&write, b"hello").unwrap();
-    let copying = tokio::spawn(copy::output(read, ours));
+    let copying = tokio::spawn(copy::output(Output::new(read), ours));
     let mut got = [0; 5];
     host.read_exact(&mut got).await.unwrap();
     assert_eq!(&got, b"hello");
     drop(write);
     assert_eq!(host.read(&mut got).await.unwrap(), 0);
     copying.await.unwrap().unwrap();
+}
+
+/// What had been written can be told at any time, whoever has read how much of it.
+#[tokio::test]
+async fn output_is_metered_in_the_pipe_and_beyond_it_but_a_terminal_is_not() {
+    let streams = Streams::default();
+    let (read, write) = pipe();
+    let master = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+    streams.add(owner("x"), [(Stream::Stdout, read), (Stream::Stderr, master)]);
+    let written = || streams.written(&owner("x"), Stream::Stdout);
+    rustix::io::write(&write, b"hello").unwrap();
+    assert_eq!((written(), streams.written(&owner("x"), Stream::Stderr)), (Some(5), None));
+    let attached = streams.attach(&owner("x"), Stream::Stdout).unwrap();
+    let End::Output(output) = attached.end else { panic!("stdout is output") };
+    let (ours, mut host) = tokio::net::UnixStream::pair().unwrap();
+    let copying = tokio::spawn(copy::output(output, ours));
+    let mut got = [0; 5];
+    host.read_exact(&mut got).await.unwrap();
+    rustix::io::write(&write, b"more").unwrap();
+    assert_eq!(written(), Some(9));
+    drop(write);
+    copying.await.unwrap().unwrap();
+    assert_eq!((written(), streams.written(&owner("y"), Stream::Stdout)), (Some(9), None));
 }
 
 #[tokio::test]

@@ -75,7 +75,7 @@ async fn exec_joins_a_running_container() {
     guest.delete_process("c", "e3").await.unwrap();
     assert_eq!(files(), before, "an exec leaves files in the guest");
     let error = message_of(guest.exec("c", "e2", &["nonesuch"], streams("")).await);
-    assert!(error.contains("exec: \"nonesuch\": executable file not found in $PATH"), "{error}");
+    assert_eq!(error, "exec: \"nonesuch\": executable file not found in $PATH");
     // The process that could not execute it has told why, and may still be on its way out.
     let alone = async { while guest.processes("c").await != 1 {} };
     tokio::time::timeout(Duration::from_secs(5), alone).await.expect("a failed exec leaves no process");
@@ -359,7 +359,7 @@ async fn limit_that_takes_long_to_set_holds_nothing_else_up() {
 async fn what_cannot_be_created_leaves_nothing() {
     let guest = Guest::start().await;
     let error = message_of(guest.create("c", &["nonesuch"], streams("o")).await);
-    assert!(error.contains("\"nonesuch\": executable file not found in $PATH"), "{error}");
+    assert_eq!(error, "exec: \"nonesuch\": executable file not found in $PATH");
     let odd = fixture::spec(&guest, "odd", &["true"], |spec| {
         let mount = serde_json::json!({"destination": "/odd", "type": "nonesuch", "source": "x"});
         spec["mounts"].as_array_mut().unwrap().push(mount);

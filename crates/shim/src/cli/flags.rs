@@ -21,6 +21,8 @@ pub enum Action {
     Version,
     /// Print a `RuntimeInfo`.
     Info,
+    /// Print the features alone, as runc does.
+    Features,
 }
 
 /// The parsed command line.
@@ -116,14 +118,20 @@ impl Flags {
         let on = match inline {
             None | Some("true" | "1" | "t") => true,
             Some("false" | "0" | "f") => false,
-            Some(_) if matches!(name, "debug" | "v" | "info") => return Err(FlagsError::NotBoolean(name.to_owned())),
+            Some(_) if name == "debug" || name == "info" || is_version(name) => {
+                return Err(FlagsError::NotBoolean(name.to_owned()));
+            }
             Some(_) => return Ok(false),
         };
         match name {
             "debug" => self.debug = on,
-            "v" if on => self.action = Action::Version,
             "info" if on => self.action = Action::Info,
-            "v" | "info" => {}
+            "info" => {}
+            name if is_version(name) => {
+                if on {
+                    self.action = Action::Version;
+                }
+            }
             _ => return Ok(false),
         }
         Ok(true)
@@ -151,6 +159,8 @@ impl Flags {
             return Ok(Self { action: Action::Clean, ..self });
         }
         self.action = match action.as_deref() {
+            Some("version") => return Ok(Self { action: Action::Version, ..self }),
+            Some("features") => return Ok(Self { action: Action::Features, ..self }),
             Some("start") => Action::Start,
             Some("delete") => Action::Delete,
             Some("serve") => Action::Serve,
@@ -160,6 +170,11 @@ impl Flags {
         check_identifier("namespace", &self.namespace)?;
         Ok(self)
     }
+}
+
+/// However it is asked for: containerd writes `-v`, CRI-O `--version`.
+fn is_version(flag: &str) -> bool {
+    matches!(flag, "v" | "V" | "version")
 }
 
 fn next_value(args: &mut impl Iterator<Item = OsString>, name: &str) -> Result<String, FlagsError> {
@@ -198,7 +213,11 @@ mod tests {
 
     #[test]
     fn version_and_cleaning_need_nothing_else() {
-        assert_eq!(parse("-v").unwrap().action, Action::Version);
+        for line in ["-v", "--v", "-V", "-version", "--version", "--version=true", "-debug -version", "version"] {
+            assert_eq!(parse(line).unwrap().action, Action::Version, "{line}");
+        }
+        assert!(parse("--version=false").is_err(), "that asks for nothing");
+        assert_eq!(parse("features").unwrap().action, Action::Features);
         assert_eq!(parse("-info").unwrap().action, Action::Info);
         assert_eq!(parse("clean").unwrap().action, Action::Clean);
     }

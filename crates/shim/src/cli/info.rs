@@ -1,4 +1,5 @@
-//! `-v` and `-info`: who we are, for people and for containerd 2.x (containerd: pkg/shim/shim.go, api/types/introspection.proto).
+//! `-v`, `-info` and `features`: who we are, for people, for containerd 2.x (containerd: pkg/shim/shim.go,
+//! api/types/introspection.proto) and for CRI-O (cri-o: pkg/config/config.go, initializeRuntimeFeatures).
 
 use std::io::Write;
 
@@ -20,6 +21,11 @@ const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/featur
 pub fn print_info() -> Result<(), InfoError> {
     let bytes = info().write_to_bytes().map_err(InfoError::Encode)?;
     std::io::stdout().write_all(&bytes).map_err(InfoError::Print)
+}
+
+/// Prints what containers may ask for, as `runc features` does.
+pub fn print_features() -> Result<(), InfoError> {
+    writeln!(std::io::stdout(), "{}", super::features::features()).map_err(InfoError::Print)
 }
 
 fn info() -> RuntimeInfo {

@@ -39,7 +39,7 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     // Modes of what is made here are given in full.
     rustix::process::umask(Mode::empty());
     let bundle = std::env::current_dir().map_err(ServeError::Bundle)?;
-    super::logging::init(&bundle, flags.debug);
+    super::logging::init(&bundle, &flags.id, flags.debug);
     confine()?;
     // One thread: the shim's work is waiting. System calls that block go to a few short-lived threads.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -11,16 +11,44 @@ use super::target::{Input, Output};
 
 const BUFFER: usize = 16 << 10;
 
-/// How long a guest may send nothing after the process has ended, before its stream is taken for ended. What was written
-/// is in the guest's buffers and comes at once, however slowly it is read here; a guest that keeps the stream open must not
-/// keep containerd waiting.
+/// How long a guest may send nothing after the process has ended, before its output is taken for copied, where it does not
+/// say how much that is. What was written is in the guest's buffers and comes at once, however slowly it is read here.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Copies output until the guest ends it, or its process has ended and nothing comes any more.
-pub async fn from_guest(mut connection: UnixStream, mut output: Output, mut ended: watch::Receiver<bool>) {
+/// How far a stream has been copied.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// Bytes that are where containerd reads them.
+    pub bytes: u64,
+    /// Nothing has come for a while since the process has ended.
+    pub silent: bool,
+}
+
+/// Copies output until the guest ends it, and tells how far it is. Who follows that learns of the end by its closing.
+pub async fn from_guest(
+    mut connection: UnixStream,
+    mut output: Output,
+    mut ended: watch::Receiver<bool>,
+    progress: watch::Sender<Progress>,
+) {
     let mut buffer = vec![0; BUFFER];
-    while let Some(count) = next(&mut connection, &mut buffer, &mut ended).await {
-        let bytes = buffer.get(..count).unwrap_or_default();
+    loop {
+        let silent = async {
+            is_set(&mut ended).await;
+            tokio::time::sleep(SILENCE).await;
+        };
+        let bytes = tokio::select! {
+            // Bytes before the silence: a shim that did not run for a while finds both.
+            biased;
+            count = connection.read(&mut buffer) => match count {
+                Ok(count @ 1..) => buffer.get(..count).unwrap_or_default(),
+                Ok(0) | Err(_) => return,
+            },
+            () = silent, if !progress.borrow().silent => {
+                progress.send_modify(|progress| progress.silent = true);
+                continue;
+            }
+        };
         let written = match &mut output {
             Output::Fifo(fifo) => fifo.write_all(bytes).await,
             // A regular file does not block for long, and has no readiness to wait for.
@@ -30,20 +58,8 @@ pub async fn from_guest(mut connection: UnixStream, mut output: Output, mut ende
             tracing::warn!(%error, "cannot write a process's output");
             return;
         }
-    }
-}
-
-/// Reads some bytes; `None` at the end.
-async fn next(connection: &mut UnixStream, buffer: &mut [u8], ended: &mut watch::Receiver<bool>) -> Option<usize> {
-    let silent = async {
-        is_set(ended).await;
-        tokio::time::sleep(SILENCE).await;
-    };
-    tokio::select! {
-        // Bytes before the silence: a shim that did not run for a while finds both.
-        biased;
-        count = connection.read(buffer) => count.ok().filter(|count| *count > 0),
-        () = silent => None,
+        let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        progress.send_modify(|progress| progress.bytes = progress.bytes.saturating_add(count));
     }
 }
 

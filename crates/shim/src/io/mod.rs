@@ -7,19 +7,22 @@
 mod copy;
 mod target;
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::Streams;
 use bulkhead_protocol::stdio::{ACCEPTED, HeaderError, Stream, StreamHeader, encode};
+use futures::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::about;
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
 use crate::sandbox::patience;
 use crate::spec::ConsoleSize;
+use copy::Progress;
 use target::{Input, Output};
 
 /// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
@@ -62,18 +65,68 @@ impl Stdio {
     }
 }
 
+/// How much had been written to a process's streams when it ended, where that is known.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Written {
+    /// Bytes of stdout.
+    pub stdout: Option<u64>,
+    /// Bytes of stderr.
+    pub stderr: Option<u64>,
+}
+
+impl Written {
+    fn of(self, stream: Stream) -> Option<u64> {
+        match stream {
+            Stream::Stdin => None,
+            Stream::Stdout => self.stdout,
+            Stream::Stderr => self.stderr,
+        }
+    }
+}
+
+/// One stream that is copied from the guest.
+#[derive(Debug)]
+struct OutputCopy {
+    stream: Stream,
+    /// Closed at the end.
+    progress: watch::Receiver<Progress>,
+    task: JoinHandle<()>,
+}
+
+impl OutputCopy {
+    fn start(stream: Stream, connection: UnixStream, output: Output, ended: watch::Receiver<bool>) -> Self {
+        let (progress, follow) = watch::channel(Progress::default());
+        let task = about::spawn(copy::from_guest(connection, output, ended, progress));
+        Self { stream, progress: follow, task }
+    }
+}
+
 /// The running copies of one process.
 #[derive(Debug, Default)]
 pub struct ProcessIo {
     /// Set to close stdin when what is in it has been read.
     close_stdin: Option<watch::Sender<bool>>,
-    /// Set when the process has ended: what it wrote is on its way, and nothing more will come.
+    /// Set when the process has ended.
     ended: watch::Sender<bool>,
     input: Mutex<Option<JoinHandle<()>>>,
-    outputs: Mutex<Vec<JoinHandle<()>>>,
+    outputs: Mutex<Vec<OutputCopy>>,
+    /// Of what has no process: held for whoever waits at the other ends.
+    held: Mutex<(Option<Input>, Vec<Output>)>,
 }
 
 impl ProcessIo {
+    /// Opens the streams of a pod's own container, in which nothing runs. CRI-O names some, and opens its ends for as long as
+    /// nobody opens these.
+    pub fn hold(stdio: &Stdio) -> Result<Self, IoError> {
+        let streams = stdio.streams();
+        let input = streams.stdin.then(|| Input::open(&stdio.stdin)).transpose()?;
+        let outputs = [(streams.stdout, &stdio.stdout), (streams.stderr, &stdio.stderr)];
+        let outputs = outputs.into_iter().filter(|(wanted, _)| *wanted).map(|(_, path)| Output::open(path));
+        let mut io = Self::default();
+        io.held = Mutex::new((input, outputs.collect::<Result<_, _>>()?));
+        Ok(io)
+    }
+
     /// Connects the streams of a process that exists in the guest.
     pub async fn connect(agent: &Agent, key: &ProcessKey, stdio: &Stdio) -> Result<Self, IoError> {
         let streams = stdio.streams();
@@ -85,30 +138,33 @@ impl ProcessIo {
         let mut outputs = Vec::new();
         for (stream, output) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
             if let Some(output) = output {
-                outputs.push((connect_stream(agent, key, stream).await?, output));
+                outputs.push((stream, connect_stream(agent, key, stream).await?, output));
             }
         }
         if let Some(input) = stdin {
             let connection = connect_stream(agent, key, Stream::Stdin).await?;
             let (close, closed) = watch::channel(false);
             io.close_stdin = Some(close);
-            io.input = Mutex::new(Some(tokio::spawn(copy::to_guest(input, connection, closed))));
+            io.input = Mutex::new(Some(about::spawn(copy::to_guest(input, connection, closed))));
         }
         let copies = outputs
             .into_iter()
-            .map(|(connection, output)| tokio::spawn(copy::from_guest(connection, output, io.ended.subscribe())));
-        let copies = copies.collect();
-        io.outputs = Mutex::new(copies);
+            .map(|(stream, connection, output)| OutputCopy::start(stream, connection, output, io.ended.subscribe()));
+        io.outputs = Mutex::new(copies.collect());
         Ok(io)
     }
 
-    /// The process has ended: returns when its output has been copied, which is when the guest says so, falls silent, or
-    /// has had its time. Before that the end must not be told: containerd closes its fifos upon it.
-    pub async fn process_ended(&self) {
+    /// The process has ended: returns when what had been written then has been copied, or the guest falls silent or has had
+    /// its time. Before that the end must not be told: containerd 1.6 closes its fifos upon it. What others write later, who
+    /// have the streams from the process, goes on to be copied until [`Self::finish`].
+    pub async fn process_ended(&self, written: Written) {
         self.ended.send_replace(true);
-        // Each copy of output holds a receiver.
-        if tokio::time::timeout(TRAILING, self.ended.closed()).await.is_err() {
-            tracing::warn!("a process's output still comes {TRAILING:?} after its end");
+        let followed: Vec<_> = {
+            let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+            outputs.iter().map(|output| all_copied(output.progress.clone(), written.of(output.stream))).collect()
+        };
+        if let Err(waited) = patience::timeout(TRAILING, join_all(followed)).await {
+            tracing::warn!("a process's output still comes {waited:?} after its end");
         }
     }
 
@@ -121,18 +177,15 @@ impl ProcessIo {
 
     /// Ends the copies: output is drained, in bounded time, and the fifos are closed.
     pub async fn finish(&self) {
+        drop(take(&self.held));
         if let Some(input) = take(&self.input) {
             input.abort();
         }
         let outputs = take(&self.outputs);
-        let aborts: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
-        let drained = async {
-            for output in outputs {
-                let _ = output.await;
-            }
-        };
+        let aborts: Vec<_> = outputs.iter().map(|output| output.task.abort_handle()).collect();
+        let drained = join_all(outputs.into_iter().map(|output| output.task));
         if tokio::time::timeout(DRAIN, drained).await.is_err() {
-            tracing::warn!("output did not end within {DRAIN:?}, closing it");
+            tracing::info!("output did not end within {DRAIN:?}, closing it");
             aborts.iter().for_each(tokio::task::AbortHandle::abort);
         }
     }
@@ -147,8 +200,15 @@ impl Drop for ProcessIo {
         if let Some(input) = take(&self.input) {
             input.abort();
         }
-        take(&self.outputs).iter().for_each(JoinHandle::abort);
+        take(&self.outputs).iter().for_each(|output| output.task.abort());
     }
+}
+
+/// Returns when as much of a stream has been copied as there was to copy, or nothing comes any more.
+async fn all_copied(mut progress: watch::Receiver<Progress>, written: Option<u64>) {
+    let enough = |progress: &Progress| progress.silent || written.is_some_and(|written| progress.bytes >= written);
+    // An error is the end of the stream.
+    let _ = progress.wait_for(enough).await;
 }
 
 async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Result<UnixStream, IoError> {
@@ -159,7 +219,7 @@ async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Resu
         connection.write_all(&bytes).await?;
         connection.read_u8().await
     };
-    match tokio::time::timeout(patience::left(HEADER), handshake).await {
+    match patience::timeout(HEADER, handshake).await {
         Ok(Ok(ACCEPTED)) => Ok(connection),
         Ok(Ok(_)) => Err(IoError::Refused(stream)),
         Ok(Err(source)) => Err(IoError::Handshake(source)),

@@ -3,7 +3,7 @@
 use super::*;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
     let path = dir.path().join(name);
@@ -21,6 +21,7 @@ async fn output_reaches_the_fifo_and_its_reader_sees_the_end() {
         connection,
         Output::open(path.to_str().unwrap()).unwrap(),
         watch::channel(false).1,
+        watch::channel(Progress::default()).0,
     ));
     guest.write_all(b"hello").await.unwrap();
     drop(guest);
@@ -28,6 +29,27 @@ async fn output_reaches_the_fifo_and_its_reader_sees_the_end() {
     reader.read_to_string(&mut text).await.unwrap();
     copy.await.unwrap();
     assert_eq!(text, "hello");
+}
+
+#[tokio::test]
+async fn streams_of_no_process_are_held_open_until_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "out");
+    let reader = tokio::task::spawn_blocking({
+        let path = path.clone();
+        // As CRI-O does, which waits for a writer.
+        move || std::fs::File::open(path)
+    });
+    let held = ProcessIo::hold(&Stdio { stdout: path.display().to_string(), ..Stdio::default() }).unwrap();
+    let mut reader = reader.await.unwrap().unwrap();
+    rustix::io::ioctl_fionbio(&reader, true).unwrap();
+    let mut text = String::new();
+    assert_eq!(reader.read_to_string(&mut text).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    held.process_ended(Written::default()).await;
+    held.finish().await;
+    assert_eq!((reader.read_to_string(&mut text).unwrap(), text.as_str()), (0, ""));
+    let gone = Stdio { stderr: dir.path().join("gone").display().to_string(), ..Stdio::default() };
+    assert!(matches!(ProcessIo::hold(&gone), Err(IoError::Open { .. })));
 }
 
 #[tokio::test]
@@ -60,7 +82,7 @@ async fn file_uri_is_appended_to() {
     let output = Output::open(&format!("file://{}?x=y", path.display())).unwrap();
     guest.write_all(b"line\n").await.unwrap();
     drop(guest);
-    copy::from_guest(connection, output, watch::channel(false).1).await;
+    copy::from_guest(connection, output, watch::channel(false).1, watch::channel(Progress::default()).0).await;
     let mut text = String::new();
     std::fs::File::open(path).unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "line\n");
@@ -82,16 +104,42 @@ async fn fifo_that_is_gone_is_not_made_a_file() {
     assert!(matches!(Output::open(&plain), Ok(Output::File(_))));
 }
 
+/// The copies of a process that has stdout alone.
+fn of_stdout(connection: UnixStream, target: &Path) -> ProcessIo {
+    let output = Output::open(&format!("file://{}", target.display())).unwrap();
+    let mut io = ProcessIo::default();
+    io.outputs = Mutex::new(vec![OutputCopy::start(Stream::Stdout, connection, output, io.ended.subscribe())]);
+    io
+}
+
+const UNKNOWN: Written = Written { stdout: None, stderr: None };
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_never_ends_is_given_up_after_its_process() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("log");
     let (_guest, connection) = UnixStream::pair().unwrap();
-    let (end, ended) = watch::channel(false);
-    let output = Output::open(&format!("file://{}", path.display())).unwrap();
-    let copy = tokio::spawn(copy::from_guest(connection, output, ended));
-    end.send_replace(true);
-    copy.await.unwrap();
+    let io = of_stdout(connection, &dir.path().join("log"));
+    io.process_ended(UNKNOWN).await;
+    // A guest that says too much of it is waited for no longer either.
+    io.process_ended(Written { stdout: Some(u64::MAX), ..UNKNOWN }).await;
+    io.finish().await;
+}
+
+/// As of `sh -c 'echo line; sleep 1000 &'`.
+#[tokio::test(start_paused = true)]
+async fn end_waits_for_what_was_written_before_and_not_for_who_still_has_the_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let (mut guest, connection) = UnixStream::pair().unwrap();
+    let io = of_stdout(connection, &log);
+    let (begun, written) = (tokio::time::Instant::now(), Written { stdout: Some(5), ..UNKNOWN });
+    let (_, sent) = futures::join!(io.process_ended(written), guest.write_all(b"line\n"));
+    sent.unwrap();
+    assert_eq!((std::fs::read_to_string(&log).unwrap().as_str(), begun.elapsed()), ("line\n", Duration::ZERO));
+    guest.write_all(b"later\n").await.unwrap();
+    drop(guest);
+    io.finish().await;
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "line\nlater\n");
 }
 
 #[test]
@@ -110,15 +158,13 @@ async fn output_that_came_while_nobody_looked_is_not_taken_for_silence() {
     for round in 0..32 {
         let path = dir.path().join(round.to_string());
         let (mut guest, connection) = UnixStream::pair().unwrap();
-        let (end, ended) = watch::channel(true);
-        let output = Output::open(&format!("file://{}", path.display())).unwrap();
-        let mut copy = std::pin::pin!(copy::from_guest(connection, output, ended));
-        assert!(futures::poll!(&mut copy).is_pending());
+        let io = of_stdout(connection, &path);
+        let mut ended = std::pin::pin!(io.process_ended(UNKNOWN));
+        assert!(futures::poll!(&mut ended).is_pending());
         guest.write_all(b"line\n").await.unwrap();
         drop(guest);
-        tokio::time::advance(Duration::from_secs(60)).await;
-        copy.await;
+        tokio::time::advance(Duration::from_secs(10)).await;
+        ended.await;
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "line\n", "round {round}");
-        drop(end);
     }
 }

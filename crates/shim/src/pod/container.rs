@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +16,9 @@ use super::process::Process;
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
 /// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
 const EXEC_ENDS: Duration = Duration::from_secs(2);
+
+/// File in the bundle by which CRI-O knows that a container was out of memory (cri-o: internal/oci/runtime_vm.go).
+const OOM_FILE: &str = "oom";
 
 /// What a container is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -41,8 +44,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// What the host runs when it begins and ends.
     pub hooks: ContainerHooks,
-    /// containerd has been told that it was out of memory.
-    pub oom_told: AtomicBool,
+    /// It is known to have been out of memory.
+    oom: AtomicBool,
     /// What it uses, as far as the guest has told.
     pub numbers: Numbers,
     execs: Mutex<Execs>,
@@ -54,8 +57,17 @@ type Execs = HashMap<String, (Arc<Process>, Arc<[u8]>)>;
 impl Container {
     /// A created container.
     pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>, hooks: ContainerHooks) -> Self {
-        let (oom_told, numbers, execs) = (AtomicBool::new(false), Numbers::default(), Mutex::default());
-        Self { id, kind, bundle, init, hooks, oom_told, numbers, execs }
+        let (oom, numbers, execs) = (AtomicBool::new(false), Numbers::default(), Mutex::default());
+        Self { id, kind, bundle, init, hooks, oom, numbers, execs }
+    }
+
+    /// Notes that it was out of memory, and answers whether that is news. Who gets no events finds a file when it has ended.
+    pub fn out_of_memory(&self) -> bool {
+        let news = !self.oom.swap(true, Ordering::Relaxed);
+        if news && let Err(error) = std::fs::write(self.bundle.join(OOM_FILE), "") {
+            tracing::warn!(%error, "cannot note in the bundle that the container was out of memory");
+        }
+        news
     }
 
     fn execs(&self) -> MutexGuard<'_, Execs> {

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, event};
@@ -18,6 +17,7 @@ use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::process::Process;
 use super::{Pod, options};
+use crate::about;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
@@ -69,6 +69,7 @@ impl Pod {
         let mut spec = bundle::read_spec(&task.bundle)?;
         task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
+        about::note_pod(spec.annotations().as_ref());
         let kind = match bundle::spec_role(&spec)? {
             Role::Sandbox => Kind::Sandbox,
             Role::Standalone => Kind::Standalone,
@@ -82,6 +83,7 @@ impl Pod {
         let (init, hooks) = (&container.init, &container.hooks);
         match kind {
             Kind::Sandbox => {
+                init.set_io(ProcessIo::hold(&task.stdio)?);
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
                 self.or_teardown(init.assign_pid(sandbox.netns().as_deref()).map(drop)).await?;
                 self.or_teardown(hooks.created(init.pid()).await).await?;
@@ -90,6 +92,8 @@ impl Pod {
             Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
                 let mut own = spec::sandbox(&spec)?;
+                // A pod's VM is there already. This one would be made in vain.
+                spec::check(&spec, &task.id)?;
                 if own.netns == Netns::New {
                     // Nobody gives it to CNI.
                     own.netns = Netns::None;
@@ -250,7 +254,7 @@ impl Pod {
                         && let Ok(container) = self.container(&oom.container_id)
                         && container.kind != Kind::Sandbox
                     {
-                        container.oom_told.store(true, Ordering::Relaxed);
+                        container.out_of_memory();
                         let container_id = oom.container_id;
                         self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
                     }
@@ -277,11 +281,11 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
     // The guest's side first: it may hold the mounts. What it says does not matter any more.
     let forgotten = async {
         if sandbox.agent.signal(init, SIGKILL, true).await.is_ok() {
-            let _ = tokio::time::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
+            let _ = patience::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
         }
         let _ = sandbox.agent.delete_container(&id).await;
     };
-    let _ = tokio::time::timeout(GUEST_FORGETS, forgotten).await;
+    let _ = patience::timeout(GUEST_FORGETS, forgotten).await;
     sandbox.volumes.remove(&id);
     sandbox.container_ended(&id);
     sandbox.detach_disks(&id).await;

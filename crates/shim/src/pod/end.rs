@@ -12,8 +12,9 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
+use crate::about;
 use crate::sandbox::agent::{AgentError, SIGKILL};
-use crate::sandbox::{Sandbox, removing};
+use crate::sandbox::{Sandbox, patience, removing};
 use crate::share::ShareError;
 
 /// How long a process that was never started may take to die of SIGKILL before its VM is killed. It has executed nothing and
@@ -64,7 +65,7 @@ impl Pod {
         }
         let answer = sandbox.agent.signal(&process.key, signal, all).await;
         if signal == SIGKILL {
-            tokio::spawn(self.clone().see_ended(container, process, sandbox.clone()));
+            about::spawn(self.clone().see_ended(container, process, sandbox.clone()));
         }
         match answer {
             Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
@@ -170,7 +171,7 @@ impl Pod {
     /// Whatever the guest has answered to SIGKILL. A container that goes on would keep its pod from being removed. An exec,
     /// which may wait for a server of the host's in the guest's kernel, is let go: a probe that hangs must not end its pod.
     async fn see_ended(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
-        if tokio::time::timeout(KILLED_END, process.wait()).await.is_ok() {
+        if patience::timeout(KILLED_END, process.wait()).await.is_ok() {
             return;
         }
         if process.key.exec.is_empty() {
@@ -178,7 +179,7 @@ impl Pod {
             sandbox.vm.kill().await;
             return;
         }
-        tracing::warn!(process = ?process.key, "SIGKILL does not end an exec, which is not waited for any longer");
+        tracing::warn!("SIGKILL does not end an exec, which is not waited for any longer");
         self.let_go(&container, &process);
     }
 
@@ -196,7 +197,7 @@ impl Pod {
         sandbox.container_ended(&container.id);
         sandbox.detach_disks(&container.id).await;
         let shrinking = sandbox.clone();
-        tokio::spawn(async move { shrinking.give_back().await });
+        about::spawn(async move { shrinking.give_back().await });
         let (share, id) = (sandbox.share.clone(), container.id.clone());
         let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
         Ok(removed?)
@@ -206,7 +207,7 @@ impl Pod {
     async fn end_unstarted(&self, container: &Container) {
         let Ok(sandbox) = self.sandbox() else {
             // The VM has ended, and with it the container as soon as its output has been copied.
-            let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
+            let _ = patience::timeout(UNSTARTED_END, container.init.wait()).await;
             return;
         };
         if container.kind == Kind::Sandbox {
@@ -214,10 +215,10 @@ impl Pod {
         } else {
             let _ = sandbox.agent.signal(&container.init.key, SIGKILL, true).await;
         }
-        if tokio::time::timeout(UNSTARTED_END, container.init.wait()).await.is_err() {
+        if patience::timeout(UNSTARTED_END, container.init.wait()).await.is_err() {
             sandbox.vm.kill().await;
             // Not for ever: what waits for a disk of the host has not ended, and is said not to have.
-            let _ = tokio::time::timeout(UNSTARTED_END, container.init.wait()).await;
+            let _ = patience::timeout(UNSTARTED_END, container.init.wait()).await;
         }
     }
 }

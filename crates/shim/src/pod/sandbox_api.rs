@@ -13,6 +13,7 @@ use super::Pod;
 use super::error::TaskError;
 use super::files::PodFiles;
 use super::process::{Exit, Process};
+use crate::about;
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::{Sandbox, blocking, removing};
@@ -69,6 +70,8 @@ impl Pod {
     /// Checks what is asked for and makes the pod's files; the VM comes with [`Pod::start_sandbox`].
     pub async fn create_sandbox(self: Arc<Self>, request: CreateSandbox) -> Result<(), TaskError> {
         let id = &self.identity.sandbox_id;
+        let metadata = request.config.metadata.get_or_default();
+        about::note_pod_name(&metadata.namespace, &metadata.name);
         let spec = spec::pod_sandbox(&request.config, id, &request.netns)?;
         let key = ProcessKey { container: id.clone(), exec: String::new() };
         let process = Arc::new(Process::new(key, Stdio::default()));

@@ -1,7 +1,6 @@
 //! `Start` and `Exec`: processes begin, and each is waited for from then on.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ExecRequest;
@@ -14,7 +13,8 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
-use crate::io::{ProcessIo, Stdio};
+use crate::about;
+use crate::io::{ProcessIo, Stdio, Written};
 use crate::sandbox::agent::{AgentError, ProcessKey};
 use crate::sandbox::{Sandbox, patience};
 use crate::spec;
@@ -75,7 +75,7 @@ impl Pod {
         let (container_id, exec_id) = (container.id.clone(), exec.to_owned());
         self.publisher.publish(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
         drop(order);
-        tokio::spawn(self.clone().follow(container.clone(), process, sandbox));
+        about::spawn(self.clone().follow(container.clone(), process, sandbox));
         Ok(pid)
     }
 
@@ -101,25 +101,30 @@ impl Pod {
     pub(super) fn watch_init(self: &Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         let init = container.init.clone();
         match container.kind {
-            Kind::Sandbox => tokio::spawn(self.clone().follow_vm(container, sandbox)),
-            Kind::Member | Kind::Standalone => tokio::spawn(self.clone().follow(container, init, sandbox)),
+            Kind::Sandbox => about::spawn(self.clone().follow_vm(container, sandbox)),
+            Kind::Member | Kind::Standalone => about::spawn(self.clone().follow(container, init, sandbox)),
         };
     }
 
     async fn follow_vm(self: Arc<Self>, container: Arc<Container>, sandbox: Arc<Sandbox>) {
         sandbox.vm.ended().await;
-        self.process_ended(&container, &container.init.clone(), Exit::KILLED).await;
+        let init = container.init.clone();
+        if let Some(io) = init.io() {
+            io.finish().await;
+        }
+        self.process_ended(&container, &init, Exit::KILLED).await;
     }
 
     /// Waits for a process in the guest. Its VM's end is its end; a guest that does not say how a process ended is not one.
     async fn follow(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
-        let code = tokio::select! {
+        let unknown = Written::default();
+        let (code, written) = tokio::select! {
             answer = sandbox.agent.wait(&process.key) => match answer {
                 Ok(status) => {
                     if status.oom_killed {
                         self.tell_oom(&container).await;
                     }
-                    status.code
+                    (status.code, Written { stdout: status.stdout_bytes, stderr: status.stderr_bytes })
                 }
                 Err(error) => {
                     if !matches!(error, AgentError::Refused { .. }) {
@@ -127,16 +132,16 @@ impl Pod {
                         // As long as it is there it may write to the pod's files.
                         sandbox.vm.ended().await;
                     }
-                    tracing::warn!(%error, process = ?process.key, "the guest does not tell how a process ended");
-                    Exit::KILLED
+                    tracing::warn!(%error, "the guest does not tell how a process ended");
+                    (Exit::KILLED, unknown)
                 }
             },
-            () = sandbox.vm.ended() => Exit::KILLED,
+            () = sandbox.vm.ended() => (Exit::KILLED, unknown),
             // An exec, by the deletion of its container.
             _ = process.wait() => return,
         };
         if let Some(io) = process.io() {
-            io.process_ended().await;
+            io.process_ended(written).await;
         }
         if process.key.exec.is_empty() {
             sandbox.container_ended(&container.id);
@@ -147,7 +152,7 @@ impl Pod {
     /// Says that a container was out of memory, if that was not said before, and waits until containerd knows: the reason
     /// that the kubelet sees is settled by what containerd knows when it learns of the end.
     async fn tell_oom(&self, container: &Container) {
-        if !container.oom_told.swap(true, Ordering::Relaxed) {
+        if container.out_of_memory() {
             let container_id = container.id.clone();
             self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
         }

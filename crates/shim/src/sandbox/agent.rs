@@ -307,10 +307,9 @@ fn container(id: &str) -> proto::ContainerRequest {
 }
 
 async fn within<T>(deadline: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
-    let deadline = patience::left(deadline);
-    match tokio::time::timeout(deadline, call).await {
+    match patience::timeout(deadline, call).await {
         Ok(answer) => answer.map_err(AgentError::from),
-        Err(_) => Err(AgentError::Silent(deadline)),
+        Err(waited) => Err(AgentError::Silent(waited)),
     }
 }
 

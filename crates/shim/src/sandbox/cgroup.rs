@@ -7,7 +7,8 @@ use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::huge_pages::page_name;
 
-const ROOT: &str = "/sys/fs/cgroup";
+/// Where cgroup v2 is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// `oom_score_adj` of a shim: the lowest but one, as containerd gives its own.
 const SHIM_OOM_SCORE: i32 = -999;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use bulkhead_protocol::guest::SHARE_TAG;
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use rustix::fs::{Mode, OFlags};
 
 use super::{Cgroup, VmError};
@@ -51,6 +51,8 @@ pub struct Machine<'a> {
     pub devices: Vec<NetDevice>,
     /// The pod's share.
     pub share: OwnedFd,
+    /// Owners of the share's files that the guest knows by other ids.
+    pub share_ids: IdMaps,
     /// Where the VMM is accounted.
     pub cgroup: Option<&'a Cgroup>,
 }
@@ -75,7 +77,7 @@ impl Machine<'_> {
         let mut devices = vec![
             DeviceSpec::Console { output: fds.add(console) },
             DeviceSpec::Vsock,
-            DeviceSpec::Fs { tag: SHARE_TAG.to_owned(), root: fds.add(&self.share) },
+            DeviceSpec::Fs { tag: SHARE_TAG.to_owned(), root: fds.add(&self.share), ids: self.share_ids.clone() },
             DeviceSpec::Rng,
             DeviceSpec::Balloon,
         ];
@@ -138,7 +140,14 @@ mod tests {
         let plan = Plan::new(&config, &Request::default()).unwrap();
         let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let files = Files { kvm: null(), kernel: null(), initramfs: null() };
-        let machine = Machine { files, plan: &plan, devices: Vec::new(), share: null(), cgroup: None };
+        let machine = Machine {
+            files,
+            plan: &plan,
+            devices: Vec::new(),
+            share: null(),
+            share_ids: IdMaps::default(),
+            cgroup: None,
+        };
         match Vm::boot(&config, machine, &dir.path().join("pid")).await {
             Err(VmError::DiedEarly { last_words, .. }) => assert_eq!(last_words, "score 0"),
             other => panic!("{other:?}"),

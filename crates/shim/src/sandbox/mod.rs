@@ -116,8 +116,12 @@ impl Sandbox {
         };
         let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
+        if let Some(cgroup) = &cgroup {
+            patience::follow(cgroup.path());
+        }
+        let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =
-            hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
+            hypervisor::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         share.is_jail_of(vm.process()?);
@@ -290,7 +294,8 @@ where
     T: Send + 'static,
     E: From<ShareError> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
+    let whose = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || whose.in_scope(work)).await {
         Ok(done) => done,
         Err(error) => Err(ShareError::Thread(std::io::Error::other(error)).into()),
     }

@@ -76,7 +76,7 @@ impl Vm {
         drop(fds);
         drop((machine, console));
         let (vm, ready) = Self::supervise(ours, child, pid)?;
-        match tokio::time::timeout(config.boot_timeout, ready).await {
+        match patience::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
                 // The process is gone; what it has said may still be in the pipes.
@@ -86,7 +86,7 @@ impl Vm {
             }
             Ok(Ok(Err(error))) => Err(vm.fail(error).await),
             Ok(Err(_)) => Err(vm.fail(VmError::Ended).await),
-            Err(_) => Err(vm.fail(VmError::NotReady(config.boot_timeout, tail.last_line())).await),
+            Err(waited) => Err(vm.fail(VmError::NotReady(waited, tail.last_line())).await),
         }
     }
 
@@ -182,14 +182,13 @@ impl Vm {
     }
 
     async fn ask(&self, command: Command, fds: Vec<OwnedFd>, deadline: Duration) -> Result<Reply, VmError> {
-        let deadline = patience::left(deadline);
         let (answer, answered) = oneshot::channel();
         let order = Order::Ask(Unsent { command, fds, answer: Some(answer) });
         let done = async {
             self.requests.send(order).await.map_err(|_| VmError::Ended)?;
             answered.await.map_err(|_| VmError::Ended)?
         };
-        tokio::time::timeout(deadline, done).await.map_err(|_| VmError::Silent(deadline))?
+        patience::timeout(deadline, done).await.map_err(VmError::Silent)?
     }
 }
 

@@ -279,6 +279,7 @@ mod tests {
                 follows_host: false,
                 copied: true,
                 scratch: false,
+                mapped_by: None,
             };
             sandbox.volumes.add(&sandbox.agent, container, &[volume]);
             sandbox.volumes.activate(container);

@@ -1,5 +1,6 @@
 //! How a call runs and how its error is told, the same for every service.
 
+use crate::about;
 use crate::pod::error::{TaskError, chain};
 
 /// The one place where an error becomes a status.
@@ -11,5 +12,5 @@ pub fn status(error: TaskError) -> ttrpc::Error {
 pub async fn detached<T: Send + 'static>(
     call: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
-    tokio::spawn(call).await.unwrap_or(Err(TaskError::Ending)).map_err(status)
+    about::spawn(call).await.unwrap_or(Err(TaskError::Ending)).map_err(status)
 }

@@ -11,9 +11,11 @@ use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::types::task::ProcessInfo;
 use protobuf::well_known_types::empty::Empty;
 use protobuf::{EnumOrUnknown, MessageField};
+use tracing::Instrument;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::status::{detached, status};
+use crate::about;
 use crate::io::Stdio;
 use crate::pod::error::TaskError;
 use crate::pod::{CreateTask, ExecTask, Pod};
@@ -39,13 +41,15 @@ impl Task for TaskService {
         let (stdin, stdout, stderr, terminal) = (r.stdin, r.stdout, r.stderr, r.terminal);
         let stdio = Stdio { stdin, stdout, stderr, terminal, ..Stdio::default() };
         let (bundle, options) = (r.bundle.into(), r.options.into_option());
+        let whose = about::process(&r.id, "");
         let task = CreateTask { id: r.id, bundle, rootfs: r.rootfs, stdio, options };
-        let pid = detached(self.pod.clone().create(task)).await?;
+        let pid = detached(self.pod.clone().create(task)).instrument(whose).await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, r: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
-        let pid = detached(self.pod.clone().start(r.id, r.exec_id)).await?;
+        let whose = about::process(&r.id, &r.exec_id);
+        let pid = detached(self.pod.clone().start(r.id, r.exec_id)).instrument(whose).await?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -77,12 +81,14 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, r: api::KillRequest) -> ttrpc::Result<Empty> {
-        detached(self.pod.clone().kill(r.id, r.exec_id, r.signal, r.all)).await?;
+        let whose = about::process(&r.id, &r.exec_id);
+        detached(self.pod.clone().kill(r.id, r.exec_id, r.signal, r.all)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, r: api::DeleteRequest) -> ttrpc::Result<api::DeleteResponse> {
-        let deleted = detached(self.pod.clone().delete(r.id, r.exec_id)).await?;
+        let whose = about::process(&r.id, &r.exec_id);
+        let deleted = detached(self.pod.clone().delete(r.id, r.exec_id)).instrument(whose).await?;
         Ok(api::DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.code,
@@ -112,12 +118,14 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, r: api::PauseRequest) -> ttrpc::Result<Empty> {
-        detached(self.pod.clone().pause(r.id)).await?;
+        let whose = about::process(&r.id, "");
+        detached(self.pod.clone().pause(r.id)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, r: api::ResumeRequest) -> ttrpc::Result<Empty> {
-        detached(self.pod.clone().resume(r.id)).await?;
+        let whose = about::process(&r.id, "");
+        detached(self.pod.clone().resume(r.id)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
@@ -140,7 +148,8 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, r: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources = r.resources.into_option().unwrap_or_default().value;
-        detached(self.pod.clone().update(r.id, resources)).await?;
+        let whose = about::process(&r.id, "");
+        detached(self.pod.clone().update(r.id, resources)).instrument(whose).await?;
         Ok(Empty::new())
     }
 

@@ -222,6 +222,11 @@ pub enum ShareError {
     /// A socket as a volume.
     #[error("the volume {0} is a socket of the host, which has no peer inside the guest; remove it from the pod")]
     Socket(PathBuf),
+    /// A volume without idmapped mounts.
+    #[error(
+        "the owners of the volume {0} cannot be mapped as the pod's user namespace has them, which its file system, or one below it, cannot do; use another volume, or remove the user namespace from the pod"
+    )]
+    Unmappable(PathBuf),
     /// A device as a volume.
     #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
     Device(PathBuf),

@@ -21,6 +21,7 @@ fn volume(source: &Path) -> Volume {
         follows_host: false,
         copied: false,
         scratch: false,
+        mapped_by: None,
     }
 }
 

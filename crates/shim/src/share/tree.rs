@@ -87,6 +87,18 @@ impl Tree {
         self.set(MountAttrFlags::MOUNT_ATTR_RDONLY, None)
     }
 
+    /// Maps the ids of its files' owners as a user namespace does, whose file this is.
+    pub fn map_ids(&self, namespace: &Path) -> Result<(), Errno> {
+        let namespace = rustix::fs::open(namespace, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let userns_fd = u64::try_from(namespace.as_raw_fd()).map_err(|_| Errno::BADF)?;
+        self.set_attributes(libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd,
+        })
+    }
+
     /// What it is a mount of.
     pub fn inode(&self) -> Result<Inode, Errno> {
         let stat = rustix::fs::fstat(&self.0)?;
@@ -104,7 +116,7 @@ impl Tree {
     }
 
     fn set(&self, attributes: MountAttrFlags, propagation: Option<Propagation>) -> Result<(), Errno> {
-        let attr = libc::mount_attr {
+        self.set_attributes(libc::mount_attr {
             attr_set: attributes.bits().into(),
             attr_clr: 0,
             propagation: match propagation {
@@ -113,7 +125,10 @@ impl Tree {
                 None => 0,
             },
             userns_fd: 0,
-        };
+        })
+    }
+
+    fn set_attributes(&self, attr: libc::mount_attr) -> Result<(), Errno> {
         // SAFETY: the path is empty and terminated, and the structure as large as said.
         let done = unsafe {
             libc::syscall(

@@ -63,7 +63,7 @@ impl Volumes {
         let place = volume.source.canonicalize().map_err(|error| ShareError::volume(&volume.source, error))?;
         let watch = (volume.follows_host && volume.access == Access::ReadOnly).then(|| Watch::begin(&place));
         let watch = watch.transpose().map_err(ShareError::MountTable)?;
-        let tree = copy(volume).map_err(failed)?;
+        let tree = copy(volume)?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
         let what = if alone { None } else { what(&tree, &place).map_err(failed)? };
         let source_writable = match tree.is_read_only() {
@@ -155,17 +155,25 @@ impl Table {
 /// Shows a volume at a place of its own.
 pub fn show(share: &Place, volume: &Volume, target: &Path) -> Result<(), ShareError> {
     let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
-    let tree = copy(volume).map_err(failed)?;
+    let tree = copy(volume)?;
     restrict(&tree, volume.access).map_err(failed)?;
     make_target(&volume.source, target)?;
     share.attach(&tree, target).map_err(|error| ShareError::attach(target, error))
 }
 
-fn copy(volume: &Volume) -> Result<Tree, Errno> {
+fn copy(volume: &Volume) -> Result<Tree, ShareError> {
+    let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
     // What comes to a read-only one later has to be made read-only first ([`super::follow`]).
     let slave = volume.follows_host && volume.access == Access::ReadWrite;
     let propagation = if slave { Propagation::Slave } else { Propagation::Private };
-    Tree::copy(&volume.source, volume.recursive, propagation)
+    let tree = Tree::copy(&volume.source, volume.recursive, propagation).map_err(failed)?;
+    if let Some(namespace) = &volume.mapped_by {
+        tree.map_ids(namespace).map_err(|error| match error {
+            Errno::INVAL => ShareError::Unmappable(volume.source.clone()),
+            other => failed(other),
+        })?;
+    }
+    Ok(tree)
 }
 
 fn restrict(tree: &Tree, access: Access) -> Result<(), Errno> {

@@ -5,7 +5,7 @@ use std::fmt;
 
 use oci_spec::runtime::{Capability, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 
-use super::SpecError;
+use super::{Asker, SpecError};
 
 /// Character devices that every kernel has, by the same numbers (Documentation/admin-guide/devices.txt), and that behave the
 /// same: a bind of one means the guest's own. They are also the ones that every container has.
@@ -69,7 +69,7 @@ pub fn disks(spec: &Spec) -> Result<Vec<HostDisk>, SpecError> {
     let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
     let mut disks: Vec<HostDisk> = Vec::new();
     for device in devices {
-        let refused = || SpecError::Device(device.path().clone());
+        let refused = || SpecError::Device(device.path().clone(), Asker::of(spec));
         match device.typ() {
             LinuxDeviceType::B => {
                 let number = number(device.major(), device.minor()).ok_or_else(refused)?;

@@ -3,26 +3,30 @@
 //! Pure: what has to be bound on the host comes out as a list. Whatever names a thing of the host (namespace paths,
 //! cgroups, security labels, cpusets) is dropped, its block devices become the guest's ([`devices`]); what cannot be honoured in a guest is refused.
 
+mod asker;
 mod devices;
 mod hooks;
 mod huge_pages;
 mod mounts;
 mod namespaces;
 mod pod;
+mod resources;
 mod sandbox;
 mod users;
 
 use bulkhead_protocol::agent::PidNamespace;
+use bulkhead_protocol::cri::NamespaceMode;
 use bulkhead_protocol::guest::SHARE_DIR;
-use oci_spec::runtime::{Linux, LinuxResources, Process, Root, Spec};
+use oci_spec::runtime::{Linux, Process, Root, Spec};
+use protobuf::EnumOrUnknown;
 
-use crate::sizing::Limits;
-
+pub use asker::Asker;
 pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
 pub use hooks::{HostHooks, take as take_hooks};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
+pub use resources::{limits, parse as parse_resources, translate as translate_resources};
 pub use sandbox::{Netns, SandboxSpec, sandbox};
 
 /// A container as the agent is asked to create it.
@@ -67,14 +71,21 @@ pub struct Given {
     pub huge_volumes: Vec<HugeVolume>,
 }
 
+/// Refuses what [`translate`] and [`disks`] will refuse, before there is anything to give.
+pub fn check(spec: &Spec, id: &str) -> Result<(), SpecError> {
+    disks(spec)?;
+    translate(spec.clone(), id, &Given::default()).map(drop)
+}
+
 /// Rewrites a container's spec.
 pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, SpecError> {
     devices::renumber(&mut spec, &given.disks);
     devices::open_to_privileged(&mut spec);
     refuse_what_is_on_the_host(&spec)?;
+    let users = users::of_volumes(&spec);
     let pid = namespaces::strip(&mut spec)?;
+    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes, users.as_ref())?;
     users::rewrite(&mut spec);
-    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes)?;
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
     spec.set_root(Some(root));
@@ -131,23 +142,6 @@ pub fn translate_process(json: &[u8]) -> Result<(Vec<u8>, ConsoleSize), SpecErro
     Ok((serde_json::to_vec(&process).map_err(SpecError::Encode)?, size))
 }
 
-/// Reads an update's resources.
-pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
-    serde_json::from_slice(json).map_err(SpecError::Resources)
-}
-
-/// Rewrites an update's resources, to JSON.
-pub fn translate_resources(mut resources: LinuxResources) -> Result<Vec<u8>, SpecError> {
-    strip_resources(&mut resources);
-    serde_json::to_vec(&resources).map_err(SpecError::Encode)
-}
-
-/// What a container may use.
-pub fn limits(spec: &Spec) -> Limits {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    resources.map(Limits::of).unwrap_or_default()
-}
-
 /// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement. Nor has it the host's CPUs.
 fn strip_process(process: &mut Process) {
     process.set_apparmor_profile(None);
@@ -165,21 +159,8 @@ fn strip_linux(linux: &mut Linux) {
     // The pod's sysctls are set once, when the sandbox is created.
     linux.set_sysctl(None);
     if let Some(resources) = linux.resources_mut() {
-        strip_resources(resources);
+        resources::strip(resources);
     }
-}
-
-/// Drops what speaks of the host's CPUs, disks and cgroup v1 classes.
-fn strip_resources(resources: &mut LinuxResources) {
-    if let Some(cpu) = resources.cpu_mut() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
-        cpu.set_realtime_period(None);
-        cpu.set_realtime_runtime(None);
-    }
-    resources.set_block_io(None);
-    resources.set_network(None);
-    resources.set_rdma(None);
 }
 
 /// A spec that a guest cannot honour.
@@ -227,9 +208,28 @@ pub enum SpecError {
     CreateContainerHook,
     /// A device of the host that a guest cannot be given.
     #[error(
-        "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible (is privileged_without_host_devices = true set for the runtime in containerd's configuration?)"
+        "the container is given the host's device {0:?}, which a VM cannot reach; only block devices are possible: {hint}",
+        hint = .1.without_host_devices()
     )]
-    Device(std::path::PathBuf),
+    Device(std::path::PathBuf, Asker),
+    /// Nobody could set up a container.
+    #[error(
+        "the pod's user namespace has no id 0, as which its containers are set up; map root of users and groups, or remove the user namespace from the pod"
+    )]
+    NoRoot,
+    /// A mode of user namespaces that no pod can have.
+    #[error(
+        "the pod asks for a user namespace of the mode {0:?}, but it has one of its own (POD) or none (NODE); correct the pod's configuration"
+    )]
+    UserNamespaceMode(EnumOrUnknown<NamespaceMode>),
+    /// Ids beyond what there are.
+    #[error("the pod's user namespace maps ids beyond 4294967295; correct its mappings")]
+    Ids,
+    /// The ids of a volume are to be mapped by a namespace that has no path.
+    #[error(
+        "the owners of the volume at {0:?} are to be mapped, but the container's user namespace is not one that can be opened; update CRI-O"
+    )]
+    VolumeIds(std::path::PathBuf),
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),

@@ -6,7 +6,7 @@ use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, Spec};
 
 use super::devices::COMMON_DEVICES;
-use super::{HugeVolume, SpecError};
+use super::{HugeVolume, SpecError, users};
 use crate::annotations;
 
 /// Something of the host that the container sees.
@@ -24,6 +24,8 @@ pub struct Volume {
     pub copied: bool,
     /// An emptyDir of this pod: the host has nothing in it that the pod may not change.
     pub scratch: bool,
+    /// The user namespace by whose ids its owners are mapped on the host.
+    pub mapped_by: Option<PathBuf>,
 }
 
 /// What the guest may do with a volume.
@@ -38,7 +40,12 @@ pub enum Access {
 }
 
 /// Points the binds of a spec to the share and answers what belongs there.
-pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Volume>, SpecError> {
+pub fn rewrite(
+    spec: &mut Spec,
+    id: &str,
+    huge: &[HugeVolume],
+    users: Option<&PathBuf>,
+) -> Result<Vec<Volume>, SpecError> {
     put_devices_in_place(spec);
     let mut volumes = Vec::new();
     let pod = spec.annotations().as_ref().and_then(annotations::pod_uid).map(str::to_owned);
@@ -53,7 +60,8 @@ pub fn rewrite(spec: &mut Spec, id: &str, huge: &[HugeVolume]) -> Result<Vec<Vol
         } else if let Some(volume) = huge.iter().find(|volume| volume.source == source) {
             mount.set_source(Some(volume.guest_path()));
         } else if common_device(&source).is_none() {
-            let volume = volume(mount, source, pod.as_deref())?;
+            let mapped_by = users::of_volume(mount, users)?;
+            let volume = Volume { mapped_by, ..volume(mount, source, pod.as_deref())? };
             let index = volumes.len();
             let place = if volume.copied {
                 format!("{VOLUMES_DIR}/{id}/{index}")
@@ -128,6 +136,7 @@ fn volume(mount: &Mount, source: PathBuf, pod: Option<&str>) -> Result<Volume, S
         access,
         recursive: options(mount).any(|option| option == "rbind"),
         follows_host: options(mount).any(|option| matches!(option, "slave" | "rslave")),
+        mapped_by: None,
     })
 }
 

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use bulkhead_protocol::agent::UserNamespace;
 use bulkhead_protocol::cri::{
-    IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig,
+    self, IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig,
 };
+use bulkhead_protocol::vmspec::IdMaps;
 
 use super::{Netns, SandboxSpec, SpecError, users};
 use crate::annotations;
@@ -25,23 +26,29 @@ pub fn pod_sandbox(config: &PodSandboxConfig, id: &str, netns: &str) -> Result<S
     if namespaces.pid.enum_value_or_default() == NamespaceMode::NODE {
         return Err(SpecError::HostPid);
     }
-    let user = namespaces.userns_options.as_ref();
-    let user = user.filter(|user| user.mode.enum_value_or_default() == NamespaceMode::POD);
-    let ids =
-        |mappings: &[IDMapping]| users::ranges(mappings.iter().map(|mapping| (mapping.container_id, mapping.length)));
+    let user = namespaces.userns_options.as_ref().map(user_namespace).transpose()?.flatten();
     Ok(SandboxSpec {
         hostname: config.hostname.clone(),
         domainname: String::new(),
         netns: if netns.is_empty() { Netns::New } else { Netns::At(PathBuf::from(netns)) },
-        user: user.map(|user| UserNamespace {
-            uids: ids(&user.uids),
-            gids: ids(&user.gids),
-            ..UserNamespace::default()
-        }),
+        user,
+        share_ids: IdMaps::default(),
         sysctls: linux.sysctls.clone(),
         cgroups_path: cgroups_path(linux, id),
         annotations: own_annotations(config, &linux.resources),
     })
+}
+
+/// The pod's own user namespace. There is no container or other pod whose it could be.
+fn user_namespace(user: &cri::UserNamespace) -> Result<Option<UserNamespace>, SpecError> {
+    fn ids(mappings: &[IDMapping]) -> impl Iterator<Item = (u32, u32)> {
+        mappings.iter().map(|mapping| (mapping.container_id, mapping.length))
+    }
+    match user.mode.enum_value() {
+        Ok(NamespaceMode::POD) => users::namespace(ids(&user.uids), ids(&user.gids)).map(Some),
+        Ok(NamespaceMode::NODE) => Ok(None),
+        _ => Err(SpecError::UserNamespaceMode(user.mode)),
+    }
 }
 
 /// Where the sandbox is accounted, in the form that containerd writes into specs.
@@ -72,7 +79,6 @@ fn own_annotations(config: &PodSandboxConfig, resources: &LinuxContainerResource
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_protocol::cri;
     use protobuf::MessageField;
 
     fn config() -> PodSandboxConfig {
@@ -127,10 +133,30 @@ mod tests {
         let options = linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
         let ids = |first| vec![IDMapping { host_id: 7 << 16, container_id: first, length: 9, ..Default::default() }];
         options.userns_options =
-            MessageField::some(cri::UserNamespace { uids: ids(0), gids: ids(1), ..Default::default() });
-        let user = pod_sandbox(&config, "s", "").unwrap().user;
-        let of = |ids: [(u32, u32); 1]| users::ranges(ids.into_iter());
-        assert_eq!(user, Some(UserNamespace { uids: of([(0, 9)]), gids: of([(1, 9)]), ..Default::default() }));
+            MessageField::some(cri::UserNamespace { uids: ids(0), gids: ids(0), ..Default::default() });
+        let spec = pod_sandbox(&config, "s", "").unwrap();
+        let nine = || [(0, 9)].into_iter();
+        assert_eq!((spec.user, spec.share_ids), (users::namespace(nine(), nine()).ok(), IdMaps::default()));
+    }
+
+    #[test]
+    fn user_namespace_that_cannot_be_is_refused_and_never_left_out() {
+        let with = |mode: i32, first| {
+            let mut config = config();
+            let linux = config.linux.mut_or_insert_default();
+            let options = linux.security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+            let ids = vec![IDMapping { host_id: 7 << 16, container_id: first, length: 9, ..Default::default() }];
+            let mode = protobuf::EnumOrUnknown::from_i32(mode);
+            options.userns_options =
+                MessageField::some(cri::UserNamespace { mode, uids: ids.clone(), gids: ids, ..Default::default() });
+            pod_sandbox(&config, "s", "")
+        };
+        let (pod, container, node, target, unknown) = (0, 1, 2, 3, 9);
+        assert!(with(pod, 0).unwrap().user.is_some() && with(node, 0).unwrap().user.is_none());
+        assert!(matches!(with(pod, 1), Err(SpecError::NoRoot)));
+        for mode in [container, target, unknown] {
+            assert!(matches!(with(mode, 0), Err(SpecError::UserNamespaceMode(_))), "{mode}");
+        }
     }
 
     #[test]

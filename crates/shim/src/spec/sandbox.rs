@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::UserNamespace;
-use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
+use bulkhead_protocol::vmspec::IdMaps;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::{SpecError, users};
 
@@ -19,6 +20,8 @@ pub struct SandboxSpec {
     pub netns: Netns,
     /// Its user namespace, if it has one.
     pub user: Option<UserNamespace>,
+    /// How the owners of its files are mapped.
+    pub share_ids: IdMaps,
     /// sysctls of the pod's namespaces.
     pub sysctls: HashMap<String, String>,
     /// Where the pod is accounted on the host.
@@ -48,14 +51,10 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let network = find(LinuxNamespaceType::Network).ok_or(SpecError::HostNetwork)?;
     find(LinuxNamespaceType::Ipc).ok_or(SpecError::HostIpc)?;
     find(LinuxNamespaceType::Pid).ok_or(SpecError::HostPid)?;
-    let ids = |mappings: &Option<Vec<LinuxIdMapping>>| {
-        users::ranges(mappings.iter().flatten().map(|mapping| (mapping.container_id(), mapping.size())))
-    };
-    let user = find(LinuxNamespaceType::User).and(linux).map(|linux| UserNamespace {
-        uids: ids(linux.uid_mappings()),
-        gids: ids(linux.gid_mappings()),
-        ..UserNamespace::default()
-    });
+    let user = find(LinuxNamespaceType::User).and(linux);
+    let user =
+        user.map(|linux| users::namespace(users::inside(linux.uid_mappings()), users::inside(linux.gid_mappings())));
+    let user = user.transpose()?;
     let netns = match network.path().clone().filter(|path| !path.as_os_str().is_empty()) {
         Some(path) => Netns::At(path),
         None if user.is_some() => Netns::New,
@@ -66,6 +65,7 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
         domainname: spec.domainname().clone().unwrap_or_default(),
         netns,
         user,
+        share_ids: users::of_share(spec)?,
         sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
         annotations: spec.annotations().clone().unwrap_or_default(),

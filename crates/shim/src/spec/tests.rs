@@ -1,7 +1,7 @@
 //! Translation of specs as containerd writes them.
 
 use super::*;
-use bulkhead_protocol::agent::UserNamespace;
+use bulkhead_protocol::vmspec::{IdMap, IdMaps};
 use serde_json::{Value, json};
 
 fn spec(value: Value) -> Spec {
@@ -78,6 +78,7 @@ fn binds_come_through_the_share() {
         follows_host: false,
         copied: false,
         scratch: false,
+        mapped_by: None,
     };
     let data = Volume {
         source: "/srv/data".into(),
@@ -86,6 +87,7 @@ fn binds_come_through_the_share() {
         follows_host: true,
         copied: false,
         scratch: false,
+        mapped_by: None,
     };
     assert_eq!(guest.volumes, [hosts, data]);
 }
@@ -246,11 +248,38 @@ fn network_of_a_sandbox_with_a_user_namespace_comes_later() {
     let mut value = container();
     value["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "network"}, {"type": "ipc"}, {"type": "pid"}]);
     value["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
-    value["linux"]["gidMappings"] = json!([{"containerID": 1, "hostID": 65536, "size": 2}]);
-    let got = sandbox(&spec(value)).unwrap();
-    let of = |ids: [(u32, u32); 1]| users::ranges(ids.into_iter());
-    let user = UserNamespace { uids: of([(0, 65536)]), gids: of([(1, 2)]), ..UserNamespace::default() };
-    assert_eq!((got.netns, got.user), (Netns::New, Some(user)));
+    value["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 65536, "size": 2}]);
+    let got = sandbox(&spec(value.clone())).unwrap();
+    let user = users::namespace([(0, 65536)].into_iter(), [(0, 2)].into_iter()).unwrap();
+    assert_eq!((got.netns, got.user, got.share_ids), (Netns::New, Some(user), IdMaps::default()));
+    value["linux"]["gidMappings"][0]["containerID"] = 1.into();
+    assert!(matches!(sandbox(&spec(value)), Err(SpecError::NoRoot)));
+}
+
+/// CRI-O has a container's files by the host's ids, and its volumes mapped.
+#[test]
+fn owners_of_crios_files_are_mapped_back() {
+    let mut value = container();
+    value["annotations"] = json!({"io.kubernetes.cri-o.ContainerType": "sandbox"});
+    let user = json!({"type": "user", "path": "/var/run/userns/u"});
+    value["linux"]["namespaces"] = json!([user, {"type": "network", "path": "/n"}, {"type": "ipc"}, {"type": "pid"}]);
+    let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    for key in ["uidMappings", "gidMappings"] {
+        value["linux"][key] = ids.clone();
+        value["mounts"][3][key] = ids.clone();
+    }
+    let map = vec![IdMap { guest: 0, host: 100_000, count: 65536 }];
+    let got = sandbox(&spec(value.clone())).unwrap();
+    assert_eq!(got.share_ids, IdMaps { uids: map.clone(), gids: map });
+    let (json, guest) = translated(value.clone());
+    let by: Vec<_> = guest.volumes.iter().map(|volume| volume.mapped_by.as_deref()).collect();
+    assert_eq!(by, [None, Some(std::path::Path::new("/var/run/userns/u"))]);
+    assert!(json["mounts"][3]["uidMappings"].is_null());
+    value["linux"]["namespaces"][0] = json!({"type": "user"});
+    let refused = translate(spec(value.clone()), "c", &Given::default());
+    assert!(matches!(refused, Err(SpecError::VolumeIds(path)) if path == std::path::Path::new("/data")));
+    value["linux"]["uidMappings"][0]["hostID"] = u32::MAX.into();
+    assert!(matches!(sandbox(&spec(value)), Err(SpecError::Ids)));
 }
 
 #[test]

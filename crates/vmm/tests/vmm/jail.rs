@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use bulkhead_protocol::control::{Command, Reply};
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::common::{Start, kernel, kvm, spec};
@@ -22,8 +22,11 @@ use crate::control::{SPIN, Vmm};
 fn jailed(share: &Path) -> Vmm {
     let vmm = Vmm::start();
     let share = fs::File::open(share).unwrap();
-    let devices =
-        vec![DeviceSpec::Fs { tag: "share".into(), root: FdIndex(2) }, DeviceSpec::Vsock, DeviceSpec::Balloon];
+    let devices = vec![
+        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(2), ids: IdMaps::default() },
+        DeviceSpec::Vsock,
+        DeviceSpec::Balloon,
+    ];
     let fds: [OwnedFd; 3] = [kvm(), kernel(Start::Long, &SPIN, &[]).into(), share.into()];
     vmm.send(1, Command::Boot(VmSpec { vcpus: 2, serial: None, devices, ..spec() }), &fds);
     assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));

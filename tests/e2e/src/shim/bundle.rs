@@ -87,7 +87,20 @@ fn container_spec(caller: Caller, id: &str, sandbox: &str, pid: u32, script: &st
         { "type": "ipc", "path": of_sandbox("ipc") },
         { "type": "uts", "path": of_sandbox("uts") },
     ]);
-    spec(annotations(caller, "container", sandbox), script, &namespaces, id)
+    let mut spec = spec(annotations(caller, "container", sandbox), script, &namespaces, id);
+    if caller == Caller::CriO {
+        spec["linux"]["resources"] = memory_alone(32 << 20);
+    }
+    spec
+}
+
+/// A limit of memory as CRI-O says it: every other limit is there too, as zero (cri-o: internal/factory/container).
+pub fn memory_alone(limit: u64) -> Value {
+    json!({
+        "cpu": { "shares": 0, "quota": 0, "period": 0, "cpus": "", "mems": "" },
+        "memory": { "limit": limit, "swap": limit, "reservation": 0 },
+        "pids": { "limit": 0 },
+    })
 }
 
 fn spec(annotations: Value, script: &str, namespaces: &Value, id: &str) -> Value {

@@ -16,7 +16,7 @@ use protobuf::Message;
 use ttrpc::asynchronous::Client;
 pub use ttrpc::{Code, Error};
 
-pub use bundle::{Output, process};
+pub use bundle::{Output, memory_alone, process};
 pub use host::{Caller, Host};
 
 /// The services by name.

@@ -18,14 +18,14 @@ use crate::{BOOT_ID, node_boot_id};
 pub const SHIM: &str = "containerd-shim-bulkhead-v2";
 
 /// A pod of the test client.
-struct Contract {
-    host: Host,
-    netns: Netns,
-    sandbox: &'static str,
+pub struct Contract {
+    pub host: Host,
+    pub netns: Netns,
+    pub sandbox: &'static str,
 }
 
 impl Contract {
-    async fn new(caller: Caller) -> Result<Self> {
+    pub async fn new(caller: Caller) -> Result<Self> {
         Ok(Self { host: Host::new(caller, SHIM).await?, netns: Netns::new("contract")?, sandbox: "contract-pod" })
     }
 
@@ -37,19 +37,41 @@ impl Contract {
     }
 
     /// Makes the pod as a task of its own.
-    async fn pod_by_task(&self) -> Result<(Shim, u32)> {
+    pub async fn pod_by_task(&self) -> Result<(Shim, u32)> {
+        self.pod_with_output("").await
+    }
+
+    /// The same with a path for what its process would say.
+    pub async fn pod_with_output(&self, stdout: &str) -> Result<(Shim, u32)> {
         let bundle = self.host.sandbox_bundle(self.sandbox, self.netns.path())?;
+        self.start_pod(&bundle, stdout).await
+    }
+
+    /// Makes and starts the pod of a bundle.
+    pub async fn start_pod(&self, bundle: &std::path::Path, stdout: &str) -> Result<(Shim, u32)> {
         let (version, shim) = self.host.start(self.sandbox).await?;
         ensure!(version == self.host.caller.version(), "{:?} was answered with {version}", self.host.caller);
         let request = api::CreateTaskRequest {
             id: self.sandbox.into(),
             bundle: bundle.display().to_string(),
+            stdout: stdout.to_owned(),
             ..Default::default()
         };
         let created: api::CreateTaskResponse = shim.task("Create", &request).await?;
         self.check_pid(created.pid)?;
         let _: api::StartResponse = shim.task("Start", &start(self.sandbox, "")).await?;
         Ok((shim, created.pid))
+    }
+
+    /// Makes and starts a container of the pod whose streams nobody reads; answers its bundle.
+    pub async fn container(&self, shim: &Shim, pid: u32, id: &str, script: &str) -> Result<std::path::PathBuf> {
+        let bundle = self.host.container_bundle(id, self.sandbox, pid, script)?;
+        self.host.start(id).await?;
+        let create =
+            api::CreateTaskRequest { id: id.into(), bundle: bundle.display().to_string(), ..Default::default() };
+        let _: api::CreateTaskResponse = shim.task("Create", &create).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        Ok(bundle)
     }
 
     /// Runs a container from its bundle to its bundle's end, with everything that containerd asks on the way.
@@ -119,7 +141,7 @@ impl Contract {
         self.end_by_task(&shim).await
     }
 
-    async fn end_by_task(&self, shim: &Shim) -> Result<()> {
+    pub async fn end_by_task(&self, shim: &Shim) -> Result<()> {
         let _: api::Empty = shim.task("Kill", &kill(self.sandbox, 9)).await?;
         let ended: api::WaitResponse = shim.task("Wait", &wait(self.sandbox, "")).await?;
         ensure!(ended.exit_status == 137, "{ended:?}");
@@ -201,12 +223,7 @@ fn exec_that_its_containers_init_takes_along_ends_before_it() {
         let contract = Contract::new(Caller::Containerd1_6).await?;
         let (shim, pid) = contract.pod_by_task().await?;
         let (host, id) = (&contract.host, "contract-order");
-        let bundle = host.container_bundle(id, contract.sandbox, pid, "while :; do sleep 3600; done")?;
-        host.start(id).await?;
-        let create =
-            api::CreateTaskRequest { id: id.into(), bundle: bundle.display().to_string(), ..Default::default() };
-        let _: api::CreateTaskResponse = shim.task("Create", &create).await?;
-        let _: api::StartResponse = shim.task("Start", &start(id, "")).await?;
+        contract.container(&shim, pid, id, "while :; do sleep 3600; done").await?;
         // More than all the pipes take, so that the exec's end waits for who reads it.
         let output = Output::new(host.path("exec-out"))?;
         let script = "exec cat /dev/zero";
@@ -222,6 +239,41 @@ fn exec_that_its_containers_init_takes_along_ends_before_it() {
         let exits: Vec<_> = exits.iter().map(|exit| (&*exit.container_id, &*exit.id, exit.exit_status)).collect();
         ensure!(exits == [(id, "taken", 137), (id, id, 137)], "{exits:?}");
         let _: api::DeleteResponse = shim.task("Delete", &delete(id, "taken")).await?;
+        let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
+        host.delete(id)?;
+        contract.end_by_task(&shim).await
+    });
+}
+
+/// What an exec leaves behind has its stdout: a daemon that a probe starts, say. Its end is told nevertheless, with all that
+/// had been written before; and what comes later goes on to be copied as long as somebody reads it.
+#[test]
+fn end_of_an_exec_is_told_at_once_whoever_else_has_its_stdout() {
+    on_node(async |_| {
+        let contract = Contract::new(Caller::Containerd1_6).await?;
+        let (shim, pid) = contract.pod_by_task().await?;
+        let (host, id) = (&contract.host, "contract-left");
+        contract.container(&shim, pid, id, "while :; do sleep 3600; done").await?;
+        let output = Output::new(host.path("left-out"))?;
+        let script = "(until [ -e /tmp/go ]; do sleep 0.1; done; echo after) & echo before; exit 3";
+        let _: api::Empty = shim.task("Exec", &exec(id, "parent", script, &output.path())).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "parent")).await?;
+        let begun = std::time::Instant::now();
+        let ended: api::WaitResponse = shim.task("Wait", &wait(id, "parent")).await?;
+        // A probe's usual patience is less; the end itself takes milliseconds, and an emulated node fifty times as long.
+        ensure!(ended.exit_status == 3 && begun.elapsed().as_secs() < 4, "{ended:?} after {:?}", begun.elapsed());
+        // Longer than a stream is waited for of which the guest does not say how much is in it.
+        let quiet = Output::new(host.path("quiet-out"))?;
+        let _: api::Empty = shim.task("Exec", &exec(id, "go", "sleep 6; true > /tmp/go", &quiet.path())).await?;
+        let _: api::StartResponse = shim.task("Start", &start(id, "go")).await?;
+        let text = output.to_end().await?;
+        ensure!(text == "before\nafter\n", "{text:?}");
+        for exec in ["go", "parent"] {
+            let _: api::WaitResponse = shim.task("Wait", &wait(id, exec)).await?;
+            let _: api::DeleteResponse = shim.task("Delete", &delete(id, exec)).await?;
+        }
+        let _: api::Empty = shim.task("Kill", &kill(id, 9)).await?;
+        let _: api::WaitResponse = shim.task("Wait", &wait(id, "")).await?;
         let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;
         host.delete(id)?;
         contract.end_by_task(&shim).await

@@ -183,3 +183,20 @@ fn two_pods_live_and_end_independently() {
         Ok(())
     });
 }
+
+/// The lines of all pods come together in containerd's log.
+#[test]
+fn every_line_of_a_shim_in_containerds_log_names_its_pod() {
+    on_node(async |node| {
+        let pod = node.pod("named-in-the-log").await?;
+        pod.run_to_end(sh("main", "true")).await?;
+        node.cri.remove_pod(&pod.id).await?;
+        let log = crate::read("/run/node/log/containerd.log")?;
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(" bulkhead_shim::")).collect();
+        let whose = format!("pod=default/named-in-the-log sandbox={}", pod.id);
+        ensure!(lines.iter().any(|line| line.contains(&whose)), "nothing of {whose} among {} lines", lines.len());
+        let nobodys: Vec<_> = lines.iter().filter(|line| !line.contains(" sandbox=")).collect();
+        ensure!(nobodys.is_empty(), "{nobodys:?}");
+        Ok(())
+    });
+}

@@ -5,6 +5,7 @@ mod chaos;
 mod cni;
 mod codes;
 mod contract;
+mod crio;
 mod dead_shims;
 mod escape;
 mod exec;

@@ -30,6 +30,27 @@ fn ctr_run_reports_the_exit_code() {
     });
 }
 
+/// What cannot be had is refused before a VM is made for it, here of a VMM that is not there, and with a remedy in the words of
+/// who has asked.
+#[test]
+fn ctr_run_with_devices_of_the_host_is_refused_without_a_vm() {
+    on_node(async |_| {
+        let config = std::env::temp_dir().join("bulkhead-no-vmm.toml");
+        std::fs::write(&config, "vmm = '/nonexistent/vmm'\n")?;
+        let config = config.display().to_string();
+        let run = ["run", "--rm", "--runtime", "io.containerd.bulkhead.v2", "--runtime-config-path", &config];
+        for asked in [&["--privileged"][..], &["--device", "/dev/kmsg"]] {
+            let rest = [BUSYBOX, "devices", "/bin/true"];
+            let said = ctr(&[&run, asked, &rest].concat()).err().map(|error| error.to_string()).unwrap_or_default();
+            ensure!(said.contains("the container is given the host's device \"/dev/"), "{asked:?}: {said}");
+            ensure!(said.contains("leave it out of --device") && !said.contains("configuration"), "{asked:?}: {said}");
+            let _ = ctr(&["containers", "rm", "devices"]);
+        }
+        std::fs::remove_file(config)?;
+        Ok(())
+    });
+}
+
 /// A network namespace with two interfaces, as a CNI with a second network makes it; gone with the value.
 struct TwoNetworks;
 

@@ -28,6 +28,17 @@ fn allow_list(default: &str) -> Filter {
     }))
 }
 
+#[test]
+fn filter_is_kept_as_bytes() {
+    let filter = allow_list("SCMP_ACT_ERRNO");
+    let bytes = filter.to_bytes();
+    let read = Filter::from_bytes(&bytes).unwrap();
+    let same = |(a, b): (&sock_filter, &sock_filter)| (a.code, a.jt, a.jf, a.k) == (b.code, b.jt, b.jf, b.k);
+    assert!(read.program.len() == filter.program.len() && read.program.iter().zip(&filter.program).all(same));
+    assert_eq!(read.flags, filter.flags);
+    assert!(Filter::from_bytes(&bytes[..bytes.len() - 1]).is_none() && Filter::from_bytes(b"").is_none());
+}
+
 /// What the kernel would make of a call: a classic BPF machine for what filters consist of.
 fn answer(filter: &Filter, audit: u32, number: u32, first_argument: u64) -> u32 {
     let low = u32::try_from(first_argument & u64::from(u32::MAX)).unwrap();

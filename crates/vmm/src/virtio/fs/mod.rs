@@ -29,6 +29,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use bulkhead_protocol::vmspec::{IdMap, IdMaps};
 use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
@@ -87,8 +88,9 @@ struct Running {
 }
 
 impl Fs {
-    /// A device that exports the directory `root` under `tag`. Raises the process's soft limit of open files.
-    pub fn new(tag: &str, root: OwnedFd) -> Result<Self, FsError> {
+    /// A device that exports the directory `root` under `tag`, the owners of its files by these ids. Raises the process's soft
+    /// limit of open files.
+    pub fn new(tag: &str, root: OwnedFd, ids: &IdMaps) -> Result<Self, FsError> {
         let bytes = tag.as_bytes();
         if bytes.is_empty() || bytes.len() > TAG_LEN || bytes.contains(&0) {
             return Err(FsError::Tag(tag.into()));
@@ -101,10 +103,11 @@ impl Fs {
         let fields = bytes.iter().chain(std::iter::repeat_n(&0, TAG_LEN - bytes.len())).chain(&[1, 0, 0, 0]);
         config.iter_mut().zip(fields).for_each(|(to, from)| *to = *from);
         let guest_fds = guest_fd_limit()?;
+        let ids = ids.clone();
         let (orders, queue) = sync_channel(1);
         thread::Builder::new()
             .name(Kind::FileServer.name().into())
-            .spawn(move || serve(&root, &queue))
+            .spawn(move || serve(&root, &ids, &queue))
             .map_err(FsError::Thread)?;
         Ok(Self { config, guest_fds, orders, running: None })
     }
@@ -134,14 +137,14 @@ impl Fs {
 }
 
 /// The thread: one order after the other, to the end of the device.
-fn serve(root: &OwnedFd, orders: &Receiver<Order>) {
+fn serve(root: &OwnedFd, ids: &IdMaps, orders: &Receiver<Order>) {
     let own = worker::own_file_system_attributes();
     jail::confine_thread(Kind::FileServer);
     for Order { activation, guest_fds, stop, started, ended } in orders {
         let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
         let worker = entered
             .map_err(|source| ActivateError::Host { action: "enter the share", source })
-            .and_then(|()| Worker::new(activation, server_config(guest_fds), stop));
+            .and_then(|()| Worker::new(activation, server_config(guest_fds, ids), stop));
         match worker {
             Ok(mut worker) => {
                 let _ = started.send(Ok(()));
@@ -204,7 +207,7 @@ impl Inline {
         worker::own_file_system_attributes()
             .and_then(|()| fchdir(root))
             .map_err(|error| ActivateError::Host { action: "enter the share", source: error.into() })?;
-        Worker::new(activation, server_config(guest_fds), Arc::new(Stop::new(event))).map(Self)
+        Worker::new(activation, server_config(guest_fds, &IdMaps::default()), Arc::new(Stop::new(event))).map(Self)
     }
 
     /// Serves what is in the queues now.
@@ -213,7 +216,17 @@ impl Inline {
     }
 }
 
-fn server_config(guest_fd_limit: u64) -> Config {
+/// A map in virtiofsd's form.
+fn translated(ids: &[IdMap]) -> Option<Vec<virtiofsd::soft_idmap::cmdline::IdMap>> {
+    let both = |map: &IdMap| virtiofsd::soft_idmap::cmdline::IdMap::Bidirectional {
+        guest: map.guest,
+        host: map.host,
+        count: map.count,
+    };
+    (!ids.is_empty()).then(|| ids.iter().map(both).collect())
+}
+
+fn server_config(guest_fd_limit: u64, ids: &IdMaps) -> Config {
     Config {
         root_dir: ".".into(),
         entry_timeout: CACHE_TIMEOUT,
@@ -230,6 +243,8 @@ fn server_config(guest_fd_limit: u64) -> Config {
         killpriv_v2: true,
         security_label: NegotiationMode::Never,
         guest_fd_limit,
+        uid_map: translated(&ids.uids),
+        gid_map: translated(&ids.gids),
         // Without a jail virtiofsd opens it by itself.
         proc_sfd_rawfd: jail::entered().and_then(|jail| jail.descriptors().ok()).map(File::from),
         ..Config::default()

@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
 
+use bulkhead_protocol::vmspec::{IdMap, IdMaps};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -65,13 +66,17 @@ impl Guest {
     }
 
     fn of(root: OwnedFd) -> Self {
+        Self::with_ids(root, &IdMaps::default())
+    }
+
+    fn with_ids(root: OwnedFd, ids: &IdMaps) -> Self {
         let memory = memory();
         let mut guest = Self {
             hiprio: DriverQueue::new(&memory, 0x1_0000, 16),
             requests: DriverQueue::new(&memory, 0x2_0000, 16).with_event_idx(),
             interrupt: Arc::default(),
             memory,
-            device: Fs::new("share", root).unwrap(),
+            device: Fs::new("share", root, ids).unwrap(),
             unique: 0,
         };
         guest.start();
@@ -198,6 +203,28 @@ fn file_is_looked_up_read_and_written() {
     guest.call(opcode::WRITE, node, &body).unwrap();
     assert_eq!(fs::read(share.join("new")).unwrap(), b"abc");
     assert_eq!(guest.lookup(ROOT, "missing"), Err(libc::ENOENT));
+}
+
+/// As of a pod whose files are kept by the ids that its user namespace has on the host.
+#[test]
+fn owners_that_have_other_ids_in_the_guest_are_mapped_both_ways() {
+    let (_dir, share) = share();
+    let (host, group) = (100_000, 200_000);
+    std::os::unix::fs::chown(share.join("file"), Some(host + 7), Some(group)).unwrap();
+    let map = |host| vec![IdMap { guest: 0, host, count: 65536 }];
+    let ids = IdMaps { uids: map(host), gids: map(group) };
+    let mut guest = Guest::with_ids(fs::File::open(&share).unwrap().into(), &ids);
+    let mut owner = |name: &str| {
+        let node = guest.lookup(ROOT, name).unwrap();
+        let attr = guest.call(opcode::GETATTR, node, &[0; 16]).unwrap();
+        u64_at(&attr, 84)
+    };
+    assert_eq!(owner("file"), 7);
+    fs::write(share.join("unmapped"), "").unwrap();
+    assert_eq!(owner("unmapped"), 0, "what has none of these ids is as it is");
+    guest.create("new").unwrap();
+    let new = fs::metadata(share.join("new")).unwrap();
+    assert_eq!((new.uid(), new.gid()), (host, group));
 }
 
 /// FOPEN_* of the second open of a file, in the reply behind the handle.
@@ -370,13 +397,13 @@ fn server_leaves_the_processs_working_directory_alone() {
 #[test]
 fn tags_are_checked() {
     let root = || fs::File::open("/").unwrap().into();
-    assert!(Fs::new("", root()).is_err());
-    assert!(Fs::new(&"x".repeat(37), root()).is_err());
-    let device = Fs::new(&"x".repeat(36), root()).unwrap();
+    assert!(Fs::new("", root(), &IdMaps::default()).is_err());
+    assert!(Fs::new(&"x".repeat(37), root(), &IdMaps::default()).is_err());
+    let device = Fs::new(&"x".repeat(36), root(), &IdMaps::default()).unwrap();
     let mut config = [0; 44];
     device.read_config(0, &mut config);
     assert_eq!((config[35], &config[36..44]), (b'x', &[1, 0, 0, 0, 0, 0, 0, 0][..]));
     device.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 44]);
-    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into()).is_err());
+    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into(), &IdMaps::default()).is_err());
 }

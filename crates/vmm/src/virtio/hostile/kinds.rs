@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps};
 
 use super::{NET, Rig, SIZE, for_every_device, rig};
 use crate::descriptors::Descriptors;
@@ -105,7 +105,10 @@ fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
         build(DeviceSpec::Vsock, None),
         build(DeviceSpec::Balloon, None),
         build(DeviceSpec::Console { output: FdIndex(0) }, Some(File::create("/dev/null").unwrap())),
-        build(DeviceSpec::Fs { tag: "x".into(), root: FdIndex(0) }, Some(File::open(share.path()).unwrap())),
+        build(
+            DeviceSpec::Fs { tag: "x".into(), root: FdIndex(0), ids: IdMaps::default() },
+            Some(File::open(share.path()).unwrap()),
+        ),
     ] {
         let mut session = other.start();
         assert!(other.ask(&mut session).is_some(), "{}", other.name);
@@ -143,7 +146,7 @@ fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused
     let needy = [
         (DeviceSpec::Block { file: wrong, read_only: true, serial: String::new() }, "disk"),
         (DeviceSpec::Console { output: wrong }, "console"),
-        (DeviceSpec::Fs { tag: "share".into(), root: wrong }, "share"),
+        (DeviceSpec::Fs { tag: "share".into(), root: wrong, ids: IdMaps::default() }, "share"),
         (DeviceSpec::Net { tap: wrong, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
     ];
     for (spec, name) in needy {
@@ -155,8 +158,8 @@ fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused
     for (spec, words) in [
         (DeviceSpec::Block { file: index, read_only: true, serial: String::new() }, "is it an image file"),
         (DeviceSpec::Block { file: index, read_only: true, serial: "x".repeat(21) }, "disk"),
-        (DeviceSpec::Fs { tag: "share".into(), root: index }, "no directory"),
-        (DeviceSpec::Fs { tag: String::new(), root: index }, "tag"),
+        (DeviceSpec::Fs { tag: "share".into(), root: index, ids: IdMaps::default() }, "no directory"),
+        (DeviceSpec::Fs { tag: String::new(), root: index, ids: IdMaps::default() }, "tag"),
         (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
         (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 67 }, "MTU"),
         (DeviceSpec::Memory { requested_mib: u64::MAX }, "hotplug_mib"),

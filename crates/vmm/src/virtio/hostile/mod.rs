@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::balloon::Balloon;
@@ -42,7 +42,7 @@ fn every_spec() -> Vec<DeviceSpec> {
         DeviceSpec::Balloon,
         DeviceSpec::Block { file: FdIndex(0), read_only: false, serial: "disk".into() },
         DeviceSpec::Console { output: FdIndex(0) },
-        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0) },
+        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default() },
         DeviceSpec::Memory { requested_mib: 0 },
         NET,
         DeviceSpec::Rng,
@@ -105,7 +105,7 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
         }
         DeviceSpec::Fs { tag, .. } => {
             let share = tempfile::tempdir().unwrap();
-            let device = Fs::new(tag, File::open(share.path()).unwrap().into()).unwrap();
+            let device = Fs::new(tag, File::open(share.path()).unwrap().into(), &IdMaps::default()).unwrap();
             // FUSE_INIT, version 7.38, with FUSE_SUBMOUNTS.
             let words = [56, 26, 1, 0, 0, 0, 0, 0, 0, 0, 7, 38, 0, 1 << 27];
             rig("fs", Box::new(device), 1, words.map(u32::to_le_bytes).concat(), 0x100, Box::new(share))

@@ -15,7 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{Command, ExitReason, Reply};
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use rustix::thread::UnshareFlags;
@@ -252,7 +252,7 @@ fn spec(scenario: &str) -> VmSpec {
             DeviceSpec::Console { output: FdIndex(3) },
             disk(4, false),
             disk(5, true),
-            DeviceSpec::Fs { tag: "share".into(), root: FdIndex(6) },
+            DeviceSpec::Fs { tag: "share".into(), root: FdIndex(6), ids: IdMaps::default() },
             DeviceSpec::Net { tap: FdIndex(7), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
             DeviceSpec::Vsock,
             DeviceSpec::Rng,
