@@ -23,6 +23,8 @@ pub struct Limits {
     pub huge_pages: BTreeMap<u64, u64>,
     /// CPUs of the host, as cpuset(7) lists them.
     pub host_cpus: Option<String>,
+    /// How much sooner or later than others its processes are killed when there is no more memory (proc_pid_oom_score_adj(5)).
+    pub oom_score_adj: i32,
 }
 
 impl Limits {
@@ -67,6 +69,7 @@ impl Limits {
             memory: larger(self.memory, other.memory),
             huge_pages,
             host_cpus: other.host_cpus.clone(),
+            oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
         }
     }
 }

@@ -8,6 +8,7 @@ mod supervisor;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
 use super::hypervisor::Machine;
+use super::oom::{self, OomScore};
 use super::{patience, pid_namespace};
 use crate::config::Config;
 use crate::network::NetDevice;
@@ -45,6 +47,7 @@ pub struct Vm {
     pid: u32,
     requests: mpsc::Sender<Order>,
     ended: watch::Receiver<bool>,
+    oom_score: Arc<OomScore>,
 }
 
 impl Vm {
@@ -64,7 +67,8 @@ impl Vm {
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         let pid = child.id().unwrap_or(0);
         super::record(pid_file, pid);
-        super::cgroup::set_oom_scores(pid);
+        oom::protect_shim();
+        let oom_score = OomScore::of(pid);
         if let Some(cgroup) = machine.cgroup {
             cgroup.add(pid);
         }
@@ -73,7 +77,7 @@ impl Vm {
         control::send(&ours, &boot, &fds).map_err(VmError::Control)?;
         drop(fds);
         drop((machine, console));
-        let (vm, ready) = Self::supervise(ours, child, pid)?;
+        let (vm, ready) = Self::supervise(ours, child, pid, oom_score)?;
         match tokio::time::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
@@ -96,6 +100,11 @@ impl Vm {
     /// The VMM's process.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Says how soon the kernel kills the VMM when there is no more memory.
+    pub fn set_oom_score(&self, score: i32) {
+        self.oom_score.set(score);
     }
 
     /// Whether the VMM's process is gone.

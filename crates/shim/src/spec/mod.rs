@@ -145,7 +145,8 @@ pub fn translate_resources(mut resources: LinuxResources) -> Result<Vec<u8>, Spe
 /// What a container may use.
 pub fn limits(spec: &Spec) -> Limits {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    resources.map(Limits::of).unwrap_or_default()
+    let oom_score_adj = spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or(0);
+    Limits { oom_score_adj, ..resources.map(Limits::of).unwrap_or_default() }
 }
 
 /// The guest's kernel has neither AppArmor nor SELinux: the VM is the confinement. Nor has it the host's CPUs.

@@ -155,6 +155,30 @@ fn huge_pages_are_reserved_for_those_who_may_use_them() {
 }
 
 #[test]
+fn vmm_is_as_likely_to_be_killed_for_memory_as_the_pods_most_protected_container() {
+    on_node(async |node| {
+        let pod = node.pod("oom-score").await?;
+        let Processes { shim, vmm } = Processes::of(&pod)?;
+        let scores = || {
+            let score = |pid: u32| anyhow::Ok(read(format!("/proc/{pid}/oom_score_adj"))?.parse::<i32>()?);
+            anyhow::Ok((score(vmm)?, score(shim)?))
+        };
+        ensure!(scores()? == (0, -999), "before any container: {:?}", scores()?);
+        // What the kubelet gives BestEffort, Burstable and Guaranteed containers.
+        let mut last = String::new();
+        for (name, adjustment) in [("best-effort", 1000), ("burstable", 950), ("guaranteed", -997)] {
+            let resources = v1::LinuxContainerResources { oom_score_adj: adjustment, ..Default::default() };
+            last = pod.run(limited(name, SLEEP, resources)).await?;
+            ensure!(scores()? == (i32::try_from(adjustment)?, -999), "{name}: {:?}", scores()?);
+        }
+        pod.stop(&last, Duration::from_secs(60)).await?;
+        pod.remove_container(&last).await?;
+        ensure!(scores()? == (950, -999), "after the guaranteed one: {:?}", scores()?);
+        Ok(())
+    });
+}
+
+#[test]
 fn shim_and_vmm_are_charged_to_the_pod_and_bound_to_its_cpus() {
     on_node(async |node| {
         let pod = node.pod("charged").await?;

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
@@ -15,7 +16,7 @@ use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Vm, VmError};
+use super::{OomScore, Vm, VmError};
 
 /// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
 /// to do is to say why on stderr, and to give the guest's memory back.
@@ -52,6 +53,7 @@ impl Vm {
         socket: OwnedFd,
         child: Child,
         pid: u32,
+        oom_score: OomScore,
     ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
         // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
         let socket = std::os::unix::net::UnixDatagram::from(socket);
@@ -74,7 +76,7 @@ impl Vm {
             reason: None,
         };
         tokio::spawn(supervisor.run(orders, tell_end));
-        Ok((Self { pid, requests, ended }, ready))
+        Ok((Self { pid, requests, ended, oom_score: Arc::new(oom_score) }, ready))
     }
 }
 
@@ -311,7 +313,7 @@ mod tests {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let child = tokio::process::Command::new("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
         let pid = child.id().unwrap();
-        (Vm::supervise(ours, child, pid).unwrap().0, theirs)
+        (Vm::supervise(ours, child, pid, OomScore::of(pid)).unwrap().0, theirs)
     }
 
     async fn request(socket: &OwnedFd) -> Request {
