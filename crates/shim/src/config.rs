@@ -20,6 +20,10 @@ const LIB_DIR: &str = "/usr/lib/bulkhead";
 /// Least boot memory in MiB: kernel, initramfs and agent need about half of it.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 64;
 
+/// vCPUs of a pod that says nothing, unless the node has fewer or the file says otherwise: enough that one busy thread does not hold
+/// up the others, few enough that a node of a hundred CPUs does not give each pod a hundred to bring online.
+const FEW_VCPUS: u8 = 4;
+
 /// What the file may say. An unknown key is an error: a misspelt limit must not be silently absent.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +49,7 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The guest's image.
     pub initramfs: PathBuf,
-    /// vCPUs of a pod that asks for fewer or for none.
+    /// vCPUs of a pod that asks for fewer or for none; four, or what the node has, unless the file says otherwise.
     pub default_vcpus: u8,
     /// Most vCPUs of a pod; the node's, unless the file says otherwise.
     pub max_vcpus: u8,
@@ -100,12 +104,13 @@ impl Config {
     /// Fills in defaults and checks the bounds. Pure.
     pub fn validate(raw: RawConfig, node: Node) -> Result<Self, ConfigError> {
         let lib = |name: &str| Path::new(LIB_DIR).join(name);
+        let max_vcpus = raw.max_vcpus.unwrap_or(node.cpus.max(raw.default_vcpus.unwrap_or(1)));
         let config = Self {
             vmm: raw.vmm.unwrap_or_else(|| lib("bulkhead-vmm")),
             kernel: raw.kernel.unwrap_or_else(|| lib("vmlinux")),
             initramfs: raw.initramfs.unwrap_or_else(|| lib("initramfs.cpio")),
-            default_vcpus: raw.default_vcpus.unwrap_or(1),
-            max_vcpus: raw.max_vcpus.unwrap_or(node.cpus.max(raw.default_vcpus.unwrap_or(1))),
+            default_vcpus: raw.default_vcpus.unwrap_or(FEW_VCPUS.min(node.cpus).min(max_vcpus)),
+            max_vcpus,
             default_memory_mib: raw.default_memory_mib.unwrap_or(256),
             max_memory_mib: raw.max_memory_mib.unwrap_or(1 << 20),
             kernel_params: raw.kernel_params.unwrap_or_default(),
@@ -189,7 +194,19 @@ mod tests {
     fn empty_file_gives_the_defaults() {
         let config = config("").unwrap();
         assert_eq!(config.kernel, Path::new("/usr/lib/bulkhead/vmlinux"));
-        assert_eq!((config.default_vcpus, config.max_vcpus, config.default_memory_mib), (1, 8, 256));
+        assert_eq!((config.default_vcpus, config.max_vcpus, config.default_memory_mib), (4, 8, 256));
+    }
+
+    #[test]
+    fn pods_without_limits_have_four_cpus_if_the_node_and_the_operator_have_as_many() {
+        let default_vcpus = |text, cpus| {
+            let node = Node { cpus, memory_mib: 16 << 10 };
+            Config::validate(toml::from_str(text).unwrap(), node).unwrap().default_vcpus
+        };
+        assert_eq!([("", 8), ("", 2), ("", 1)].map(|(text, cpus)| default_vcpus(text, cpus)), [4, 2, 1]);
+        assert_eq!(default_vcpus("max_vcpus = 3", 8), 3);
+        assert_eq!(default_vcpus("max_vcpus = 8", 1), 1);
+        assert_eq!(default_vcpus("default_vcpus = 6", 2), 6);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! How large a pod's VM is: at boot, at most, and at any time in between by the limits of the containers that are in it.
 //!
 //! A VM boots with the configured memory, which is for the guest's kernel and for containers without a limit, and grows by
-//! what its containers' limits come to in sum. All of it is arithmetic; [`crate::sandbox`] makes it so.
+//! what its containers' limits come to in sum. It has a few CPUs, or as many as their limits or their requests come to if those
+//! are more. All of it is arithmetic; [`crate::sandbox`] makes it so.
 
 use std::collections::BTreeMap;
 
@@ -12,17 +13,27 @@ use oci_spec::runtime::LinuxResources;
 use crate::annotations::Request;
 use crate::config::{Config, ConfigError, LEAST_MEMORY_MIB, bounded};
 
+/// What the kubelet makes of a request for one CPU (MilliCPUToShares).
+const SHARES_PER_CPU: u64 = 1024;
+
+/// What it makes of a request for none: the least that cgroup v1 takes.
+const LEAST_SHARES: u64 = 2;
+
 /// What a container may use; `None` for as much as there is.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Limits {
     /// Thousandths of a CPU.
     pub millicpus: Option<u64>,
+    /// What is requested of CPUs, 1024 for each; 0 for nothing.
+    pub shares: u64,
     /// Bytes.
     pub memory: Option<u64>,
     /// Bytes of huge pages by the size of a page in KiB. What is not named is none.
     pub huge_pages: BTreeMap<u64, u64>,
     /// CPUs of the host, as cpuset(7) lists them.
     pub host_cpus: Option<String>,
+    /// How much sooner or later than others its processes are killed when there is no more memory (proc_pid_oom_score_adj(5)).
+    pub oom_score_adj: i32,
 }
 
 impl Limits {
@@ -39,6 +50,9 @@ impl Limits {
             if let Some(quota) = cpu.quota().filter(|quota| *quota != 0) {
                 let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
                 self.millicpus = u64::try_from(quota).ok().map(|quota| quota.saturating_mul(1000).div_ceil(period));
+            }
+            if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+                self.shares = if shares > LEAST_SHARES { shares } else { 0 };
             }
             if let Some(cpus) = cpu.cpus().as_ref().filter(|cpus| !cpus.is_empty()) {
                 self.host_cpus = Some(cpus.clone());
@@ -64,9 +78,11 @@ impl Limits {
         }
         Self {
             millicpus: larger(self.millicpus, other.millicpus),
+            shares: self.shares.max(other.shares),
             memory: larger(self.memory, other.memory),
             huge_pages,
             host_cpus: other.host_cpus.clone(),
+            oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
         }
     }
 }
@@ -145,9 +161,11 @@ impl Plan {
 
     /// How large the VM must be for these containers.
     pub fn target<'a>(&self, containers: impl IntoIterator<Item = &'a Limits>) -> Result<Target, SizeError> {
-        let (mut millicpus, mut bytes, mut huge_bytes) = (0u64, 0u64, BTreeMap::<u64, u64>::new());
+        let (mut millicpus, mut shares, mut bytes) = (0u64, 0u64, 0u64);
+        let mut huge_bytes = BTreeMap::<u64, u64>::new();
         for limits in containers {
             millicpus = millicpus.saturating_add(limits.millicpus.unwrap_or(0));
+            shares = shares.saturating_add(limits.shares);
             bytes = bytes.saturating_add(limits.memory.unwrap_or(0));
             for (kib, amount) in &limits.huge_pages {
                 bytes = bytes.saturating_add(*amount);
@@ -161,7 +179,8 @@ impl Plan {
             return Err(SizeError::Memory { needed, base: self.boot_mib, most: self.max_memory_mib });
         }
         // A limit beyond the CPUs there are is still kept by the container's own quota.
-        let cpus = if self.fixed_vcpus { self.default_vcpus.into() } else { millicpus.div_ceil(1000) };
+        let asked = millicpus.div_ceil(1000).max(shares.div_ceil(SHARES_PER_CPU));
+        let cpus = if self.fixed_vcpus { self.default_vcpus.into() } else { asked };
         let cpus = u8::try_from(cpus).unwrap_or(u8::MAX).clamp(self.default_vcpus, self.vcpus);
         Ok(Target { cpus, plugged_mib: needed.min(self.hotplug_mib), huge_pages })
     }

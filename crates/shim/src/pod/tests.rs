@@ -338,7 +338,7 @@ async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
     fixture.sandbox.make_room("c", Limits::default()).await.unwrap();
     agent.hold("ResizeGuest");
     agent.hold("UpdateContainer");
-    let cpus = br#"{ "cpu": { "quota": 400000, "period": 100000 } }"#;
+    let cpus = br#"{ "cpu": { "quota": 600000, "period": 100000 } }"#;
     let update = tokio::spawn(fixture.pod.clone().update("c".into(), cpus.to_vec()));
     agent.called("ResizeGuest ", 1).await;
     pass(50).await;

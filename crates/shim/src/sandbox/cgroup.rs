@@ -1,7 +1,6 @@
 //! The pod's cgroup on the host: shim and VMM are accounted where the kubelet expects the pod (cgroups(7), version 2).
 //!
-//! Best effort: without a cgroup the pod runs, unaccounted. When the pod has no more memory its VMM is killed before its
-//! shim, which is then there to say so.
+//! Best effort: without a cgroup the pod runs, unaccounted.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -9,11 +8,6 @@ use bulkhead_protocol::huge_pages::page_name;
 
 /// Where cgroup v2 is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
-
-/// `oom_score_adj` of a shim: the lowest but one, as containerd gives its own.
-const SHIM_OOM_SCORE: i32 = -999;
-/// Of a VMM: any ordinary process's.
-const VMM_OOM_SCORE: i32 = 0;
 
 /// A cgroup that holds shim and VMM.
 #[derive(Clone, Debug)]
@@ -93,16 +87,6 @@ impl Cgroup {
     pub fn noted(note: &Path) -> Option<Self> {
         let dir = PathBuf::from(std::fs::read_to_string(note).ok()?);
         dir.starts_with(ROOT).then_some(Self(dir))
-    }
-}
-
-/// Has the kernel kill the VMM before the shim when the pod, or the node, has no more memory. A VMM begins with the shim's
-/// score, which may be containerd's own.
-pub fn set_oom_scores(vmm: u32) {
-    for (pid, score) in [(vmm, VMM_OOM_SCORE), (std::process::id(), SHIM_OOM_SCORE)] {
-        if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
-            tracing::debug!(%error, pid, "the kernel chooses between VMM and shim when there is no more memory");
-        }
     }
 }
 

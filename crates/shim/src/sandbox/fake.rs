@@ -198,7 +198,7 @@ impl Sandbox {
         vmm.arg("1000").stdin(Stdio::null()).kill_on_drop(true);
         let vmm = vmm.spawn().unwrap();
         let pid = vmm.id().unwrap();
-        let (vm, _) = Vm::supervise(ours, vmm, pid).unwrap();
+        let (vm, _) = Vm::supervise(ours, vmm, pid, oom::OomScore::of(pid)).unwrap();
         let fake = Arc::new(FakeAgent::default());
         tokio::spawn(obey(theirs, fake.clone()));
         let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();

@@ -9,6 +9,7 @@ mod disks;
 pub mod fake;
 mod hypervisor;
 mod late_network;
+mod oom;
 pub mod patience;
 mod pid_namespace;
 mod process;
@@ -164,7 +165,7 @@ impl Sandbox {
         if grown.is_err() {
             self.resizer.forget(id);
         }
-        self.bind_to_cpus();
+        self.tell_host();
         grown
     }
 
@@ -195,7 +196,7 @@ impl Sandbox {
         };
         // It may have ended meanwhile.
         self.resizer.change(id, if changed.is_ok() { limits } else { before });
-        self.bind_to_cpus();
+        self.tell_host();
         self.resizer.shrink(&self.vm, &self.agent).await;
         changed
     }
@@ -208,7 +209,7 @@ impl Sandbox {
     /// A container that has ended needs nothing any more; what it had is given back by [`Self::give_back`].
     pub fn container_ended(&self, id: &str) {
         self.resizer.forget(id);
-        self.bind_to_cpus();
+        self.tell_host();
     }
 
     /// Gives back what no container needs.
@@ -226,10 +227,15 @@ impl Sandbox {
         self.disks.detach(&self.vm, &self.agent, id).await;
     }
 
-    /// The kubelet binds containers to CPUs of the host (its static CPU policy). Here that is what runs their vCPUs.
-    fn bind_to_cpus(&self) {
+    /// What the kubelet asks of the host for containers is asked for the VMM: it binds them to CPUs (its static CPU policy),
+    /// which run their vCPUs here, and says whom to kill when the node has no more memory. Without a container the VMM stays as
+    /// protected as it was: another is about to come, or the pod ends.
+    fn tell_host(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.bind_to_cpus(&self.resizer.host_cpus());
+        }
+        if let Some(score) = self.resizer.oom_score_adj() {
+            self.vm.set_oom_score(score);
         }
     }
 

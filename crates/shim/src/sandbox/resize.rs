@@ -50,6 +50,11 @@ impl Resizer {
         sets.unwrap_or_default().join(",")
     }
 
+    /// The lowest `oom_score_adj` of the containers; `None` without any.
+    pub fn oom_score_adj(&self) -> Option<i32> {
+        self.containers().values().map(|limits| limits.oom_score_adj).min()
+    }
+
     /// Whether a container may use huge pages of a size.
     pub fn has_huge_pages(&self, page_kib: u64) -> bool {
         self.containers().values().any(|limits| limits.huge_pages.get(&page_kib).is_some_and(|bytes| *bytes > 0))

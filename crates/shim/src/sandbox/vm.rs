@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::console::{self, Tail};
 use super::hypervisor::Machine;
+use super::oom::{self, OomScore};
 use super::{patience, pid_namespace};
 use crate::config::Config;
 use crate::network::NetDevice;
@@ -47,6 +48,7 @@ pub struct Vm {
     process: Arc<OwnedFd>,
     requests: mpsc::Sender<Order>,
     ended: watch::Receiver<bool>,
+    oom_score: Arc<OomScore>,
 }
 
 impl Vm {
@@ -66,7 +68,8 @@ impl Vm {
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         let pid = child.id().unwrap_or(0);
         super::record(pid_file, pid);
-        super::cgroup::set_oom_scores(pid);
+        oom::protect_shim();
+        let oom_score = OomScore::of(pid);
         if let Some(cgroup) = machine.cgroup {
             cgroup.add(pid);
         }
@@ -75,7 +78,7 @@ impl Vm {
         control::send(&ours, &boot, &fds).map_err(VmError::Control)?;
         drop(fds);
         drop((machine, console));
-        let (vm, ready) = Self::supervise(ours, child, pid)?;
+        let (vm, ready) = Self::supervise(ours, child, pid, oom_score)?;
         match patience::timeout(config.boot_timeout, ready).await {
             Ok(Ok(Ok(built))) => Ok((vm, built)),
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
@@ -103,6 +106,11 @@ impl Vm {
     /// The same as a descriptor, which stays with this process and no other that has its number later.
     pub fn process(&self) -> Result<OwnedFd, VmError> {
         self.process.try_clone().map_err(VmError::Process)
+    }
+
+    /// Says how soon the kernel kills the VMM when there is no more memory.
+    pub fn set_oom_score(&self, score: i32) {
+        self.oom_score.set(score);
     }
 
     /// Whether the VMM's process is gone.

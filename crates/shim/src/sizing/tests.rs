@@ -23,13 +23,13 @@ fn memory(mib: u64) -> Limits {
 fn pod_boots_small_and_may_grow_to_what_the_node_has() {
     let plan = plan("", Request::default()).unwrap();
     assert_eq!((plan.vcpus, plan.boot_mib, plan.hotplug_mib), (8, 256, 16 * 1024 - 256));
-    assert_eq!(plan.initial, Target { cpus: 1, ..Target::default() });
+    assert_eq!(plan.initial, Target { cpus: 4, ..Target::default() });
 }
 
 #[test]
 fn annotations_tell_the_size_before_there_are_containers() {
     let request = Request { cpus: Some(3), memory: Some(512 << 20), ..Request::default() };
-    let plan = plan("max_vcpus = 4\nmax_memory_mib = 1000", request).unwrap();
+    let plan = plan("default_vcpus = 1\nmax_vcpus = 4\nmax_memory_mib = 1000", request).unwrap();
     assert_eq!((plan.vcpus, plan.hotplug_mib), (4, 640));
     assert_eq!((plan.initial.cpus, plan.initial.plugged_mib), (3, 512));
 }
@@ -55,6 +55,20 @@ fn containers_add_up() {
     assert_eq!(plan.target([&half; 20]).unwrap().cpus, 8);
     assert_eq!(plan.target([&memory(1), &memory(2)]).unwrap().plugged_mib, 3);
     assert_eq!(plan.target([]).unwrap(), Target { cpus: 2, ..Target::default() });
+}
+
+#[test]
+fn cpus_are_those_of_limits_or_of_requests_whichever_are_more() {
+    let plan = plan("default_vcpus = 2", Request::default()).unwrap();
+    let of = |shares: u64, quota: i64| limits(json!({"cpu": {"shares": shares, "quota": quota, "period": 100_000}}));
+    let cpus = |containers: &[Limits]| plan.target(containers).unwrap().cpus;
+    assert_eq!(cpus(&[of(2, -1)]), 2);
+    assert_eq!(cpus(&[of(2560, -1), of(512, -1)]), 3);
+    assert_eq!(cpus(&[of(2560, -1), of(513, -1)]), 4);
+    assert_eq!(cpus(&[of(1024, 500_000)]), 5);
+    assert_eq!(cpus(&[of(3072, 100_000)]), 3);
+    assert_eq!(cpus(&vec![of(2, -1); 2000]), 2, "the kubelet's 2 is a request for nothing");
+    assert_eq!(cpus(&[of(u64::MAX, i64::MAX), of(u64::MAX, i64::MAX)]), 8);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Zero is Go's way to say nothing, and CRI-O and Docker write it for every limit that a pod does not set. runc takes it for
 //! "not set", and so does this; of huge pages alone zero is an amount.
 
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Process, Spec};
 
 use super::SpecError;
 use crate::sizing::Limits;
@@ -25,7 +25,8 @@ pub fn translate(mut resources: LinuxResources) -> Result<Vec<u8>, SpecError> {
 /// What a container may use.
 pub fn limits(spec: &Spec) -> Limits {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    resources.map(Limits::of).unwrap_or_default()
+    let oom_score_adj = spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or(0);
+    Limits { oom_score_adj, ..resources.map(Limits::of).unwrap_or_default() }
 }
 
 /// Drops what speaks of the host's CPUs, disks and cgroup v1 classes, and what says nothing.

@@ -42,6 +42,12 @@ async fn size(pod: &TestPod, container: &str) -> Result<(u64, u64)> {
     Ok((next()? / 1024, next()?))
 }
 
+/// CPUs of a pod that says nothing: four, unless node or configuration have fewer.
+fn few_cpus() -> u64 {
+    let node = std::thread::available_parallelism().map_or(1, usize::from);
+    u64::try_from(node.min(3)).unwrap_or(1)
+}
+
 /// Waits until the guest has at most so much memory: unplugging goes on after the answer to whoever made it possible.
 async fn shrunk(pod: &TestPod, container: &str, mib: u64) -> Result<()> {
     let script =
@@ -79,17 +85,17 @@ fn vm_grows_for_a_containers_limits_and_gives_all_back_after() {
         let pod = node.pod("grow").await?;
         let main = pod.sleeper("main").await?;
         let (memory, cpus) = size(&pod, &main).await?;
-        ensure!(memory < 256 && cpus == 1, "a pod without limits has {memory} MiB and {cpus} CPUs");
+        ensure!(memory < 256 && cpus == few_cpus(), "a pod without limits has {memory} MiB and {cpus} CPUs");
         // It uses what it got: dd fills a buffer of that size.
         let script = format!("dd if=/dev/zero of=/dev/null bs=160M count=1 && {SLEEP}");
         let big = pod.run(limited("big", &script, limits(2, 600))).await?;
         let (grown, cpus) = size(&pod, &main).await?;
-        ensure!(grown >= memory + 590 && cpus == 2, "{memory} MiB have become {grown}, CPUs {cpus}");
+        ensure!(grown >= memory + 590 && cpus == few_cpus().max(2), "{memory} MiB have become {grown}, CPUs {cpus}");
         pod.stop(&big, Duration::from_secs(60)).await?;
         let peak = vmm_mib("VmHWM:")?;
         pod.remove_container(&big).await?;
         shrunk(&pod, &main, memory + 16).await?;
-        ensure!(size(&pod, &main).await?.1 == 1, "the CPUs have stayed");
+        ensure!(size(&pod, &main).await?.1 == few_cpus(), "the CPUs have stayed");
         let begin = Instant::now();
         while vmm_mib("VmRSS:")? + 128 > peak {
             ensure!(
@@ -113,7 +119,7 @@ fn update_resizes_a_running_container_both_ways() {
         let count = "i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.2; done";
         let main = pod.run(limited("main", count, limits(1, 64))).await?;
         let (memory, cpus) = size(&pod, &main).await?;
-        ensure!(cpus == 1, "{cpus} CPUs");
+        ensure!(cpus == few_cpus(), "{cpus} CPUs");
         let limit = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max";
         update(&pod, &main, limits(3, 320)).await?;
         ensure!(pod.sh(&main, limit).await? == format!("{}\n300000 100000", 320 * MIB), "the limits are not raised");
@@ -123,7 +129,13 @@ fn update_resizes_a_running_container_both_ways() {
         update(&pod, &main, limits(1, 48)).await?;
         ensure!(pod.sh(&main, limit).await? == format!("{}\n100000 100000", 48 * MIB), "the limits are not lowered");
         shrunk(&pod, &main, memory).await?;
-        ensure!(size(&pod, &main).await?.1 == 1, "the CPUs have stayed");
+        ensure!(size(&pod, &main).await?.1 == few_cpus(), "the CPUs have stayed");
+        // What is requested counts where it is more than the limit.
+        let requests = |shares| v1::LinuxContainerResources { cpu_shares: shares, ..Default::default() };
+        update(&pod, &main, requests(1025)).await?;
+        ensure!(size(&pod, &main).await?.1 == few_cpus().max(2), "no CPUs for a request of more than one");
+        update(&pod, &main, requests(2)).await?;
+        ensure!(size(&pod, &main).await?.1 == few_cpus(), "the CPUs that were requested have stayed");
         let script = format!("while [ $(cat /tmp/count) -le {before} ]; do sleep 0.1; done");
         tokio::time::timeout(PATIENCE, pod.sh(&main, &script)).await.context("the workload does not go on")??;
         // Beyond what the operator allows: refused, and nothing has changed.
@@ -150,6 +162,30 @@ fn huge_pages_are_reserved_for_those_who_may_use_them() {
         pod.remove_container(&user).await?;
         let gone = "while [ $(grep HugePages_Total /proc/meminfo | tr -dc 0-9) != 0 ]; do sleep 0.2; done";
         tokio::time::timeout(PATIENCE, pod.sh(&main, gone)).await.context("the pool has stayed")??;
+        Ok(())
+    });
+}
+
+#[test]
+fn vmm_is_as_likely_to_be_killed_for_memory_as_the_pods_most_protected_container() {
+    on_node(async |node| {
+        let pod = node.pod("oom-score").await?;
+        let Processes { shim, vmm } = Processes::of(&pod)?;
+        let scores = || {
+            let score = |pid: u32| anyhow::Ok(read(format!("/proc/{pid}/oom_score_adj"))?.parse::<i32>()?);
+            anyhow::Ok((score(vmm)?, score(shim)?))
+        };
+        ensure!(scores()? == (0, -999), "before any container: {:?}", scores()?);
+        // What the kubelet gives BestEffort, Burstable and Guaranteed containers.
+        let mut last = String::new();
+        for (name, adjustment) in [("best-effort", 1000), ("burstable", 950), ("guaranteed", -997)] {
+            let resources = v1::LinuxContainerResources { oom_score_adj: adjustment, ..Default::default() };
+            last = pod.run(limited(name, SLEEP, resources)).await?;
+            ensure!(scores()? == (i32::try_from(adjustment)?, -999), "{name}: {:?}", scores()?);
+        }
+        pod.stop(&last, Duration::from_secs(60)).await?;
+        pod.remove_container(&last).await?;
+        ensure!(scores()? == (950, -999), "after the guaranteed one: {:?}", scores()?);
         Ok(())
     });
 }

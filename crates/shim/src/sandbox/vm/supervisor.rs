@@ -17,7 +17,7 @@ use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Vm, VmError};
+use super::{OomScore, Vm, VmError};
 
 /// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
 /// to do is to say why on stderr, and to give the guest's memory back.
@@ -54,6 +54,7 @@ impl Vm {
         socket: OwnedFd,
         child: Child,
         pid: u32,
+        oom_score: OomScore,
     ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
         // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
         let socket = std::os::unix::net::UnixDatagram::from(socket);
@@ -79,7 +80,7 @@ impl Vm {
             reason: None,
         };
         tokio::spawn(supervisor.run(orders, tell_end));
-        Ok((Self { pid, process: Arc::new(process), requests, ended }, ready))
+        Ok((Self { pid, process: Arc::new(process), requests, ended, oom_score: Arc::new(oom_score) }, ready))
     }
 }
 
@@ -316,7 +317,7 @@ mod tests {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let child = tokio::process::Command::new("sleep").arg("1000").kill_on_drop(true).spawn().unwrap();
         let pid = child.id().unwrap();
-        (Vm::supervise(ours, child, pid).unwrap().0, theirs)
+        (Vm::supervise(ours, child, pid, OomScore::of(pid)).unwrap().0, theirs)
     }
 
     async fn request(socket: &OwnedFd) -> Request {
