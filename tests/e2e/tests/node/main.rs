@@ -11,6 +11,7 @@ mod failure;
 mod flood;
 mod guest_hostile;
 mod jail;
+mod kernel;
 mod liar;
 mod lifecycle;
 mod network;
