@@ -2,6 +2,7 @@
 
 mod block;
 mod chaos;
+mod clock;
 mod cni;
 mod codes;
 mod contract;
