@@ -55,6 +55,7 @@ impl Sandbox {
         seed(&request.entropy)?;
         // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
+        request.node_sysctls.iter().for_each(|(name, value)| sysctl::follow(name, value));
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;

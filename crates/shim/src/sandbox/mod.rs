@@ -14,6 +14,7 @@ pub mod patience;
 mod pid_namespace;
 mod process;
 mod resize;
+mod sysctls;
 mod timeline;
 mod vm;
 mod volumes;
@@ -339,6 +340,7 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         neighbours: network.neighbours,
         sysctls: spec.sysctls.clone(),
         online_cpus: u32::from(vcpus),
+        node_sysctls: sysctls::of_node(),
         entropy,
         share_tag: SHARE_TAG.to_owned(),
         ..CreateSandboxRequest::default()
