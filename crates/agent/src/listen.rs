@@ -18,6 +18,7 @@ use ttrpc::r#async::{Server, transport::Listener};
 use crate::netns::Netns;
 use crate::reaper::Reaper;
 use crate::rpc::Service;
+use crate::sandbox::Clock;
 use crate::stdio::{Streams, serve};
 use crate::{boot, forward, sys};
 
@@ -28,7 +29,7 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let localhost = bind(AGENT_FORWARD_PORT).map_err(ListenError::Vsock)?;
-        let agent = Agent::start(Listener::from(rpc), kernel_boot).await?;
+        let agent = Agent::start(Listener::from(rpc), Clock::of_guest(), kernel_boot).await?;
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
@@ -53,7 +54,8 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
             UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })
         };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
-        let agent = Agent::start(Listener::from(rpc), Duration::ZERO).await?;
+        // The clock is another machine's here.
+        let agent = Agent::start(Listener::from(rpc), Clock::default(), Duration::ZERO).await?;
         println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
@@ -74,11 +76,11 @@ struct Agent {
 }
 
 impl Agent {
-    async fn start(rpc: Listener, kernel_boot: Duration) -> Result<Self, ListenError> {
+    async fn start(rpc: Listener, clock: Clock, kernel_boot: Duration) -> Result<Self, ListenError> {
         let reaper = Arc::new(Reaper::default());
         let streams = Arc::new(Streams::default());
         let netns = Netns::default();
-        let service = Service::new(Arc::clone(&reaper), Arc::clone(&streams), netns.clone(), kernel_boot);
+        let service = Service::new(Arc::clone(&reaper), Arc::clone(&streams), netns.clone(), clock, kernel_boot);
         let children = signal(SignalKind::child()).map_err(ListenError::Runtime)?;
         tokio::spawn(reaper.run(children));
         let mut server = Server::new().add_listener(rpc).register_service(create_agent(Arc::new(service)));

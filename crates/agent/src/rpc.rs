@@ -9,7 +9,8 @@ use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
     CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ProcessRequest,
-    ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest, UpdateVolumeRequest,
+    ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, SyncClockRequest, SyncClockResponse,
+    UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -19,7 +20,7 @@ use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
 use crate::netns::Netns;
 use crate::reaper::Reaper;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::sandbox::{Clock, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
 use crate::{events, sys};
 
@@ -36,10 +37,10 @@ pub struct Service {
 
 impl Service {
     /// A guest without a pod.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, kernel_boot: Duration) -> Self {
+    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, clock: Clock, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
         let containers = Arc::new(Containers::new(reaper, streams, netns.clone(), sender));
-        Self { sandbox: Arc::new(Sandbox::new(netns)), containers, events, kernel_boot }
+        Self { sandbox: Arc::new(Sandbox::new(netns, clock)), containers, events, kernel_boot }
     }
 }
 
@@ -67,6 +68,11 @@ impl Agent for Service {
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         let sandbox = Arc::clone(&self.sandbox);
         done(whole(async move { sandbox.destroy().await }).await?)
+    }
+
+    async fn sync_clock(&self, _: &TtrpcContext, request: SyncClockRequest) -> ttrpc::Result<SyncClockResponse> {
+        // At once: what waits makes the answer worth less.
+        self.sandbox.sync_clock(&request).map_err(status)
     }
 
     async fn add_network(&self, _: &TtrpcContext, request: AddNetworkRequest) -> ttrpc::Result<Empty> {

@@ -1,7 +1,7 @@
 //! The few system calls that have no safe wrapper, and helpers for talking about errors.
 #![allow(
     unsafe_code,
-    reason = "random(4), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
+    reason = "random(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
 )]
 
 use std::error::Error;
@@ -54,6 +54,33 @@ pub fn add_entropy(device: impl AsFd, bytes: &[u8]) -> rustix::io::Result<()> {
 /// How long the kernel has run (CLOCK_BOOTTIME).
 pub fn since_boot() -> std::time::Duration {
     std::time::Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).unwrap_or_default()
+}
+
+/// Sets CLOCK_REALTIME forward by so many nanoseconds, backward if negative.
+pub fn step_clock(nanoseconds: i64) -> io::Result<()> {
+    const NS_PER_S: i64 = 1_000_000_000;
+    // With ADJ_NANO `tv_usec` counts nanoseconds; it is never negative.
+    let time = libc::timeval { tv_sec: nanoseconds.div_euclid(NS_PER_S), tv_usec: nanoseconds.rem_euclid(NS_PER_S) };
+    adjtimex(libc::ADJ_SETOFFSET | libc::ADJ_NANO, |request| request.time = time)
+}
+
+/// Makes CLOCK_REALTIME gain so many microseconds, by 500 in a second; negative ones are lost. Replaces what is left of earlier ones.
+pub fn slew_clock(microseconds: i64) -> io::Result<()> {
+    adjtimex(libc::ADJ_OFFSET_SINGLESHOT, |request| request.offset = microseconds)
+}
+
+/// Sets the speed of CLOCK_REALTIME, in units of 1/65536 ppm that it gains beside what the processor's clock counts.
+pub fn set_clock_frequency(frequency: i64) -> io::Result<()> {
+    adjtimex(libc::ADJ_FREQUENCY, |request| request.freq = frequency)
+}
+
+fn adjtimex(modes: libc::c_uint, fill: impl FnOnce(&mut libc::timex)) -> io::Result<()> {
+    // SAFETY: the structure holds integers alone, for which zero is a value.
+    let mut request: libc::timex = unsafe { std::mem::zeroed() };
+    request.modes = modes;
+    fill(&mut request);
+    // SAFETY: the kernel reads and writes the structure and nothing else.
+    if unsafe { libc::adjtimex(&raw mut request) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Writing to a closed pipe or socket becomes an error (EPIPE) instead of this process's end.

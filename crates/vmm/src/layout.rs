@@ -32,8 +32,9 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x2_0000;
-/// Size of the command line with its terminator; Linux's COMMAND_LINE_SIZE on x86.
-pub const CMDLINE_MAX: usize = 2048;
+/// Size of the command line with its terminator: Linux's COMMAND_LINE_SIZE on x86, less what a kernel may put before it
+/// (CONFIG_CMDLINE).
+pub const CMDLINE_MAX: usize = 2048 - 256;
 /// MP floating pointer and configuration table, in the area that a PC's BIOS ROM has.
 pub const MP_TABLE: u64 = 0xf_0000;
 

@@ -4,6 +4,9 @@
  *     probe calls            calls that every kernel has, with what it says to them
  *     probe options          calls that a kernel may be built without
  *     probe files DIRECTORY  what the file system of a directory can do
+ *     probe clock DIRECTORY  whether files made there are newer than the clock
+ *     probe steps DIRECTORY COUNT  waits until the clock has been set so often, and says by how much, and for how long files
+ *                            made there were of another time
  *
  * Prints one line for each: its name and `ok`, the name of an error, or what it found.
  *
@@ -651,6 +654,77 @@ static int meet(const char *directory)
     return 0;
 }
 
+static long long nanoseconds(struct timespec time)
+{
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+static long long clock_of(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return nanoseconds(now);
+}
+
+/* By how much a new file is newer than the clock after its making. */
+static long long newer(long long *now)
+{
+    struct stat status;
+    int fd;
+    unlink("stamp");
+    fd = make("stamp", "x");
+    fstat(fd, &status);
+    *now = clock_of(CLOCK_REALTIME);
+    close(fd);
+    return nanoseconds(status.st_mtim) - *now;
+}
+
+static int compare_clock(const char *directory)
+{
+    int future = 0, past = 0;
+    long long worst = 0, now;
+    if (chdir(directory) < 0)
+        return 1;
+    for (int i = 0; i < 40; i++) {
+        long long before = clock_of(CLOCK_REALTIME), ahead = newer(&now);
+        if (ahead > 10000000)
+            future++;
+        /* The host's kernel stamps files by its tick, of 10 ms at most. */
+        if (now + ahead < before - 20000000)
+            past++;
+        if (ahead > worst)
+            worst = ahead;
+    }
+    printf("of 40 files %d newer than the clock by more than 10 ms, %d older than their making by more than 20 ms\n", future, past);
+    fprintf(stderr, "the newest by %lld us\n", worst / 1000);
+    return 0;
+}
+
+static int steps(const char *directory, int count)
+{
+    long long since = 0, now, second = 1000000000;
+    long long offset = clock_of(CLOCK_REALTIME) - clock_of(CLOCK_BOOTTIME);
+    if (chdir(directory) < 0)
+        return 1;
+    puts("waiting");
+    fflush(stdout);
+    while (count > 0) {
+        long long ahead = llabs(newer(&now)), boot = clock_of(CLOCK_BOOTTIME), step = now - boot - offset;
+        if (ahead > second && !since)
+            since = boot;
+        if (llabs(step) > second && ahead < second) {
+            printf("set by %lld s, files of another time for %lld ms\n", (step + (step > 0 ? second : -second) / 2) / second,
+                   since ? (boot - since) / 1000000 : 0);
+            fflush(stdout);
+            offset += step;
+            since = 0;
+            count--;
+        }
+        usleep(5000);
+    }
+    return 0;
+}
+
 static int starve(unsigned int seconds)
 {
     FILE *limit = fopen("/proc/sys/kernel/sched_rt_runtime_us", "w");
@@ -682,6 +756,10 @@ int main(int argc, char **argv)
         return hold(argv[2]);
     else if (argc == 3 && !strcmp(argv[1], "meet"))
         return meet(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "clock"))
+        return compare_clock(argv[2]);
+    else if (argc == 4 && !strcmp(argv[1], "steps"))
+        return steps(argv[2], atoi(argv[3]));
     else if (argc == 3 && !strcmp(argv[1], "starve"))
         return starve(atoi(argv[2]));
     else

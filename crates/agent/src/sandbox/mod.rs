@@ -1,5 +1,6 @@
 //! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
+mod clock;
 mod network;
 pub mod size;
 pub mod sysctl;
@@ -8,17 +9,19 @@ use std::ffi::CString;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
+    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest, SyncClockRequest,
+    SyncClockResponse,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::netns::Netns;
 use crate::{cgroup, power, sys};
+pub use clock::Clock;
+use clock::Offset;
 pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
@@ -33,12 +36,13 @@ pub struct Sandbox {
     /// Held while CPUs come and go, so that the last request is the one that counts.
     resizing: Mutex<()>,
     netns: Netns,
+    clock: Arc<Clock>,
 }
 
 impl Sandbox {
     /// A guest whose pod's network is to be found there.
-    pub fn new(netns: Netns) -> Self {
-        Self { netns, ..Self::default() }
+    pub fn new(netns: Netns, clock: Clock) -> Self {
+        Self { netns, clock: Arc::new(clock), ..Self::default() }
     }
 
     /// The guest becomes a pod's, which it can once.
@@ -49,7 +53,9 @@ impl Sandbox {
     /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more.
     pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
         seed(&request.entropy)?;
-        set_clock(request.realtime_ns)?;
+        // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
+        self.clock.sync(None).map_err(SandboxError::Clock)?;
+        request.node_sysctls.iter().for_each(|(name, value)| sysctl::follow(name, value));
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;
@@ -66,12 +72,23 @@ impl Sandbox {
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
+        let clock = Arc::clone(&self.clock);
+        tokio::spawn(async move { clock.follow().await });
         Ok(())
     }
 
     /// Gives the pod interfaces whose devices are there.
     pub async fn add_network(&self, request: AddNetworkRequest) -> Result<(), SandboxError> {
         Ok(network::configure(&self.netns, request).await?)
+    }
+
+    /// Corrects the guest's clock by what the host has found out, and answers with what it is then.
+    pub fn sync_clock(&self, request: &SyncClockRequest) -> Result<SyncClockResponse, SandboxError> {
+        let told = i64::try_from(request.error_ns).ok().filter(|error| *error > 0);
+        let told = told.map(|error| Offset { ahead: request.ahead_ns, error });
+        let reads_host = self.clock.sync(told).map_err(SandboxError::Clock)?;
+        let realtime_ns = u64::try_from(clock::now()).unwrap_or(0);
+        Ok(SyncClockResponse { realtime_ns, reads_host, ..Default::default() })
     }
 
     /// Counters of the pod's interfaces.
@@ -117,19 +134,6 @@ fn seed(entropy: &[u8]) -> Result<(), SandboxError> {
     Ok(())
 }
 
-fn set_clock(realtime_ns: u64) -> Result<(), SandboxError> {
-    const NS_PER_S: u64 = 1_000_000_000;
-    if realtime_ns == 0 {
-        return Ok(());
-    }
-    // Both fit: 2^64 ns are 585 years.
-    let time = Timespec {
-        tv_sec: i64::try_from(realtime_ns / NS_PER_S).unwrap_or(i64::MAX),
-        tv_nsec: i64::try_from(realtime_ns % NS_PER_S).unwrap_or(0),
-    };
-    clock_settime(ClockId::Realtime, time).map_err(|errno| SandboxError::Clock(errno.into()))
-}
-
 fn mount_shm() -> Result<(), SandboxError> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_new("tmpfs", "shm", SHM_DIR, flags, &format!("mode=1777,size={SHM_SIZE}"))
@@ -168,8 +172,8 @@ pub enum SandboxError {
     /// random(4).
     #[error("cannot seed the guest's random number generator")]
     Entropy(#[source] io::Error),
-    /// clock_settime(2).
-    #[error("cannot set the guest's clock")]
+    /// adjtimex(2), ptp(4).
+    #[error("cannot correct the guest's clock")]
     Clock(#[source] io::Error),
     /// CPUs and huge pages.
     #[error(transparent)]

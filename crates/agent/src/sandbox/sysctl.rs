@@ -9,6 +9,13 @@ pub fn set(name: &str, value: &str) -> Result<(), SysctlError> {
     std::fs::write(path, value).map_err(|source| SysctlError::Set { name: name.into(), value: value.into(), source })
 }
 
+/// Takes a value of the node's. One that this kernel does not take is left: no pod has asked for it.
+pub fn follow(name: &str, value: &str) {
+    if let Err(error) = set(name, value) {
+        tracing::warn!("{}", crate::sys::chain(&error));
+    }
+}
+
 /// The parameter's file. A name may be written with slashes too, and whichever comes first is the separator: the other one
 /// is part of a word, for interfaces with a dot in their name.
 fn path_of(name: &str) -> Option<PathBuf> {

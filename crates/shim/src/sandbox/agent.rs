@@ -115,6 +115,11 @@ impl Agent {
         Ok(Duration::from_nanos(answer.kernel_boot_ns))
     }
 
+    /// See `Agent.SyncClock`.
+    pub async fn sync_clock(&self, request: proto::SyncClockRequest) -> Result<proto::SyncClockResponse, AgentError> {
+        within(SHORT_DEADLINE, self.client.sync_clock(Context::default(), &request)).await
+    }
+
     /// See `Agent.AddNetwork`.
     pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
         within(DEADLINE, self.client.add_network(Context::default(), &request)).await.map(drop)

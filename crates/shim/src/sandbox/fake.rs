@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent as proto;
@@ -39,6 +40,8 @@ struct State {
     calls: Vec<String>,
     refused: HashSet<&'static str>,
     held: HashSet<&'static str>,
+    /// By how many nanoseconds the guest's clock is ahead of the host's.
+    clock: i64,
     /// Processes by container and exec id, with the exit codes of those that have ended.
     processes: HashMap<(String, String), Option<u32>>,
 }
@@ -72,6 +75,16 @@ impl FakeAgent {
     /// Whether there is such a process, ended or not.
     pub fn has(&self, container: &str, exec: &str) -> bool {
         self.state().processes.contains_key(&(container.to_owned(), exec.to_owned()))
+    }
+
+    /// Sets the guest's clock, by how many nanoseconds it is ahead of the host's.
+    pub fn set_clock(&self, ahead: i64) {
+        self.change(|state| state.clock = ahead);
+    }
+
+    /// By how many nanoseconds the guest's clock is ahead of the host's.
+    pub fn clock(&self) -> i64 {
+        self.state().clock
     }
 
     /// Returns when a call has come as often as that.
@@ -119,6 +132,22 @@ impl proto::Agent for FakeAgent {
 
     async fn resize_guest(&self, _: &TtrpcContext, _: proto::ResizeGuestRequest) -> ttrpc::Result<proto::Empty> {
         self.call("ResizeGuest", "").await.map(|()| proto::Empty::new())
+    }
+
+    async fn sync_clock(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SyncClockRequest,
+    ) -> ttrpc::Result<proto::SyncClockResponse> {
+        let ahead = self.change(|state| {
+            if request.error_ns > 0 {
+                state.clock += request.ahead_ns;
+            }
+            state.clock
+        });
+        let now = i64::try_from(UNIX_EPOCH.elapsed().unwrap().as_nanos()).unwrap();
+        let realtime_ns = u64::try_from(now + ahead).unwrap();
+        Ok(proto::SyncClockResponse { realtime_ns, ..proto::SyncClockResponse::default() })
     }
 
     async fn create_container(

@@ -13,8 +13,8 @@ use crate::network::NetDevice;
 use crate::sizing::Plan;
 
 /// Our own kernel parameters beside the VMM's, which make a quiet boot and have a panic end the guest: a console, so that
-/// panics reach the log; and no dummy0, which the driver would make by itself in the namespace that the pod sees.
-const CMDLINE: &str = "console=hvc0 rdinit=/init dummy.numdummies=0";
+/// panics reach the log. The kernel has some of its own (guest-kernel/node.config).
+const CMDLINE: &str = "console=hvc0 rdinit=/init";
 
 /// What every machine is made from.
 #[derive(Debug)]

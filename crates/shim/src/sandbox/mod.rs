@@ -3,6 +3,7 @@
 pub mod agent;
 mod answers;
 mod cgroup;
+mod clock;
 mod console;
 mod disks;
 #[cfg(test)]
@@ -14,12 +15,13 @@ pub mod patience;
 mod pid_namespace;
 mod process;
 mod resize;
+mod sysctls;
 mod timeline;
 mod vm;
 mod volumes;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bulkhead_protocol::agent::CreateSandboxRequest;
 use bulkhead_protocol::guest::SHARE_TAG;
@@ -36,6 +38,7 @@ use crate::sizing::{Limits, Plan, SizeError};
 use crate::spec::{GuestDisk, HostDisk, SandboxSpec};
 use agent::{Agent, AgentError};
 pub use cgroup::Cgroup;
+use clock::Synced;
 pub use disks::DiskError;
 use disks::Disks;
 use late_network::PodNetwork;
@@ -133,8 +136,9 @@ impl Sandbox {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
         }
-        let (agent, kernel) = begun?;
+        let (agent, kernel, synced) = begun?;
         timeline.split(kernel);
+        tokio::spawn(clock::follow(agent.clone(), synced));
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
         }
@@ -262,11 +266,13 @@ impl Sandbox {
     }
 }
 
-/// Connects to the agent and tells it of its pod; answers with what the guest's kernel took to boot.
-async fn begin(vm: &Vm, request: CreateSandboxRequest) -> Result<(Agent, Duration), AgentError> {
+/// Connects to the agent and tells it of its pod and the time; answers with what the guest's kernel took to boot, and with who
+/// sees to the clock from now on.
+async fn begin(vm: &Vm, request: CreateSandboxRequest) -> Result<(Agent, Duration, Synced), AgentError> {
     let agent = Agent::connect(vm).await?;
     let kernel = agent.create_sandbox(request).await?;
-    Ok((agent, kernel))
+    let synced = clock::sync(&agent).await?;
+    Ok((agent, kernel, synced))
 }
 
 /// When the VM has ended there is nothing to account any more, and the kubelet kills what is left in an ended pod's cgroup:
@@ -340,7 +346,6 @@ where
 fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
     let mut entropy = vec![0; 64];
     let _ = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     CreateSandboxRequest {
         hostname: spec.hostname.clone(),
         domainname: spec.domainname.clone(),
@@ -350,7 +355,7 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         neighbours: network.neighbours,
         sysctls: spec.sysctls.clone(),
         online_cpus: u32::from(vcpus),
-        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+        node_sysctls: sysctls::of_node(),
         entropy,
         share_tag: SHARE_TAG.to_owned(),
         ..CreateSandboxRequest::default()

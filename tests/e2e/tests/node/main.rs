@@ -2,6 +2,7 @@
 
 mod block;
 mod chaos;
+mod clock;
 mod cni;
 mod codes;
 mod contract;
@@ -13,6 +14,7 @@ mod failure;
 mod flood;
 mod guest_hostile;
 mod jail;
+mod kernel;
 mod liar;
 mod lifecycle;
 mod mounts;
