@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
 use self::worker::{Stop, Worker};
@@ -57,6 +58,10 @@ const MAX_GUEST_FDS: u64 = 256 * 1024;
 
 /// Descriptors that are not the guest's: devices, streams, and those that a request needs for itself.
 const RESERVED_FDS: u64 = 2048;
+
+/// `trusted.*` takes a capability on the host that nobody here has, over the host as a whole. A guest keeps its own, which
+/// overlayfs needs on a volume that it writes, under a name that it cannot use otherwise.
+const ATTRIBUTES: &str = ":prefix:all:trusted.:user.bulkhead.: :bad:client:user.bulkhead.:: :ok:all:::";
 
 /// How long a reset waits for a request that is in a host file system (a dead NFS server, say). A driver resets rarely,
 /// and its vCPU waits meanwhile.
@@ -226,6 +231,7 @@ fn server_config(guest_fd_limit: u64) -> Config {
         announce_submounts: true,
         inode_file_handles: InodeFileHandlesMode::Never,
         xattr: true,
+        xattrmap: XattrMap::try_from(ATTRIBUTES).ok(),
         posix_acl: NegotiationMode::Auto,
         killpriv_v2: true,
         security_label: NegotiationMode::Never,

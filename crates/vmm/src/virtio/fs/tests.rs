@@ -1,3 +1,4 @@
+mod attributes;
 mod hostile;
 
 use std::ffi::CString;
@@ -30,6 +31,9 @@ mod opcode {
     pub const WRITE: u32 = 16;
     pub const RELEASE: u32 = 18;
     pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
+    pub const REMOVEXATTR: u32 = 24;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
