@@ -183,6 +183,7 @@ fn tree(place: &Place) -> Result<()> {
 fn acts() -> Vec<Act> {
     let mut acts = copies();
     acts.extend(shared());
+    acts.extend(super::files::acts());
     acts
 }
 
