@@ -1,7 +1,7 @@
 //! The few system calls that have no safe wrapper, and helpers for talking about errors.
 #![allow(
     unsafe_code,
-    reason = "random(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
+    reason = "random(4), loop(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
 )]
 
 use std::error::Error;
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::signal::{SigHandler, Signal};
-use rustix::ioctl::{self, NoArg, Setter, opcode};
+use rustix::ioctl::{self, IntegerSetter, NoArg, Setter, opcode};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -49,6 +49,24 @@ pub fn add_entropy(device: impl AsFd, bytes: &[u8]) -> rustix::io::Result<()> {
     unsafe { ioctl::ioctl(&device, Setter::<RNDADDENTROPY, RandPoolInfo>::new(info)) }?;
     // SAFETY: the request takes no argument.
     unsafe { ioctl::ioctl(&device, NoArg::<RNDRESEEDCRNG>::new()) }
+}
+
+/// LOOP_CTL_ADD of `linux/loop.h`, whose argument is a number.
+const LOOP_CTL_ADD: ioctl::Opcode = 0x4c80;
+
+/// Makes the first loop devices, with their nodes in /dev. Those that are there already stay as they are (loop(4)).
+pub fn add_loop_devices(count: u32) -> io::Result<()> {
+    let control = std::fs::File::options().read(true).write(true).open("/dev/loop-control")?;
+    for number in 0..count {
+        let number = usize::try_from(number).unwrap_or_default();
+        // SAFETY: the request takes a number and no pointer.
+        let added = unsafe { ioctl::ioctl(&control, IntegerSetter::<LOOP_CTL_ADD>::new_usize(number)) };
+        match added {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 /// How long the kernel has run (CLOCK_BOOTTIME).

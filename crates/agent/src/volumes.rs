@@ -30,6 +30,9 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmou
 /// The successor of [`DATA_LINK`], for as long as it takes to rename it.
 const NEXT_DATA: &str = "..data_tmp";
 
+/// Begins the names of versions and of the links to them. No key of a volume begins so.
+const KUBELETS_OWN: &[u8] = b"..";
+
 /// Bounds of a container's copies. A ConfigMap or Secret holds at most 1 MiB, a projected volume several of them, and two
 /// versions exist at a time. What does not fit is bound from the share.
 const LIMITS: &std::ffi::CStr = c"mode=0755,size=32m,nr_inodes=8k";
@@ -120,17 +123,25 @@ fn component(text: &OsStr) -> Option<&OsStr> {
     }
 }
 
-/// Makes the volume's directory with its first version.
+/// Makes the volume's directory with its first version, and with what lies beside the versions.
 fn make_and_switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
     make_dir(CWD, target.as_os_str(), &rustix::fs::stat(source)?)?;
-    switch(source, target, version)
+    switch(source, target, version)?;
+    copy_beside(&open_source(source)?, &open_dir(CWD, target.as_os_str())?)
+}
+
+/// Copies what is no version and leads to none: above all the directories that the kubelet makes for volumes within this one,
+/// since a mount in a read-only volume needs its place there (kubernetes: MakeNestedMountpoints in pkg/volume/util).
+fn copy_beside(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    let there = names(target)?;
+    let beside = |name: &OsString| !name.as_bytes().starts_with(KUBELETS_OWN) && !there.contains(name);
+    names(source)?.iter().filter(|name| beside(name)).try_for_each(|name| copy(source, target, name, MAX_DEPTH))
 }
 
 /// Copies a version and makes it the current one, by the kubelet's steps. Both paths are the agent's and the host's own, only
 /// what is below the target is not.
 fn switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
-    // The share may hold a link to a volume that other containers have too.
-    let source = open(source, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let source = open_source(source)?;
     let target = open_dir(CWD, target.as_os_str())?;
     let current = current(&target);
     if current.as_deref() == Some(version) {
@@ -177,16 +188,17 @@ fn copy_version(source: &OwnedFd, target: &OwnedFd, version: &OsStr) -> io::Resu
 /// the copy is an error.
 fn copy_dir(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
     let depth = depth.checked_sub(1).ok_or(io::ErrorKind::InvalidInput)?;
-    for name in names(from)? {
-        let like = statat(from, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-        match FileType::from_raw_mode(like.st_mode) {
-            FileType::Directory => copy_dir(&open_dir(from, &name)?, &make_dir(to, &name, &like)?, depth)?,
-            FileType::Symlink => symlinkat(readlinkat(from, &name, Vec::new())?, to, &name)?,
-            FileType::RegularFile => copy_file(from, to, &name, &like)?,
-            _ => {}
-        }
+    names(from)?.iter().try_for_each(|name| copy(from, to, name, depth))
+}
+
+fn copy(from: &OwnedFd, to: &OwnedFd, name: &OsStr, depth: usize) -> io::Result<()> {
+    let like = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    match FileType::from_raw_mode(like.st_mode) {
+        FileType::Directory => copy_dir(&open_dir(from, name)?, &make_dir(to, name, &like)?, depth),
+        FileType::Symlink => Ok(symlinkat(readlinkat(from, name, Vec::new())?, to, name)?),
+        FileType::RegularFile => copy_file(from, to, name, &like),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &OsStr, like: &Stat) -> io::Result<()> {
@@ -204,6 +216,11 @@ fn make_dir(parent: impl AsFd, name: &OsStr, like: &Stat) -> rustix::io::Result<
     let dir = open_dir(parent, name)?;
     take_owner(&dir, like)?;
     Ok(dir)
+}
+
+/// The share may hold a link to a volume that other containers have too.
+fn open_source(path: &Path) -> rustix::io::Result<OwnedFd> {
+    open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn open_dir(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {

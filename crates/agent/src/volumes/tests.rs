@@ -64,6 +64,32 @@ fn versions_follow_each_other() {
     assert_eq!((volume.read("a").unwrap(), volume.read("c").unwrap()), ("two".into(), "new".into()));
 }
 
+/// Mounts of other volumes need them, and the kubelet's are not the only ones that may be there.
+#[test]
+fn what_lies_beside_the_versions_is_there_and_stays() {
+    let volume = Fixture::new();
+    let source = volume.source();
+    volume.version("..1", &[("a", "one")]).version("..0", &[("old", "x")]);
+    symlink("..1", source.join("..data")).unwrap();
+    symlink("..data/a", source.join("a")).unwrap();
+    std::fs::create_dir_all(source.join("more/deep")).unwrap();
+    std::fs::set_permissions(source.join("more"), std::fs::Permissions::from_mode(0o2750)).unwrap();
+    std::fs::write(source.join("place"), "of a file").unwrap();
+    let target = volume.target().join("copy");
+    make_and_switch(&source, &target, OsStr::new("..1")).unwrap();
+    let names = || {
+        let mut names: Vec<_> = std::fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(), ["..1", "..data", "a", "more", "place"]);
+    assert_eq!(target.join("more").metadata().unwrap().mode() & 0o7777, 0o2750);
+    assert!(target.join("more/deep").is_dir());
+    volume.version("..2", &[("b", "two")]);
+    switch(&source, &target, OsStr::new("..2")).unwrap();
+    assert_eq!(names(), ["..2", "..data", "b", "more", "place"]);
+}
+
 #[test]
 fn mode_and_owner_are_kept() {
     let volume = Fixture::new();

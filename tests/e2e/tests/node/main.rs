@@ -17,6 +17,7 @@ mod jail;
 mod kernel;
 mod liar;
 mod lifecycle;
+mod locks;
 mod mounts;
 mod network;
 mod odd_pods;

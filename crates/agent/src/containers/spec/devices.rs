@@ -8,8 +8,17 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
+use crate::sys;
+
 /// Where the guest's kernel keeps the nodes of its devices (devtmpfs).
 const DEV: &str = "/dev";
+
+/// Devices that everyone may open, since what can be done with them is looked at then. The kernel gives its nodes to root
+/// alone, and on a host udev corrects that (systemd: rules.d/50-udev-default.rules).
+const FOR_EVERYONE: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/vsock"];
+
+/// Loop devices that a container which may use every device finds, as on a host (`max_loop` of the driver).
+const LOOP_DEVICES: u32 = 8;
 
 /// What every container has of its own: nodes that libcontainer makes, its terminals, its shared memory.
 const OWN: [&str; 12] =
@@ -17,14 +26,26 @@ const OWN: [&str; 12] =
 
 /// Adds the guest's devices to a container's, if its last rule lets it use them all and its /dev is a file system of its own.
 pub fn provide(spec: &mut Spec) {
-    let mounts = spec.mounts().as_deref().unwrap_or_default();
-    let own_dev = mounts.iter().any(|one| one.destination() == Path::new(DEV) && one.typ().as_deref() == Some("tmpfs"));
-    let Some(linux) = spec.linux_mut() else { return };
-    let resources = linux.resources().as_ref();
-    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    if !own_dev || !rules.last().is_some_and(allows_everything) {
+    if !may_use_all(spec) {
         return;
     }
+    // They take memory and time, so that only those pay who can use them.
+    if let Err(error) = sys::add_loop_devices(LOOP_DEVICES) {
+        tracing::warn!(%error, "a container that may use every device has no loop devices");
+    }
+    add_all(spec);
+}
+
+fn may_use_all(spec: &Spec) -> bool {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let own_dev = mounts.iter().any(|one| one.destination() == Path::new(DEV) && one.typ().as_deref() == Some("tmpfs"));
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    own_dev && rules.last().is_some_and(allows_everything)
+}
+
+fn add_all(spec: &mut Spec) {
+    let Some(linux) = spec.linux_mut() else { return };
     let mut devices = linux.devices().clone().unwrap_or_default();
     // What cannot be looked at is left out: it went away, with its disk.
     let mut found = Vec::new();
@@ -67,8 +88,10 @@ fn device(path: &Path, meta: &Metadata) -> Option<LinuxDevice> {
         _ => return None,
     };
     let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    let for_everyone = FOR_EVERYONE.iter().any(|known| path == Path::new(known));
+    let mode = if for_everyone { 0o666 } else { meta.mode() & 0o7777 };
     let builder = LinuxDeviceBuilder::default().path(path).typ(kind).major(major).minor(minor);
-    builder.file_mode(meta.mode() & 0o7777).uid(meta.uid()).gid(meta.gid()).build().ok()
+    builder.file_mode(mode).uid(meta.uid()).gid(meta.gid()).build().ok()
 }
 
 #[cfg(test)]
@@ -82,7 +105,9 @@ mod tests {
         let linux = json!({ "devices": named, "resources": { "devices": rules } });
         let mut spec: Spec =
             serde_json::from_value(json!({ "ociVersion": "1.0.2", "mounts": mounts, "linux": linux })).unwrap();
-        provide(&mut spec);
+        if may_use_all(&spec) {
+            add_all(&mut spec);
+        }
         spec.linux().as_ref().unwrap().devices().clone().unwrap()
     }
 
@@ -94,6 +119,9 @@ mod tests {
         assert!(given.len() > 1, "this machine has devices");
         assert_eq!(given.iter().filter(|device| device.path() == Path::new("/dev/kmsg")).count(), 1);
         assert!(given.iter().all(|device| !OWN.iter().any(|own| device.path() == &Path::new(DEV).join(own))));
+        let mut for_everyone =
+            given.iter().filter(|device| FOR_EVERYONE.iter().any(|known| device.path() == Path::new(known)));
+        assert!(for_everyone.all(|device| device.file_mode() == Some(0o666)));
         for some in [
             json!([{ "allow": true, "access": "rwm" }, { "allow": false, "access": "rwm" }]),
             json!([{ "allow": true, "access": "rw" }]),

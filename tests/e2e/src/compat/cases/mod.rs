@@ -2,6 +2,7 @@
 
 mod confined;
 mod exec;
+mod files;
 mod lifecycle;
 mod network;
 mod plain;

@@ -130,7 +130,9 @@ fn shared_pid_acts() -> Vec<Act> {
 
 fn privileged() -> Group {
     Group::new("privileged")
+        .on_disk()
         .pod(|config, _| pod_security(config).privileged = true)
+        .acts(super::files::privileged_acts())
         .probes([
             Probe::new("privileged")
                 .security(|security| {
