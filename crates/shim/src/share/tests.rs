@@ -434,3 +434,34 @@ fn silent_volume_is_not_asked_for_what_it_hides() {
         Share::destroy(&run).unwrap();
     });
 }
+
+/// As of a pod of CRI-O's that has one.
+#[test]
+fn owners_of_a_volume_are_mapped_by_a_user_namespace_where_its_file_system_can() {
+    use std::process::{Command, Stdio};
+    in_mount_namespace(|dir| {
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        let mut keeper = Command::new("unshare");
+        let keeper = keeper.args(["--user", "sh", "-c", "echo; exec cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut keeper = keeper.spawn().unwrap();
+        std::io::Read::read_exact(keeper.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        for map in ["uid_map", "gid_map"] {
+            std::fs::write(format!("/proc/{}/{map}", keeper.id()), "0 100000 65536\n").unwrap();
+        }
+        let pod = Pod::new(dir);
+        std::fs::create_dir(dir.join("vol")).unwrap();
+        std::fs::write(dir.join("vol/data"), "v").unwrap();
+        let namespace = PathBuf::from(format!("/proc/{}/ns/user", keeper.id()));
+        let mapped = |source: &Path| Volume { mapped_by: Some(namespace.clone()), ..volume(source) };
+        pod.share.add_volume("c", 0, &mapped(&dir.join("vol"))).unwrap();
+        let owner = |path: &Path| std::fs::metadata(path).unwrap().uid();
+        assert_eq!(pod.inside(|| owner(Path::new("/c/mounts/0/data"))), 100_000);
+        assert_eq!(owner(&dir.join("vol/data")), 0, "the volume itself is as it was");
+        let refused = pod.share.add_volume("c", 1, &mapped(Path::new("/proc/sys")));
+        assert!(matches!(refused, Err(ShareError::Unmappable(_))), "{refused:?}");
+        pod.share.remove_container("c").unwrap();
+        pod.end();
+        keeper.kill().unwrap();
+        keeper.wait().unwrap();
+    });
+}

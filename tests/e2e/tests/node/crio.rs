@@ -13,7 +13,7 @@ use protobuf::well_known_types::any::Any;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
-use crate::contract::{Contract, SHIM, delete, kill, start, wait};
+use crate::contract::{Contract, SHIM, delete, exec, start, wait};
 
 /// Zero stands for every limit that the pod has not set; the file `oom` is all that CRI-O learns of an end for want of
 /// memory; and it opens what a pod's own container would say, waiting until the runtime does.
@@ -39,7 +39,7 @@ fn crios_memory_limit_alone_its_note_of_an_oom_kill_and_the_streams_of_its_sandb
 
 async fn out_of_memory(contract: &Contract, shim: &Shim, sandbox_pid: u32) -> Result<()> {
     let (host, id) = (&contract.host, "crio-oom");
-    let script = "trap 'exec busybox tail /dev/zero' TERM; while :; do sleep 1; done";
+    let script = "until [ -e /tmp/go ]; do sleep 0.1; done; exec busybox tail /dev/zero";
     let bundle = contract.container(shim, sandbox_pid, id, script).await?;
     let resources = Any { value: memory_alone(16 << 20).to_string().into_bytes(), ..Default::default() };
     let update =
@@ -47,7 +47,8 @@ async fn out_of_memory(contract: &Contract, shim: &Shim, sandbox_pid: u32) -> Re
     let _: api::Empty = shim.task("Update", &update).await?;
     let note = bundle.join("oom");
     ensure!(!note.exists(), "it has memory yet");
-    let _: api::Empty = shim.task("Kill", &kill(id, 15)).await?;
+    let _: api::Empty = shim.task("Exec", &exec(id, "go", "true > /tmp/go", "")).await?;
+    let _: api::StartResponse = shim.task("Start", &start(id, "go")).await?;
     let ended: api::WaitResponse = shim.task("Wait", &wait(id, "")).await?;
     ensure!(ended.exit_status == 137 && note.exists(), "{ended:?} and a note: {}", note.exists());
     let _: api::DeleteResponse = shim.task("Delete", &delete(id, "")).await?;

@@ -65,11 +65,10 @@ fn guest_may_lock_and_its_locks_are_the_hosts() {
     const POSIX_LOCKS: u32 = 1 << 1;
     const FLOCK_LOCKS: u32 = 1 << 10;
     let (_dir, share) = share();
-    let (mut guest, node, handles) = guest(&share);
+    let mut guest = Guest::new(&share);
     let reply = guest.init(SUBMOUNTS | POSIX_LOCKS | FLOCK_LOCKS).unwrap();
     let flags = u32::from_le_bytes(reply[12..16].try_into().unwrap());
     assert_eq!(flags & (POSIX_LOCKS | FLOCK_LOCKS), POSIX_LOCKS | FLOCK_LOCKS);
-    drop((node, handles));
 
     let node = guest.lookup(ROOT, "file").unwrap();
     let handle = guest.open(node, libc::O_RDWR).unwrap();
