@@ -12,6 +12,7 @@ mod events;
 mod host_pid;
 mod io;
 mod network;
+mod node_namespaces;
 mod own_thread;
 mod paths;
 pub mod pod;

@@ -13,6 +13,7 @@ mod guest_hostile;
 mod jail;
 mod liar;
 mod lifecycle;
+mod namespaces;
 mod network;
 mod odd_pods;
 mod port_forward;
