@@ -95,6 +95,9 @@ impl Pod {
             Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
                 spec::refuse_shared(&spec)?;
+                spec::leave_out_hosts(&mut spec);
+                // What is refused is so before a VM boots.
+                spec::disks(&spec)?;
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
                 self.or_teardown(self.create_in(&sandbox, spec, &task, &container).await).await?;
             }

@@ -19,7 +19,7 @@ use oci_spec::runtime::{Linux, LinuxResources, Process, Root, Spec};
 
 use crate::sizing::Limits;
 
-pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
+pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks, leave_out_hosts};
 pub use hooks::{HostHooks, take as take_hooks};
 pub use host::{refuse_namespaces, refuse_netns, refuse_shared};
 pub use huge_pages::{HugeVolume, huge_volumes};

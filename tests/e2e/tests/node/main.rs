@@ -5,6 +5,7 @@ mod chaos;
 mod cni;
 mod codes;
 mod contract;
+mod docker;
 mod escape;
 mod exec;
 mod failure;
