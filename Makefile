@@ -57,7 +57,7 @@ run: build ## start a node and a pod in its own guest, and show both side by sid
 	@$(NODE) run bulkhead run
 
 test: build ## every test but test-compat and the lying agents of test-hostile: unit, VMM, guest image, fuzz seeds, end to end
-	@tools/test unit rootfs fuzz node containerd-2
+	@tools/test unit rootfs fuzz node containerd-2 docker
 
 test-unit: setup ## unit tests, and VMM tests on /dev/kvm
 	@tools/test unit

@@ -1,4 +1,4 @@
-//! The agent's three ports, and the sign that they are open.
+//! The agent's four ports, and the sign that they are open.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::create_agent;
-use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
+use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_HANDOVER_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT, READY_PORT};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::{Server, transport::Listener};
 
+use crate::handover::Handover;
 use crate::netns::Netns;
 use crate::reaper::Reaper;
 use crate::rpc::Service;
@@ -29,6 +30,7 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let localhost = bind(AGENT_FORWARD_PORT).map_err(ListenError::Vsock)?;
+        let handover = bind(AGENT_HANDOVER_PORT).map_err(ListenError::Vsock)?;
         let agent = Agent::start(Listener::from(rpc), Clock::of_guest(), kernel_boot).await?;
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
@@ -37,6 +39,11 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
         let forward = move |stream| forward::connection(netns.clone(), stream);
         tokio::spawn(
             async move { accept_all(async || localhost.accept().await.map(|(stream, _)| stream), forward).await },
+        );
+        let of = Handover::new(agent.netns.clone());
+        let hand_over = move |stream| of.clone().connection(stream);
+        tokio::spawn(
+            async move { accept_all(async || handover.accept().await.map(|(stream, _)| stream), hand_over).await },
         );
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })

@@ -12,6 +12,7 @@ mod devices;
 mod entry;
 mod events;
 mod forward;
+mod handover;
 mod listen;
 mod netns;
 mod patience;

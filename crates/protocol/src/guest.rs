@@ -9,6 +9,9 @@ pub const AGENT_STDIO_PORT: u32 = 1025;
 /// vsock port on which the agent accepts connections for the guest's localhost, see [`crate::forward`].
 pub const AGENT_FORWARD_PORT: u32 = 1026;
 
+/// vsock port on which the agent accepts connections for what it hands to the host, see [`crate::handover`].
+pub const AGENT_HANDOVER_PORT: u32 = 1027;
+
 /// Host port that the agent tries to connect to, once, when all of its ports listen. The VMM resets that connection like
 /// every one that a guest starts; that the request came is the sign that the guest is ready.
 pub const READY_PORT: u32 = 1024;

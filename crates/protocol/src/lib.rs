@@ -10,6 +10,7 @@ pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
 pub mod control;
 pub mod forward;
 pub mod guest;
+pub mod handover;
 pub mod huge_pages;
 pub mod node;
 pub mod stdio;

@@ -13,6 +13,7 @@ mod events;
 mod host_pid;
 mod io;
 mod network;
+mod node_namespaces;
 mod own_thread;
 mod paths;
 pub mod pod;

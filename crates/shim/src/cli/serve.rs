@@ -15,6 +15,7 @@ use super::confine::{ConfineError, close_inherited, confine};
 use super::flags::Flags;
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
+use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::pod::{Pod, PodIdentity};
 use crate::service;
@@ -41,6 +42,8 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     let bundle = std::env::current_dir().map_err(ServeError::Bundle)?;
     super::logging::init(&bundle, &flags.id, flags.debug);
     confine()?;
+    // As long as there is one thread, and little memory to have a copy of.
+    let keeper = Keeper::start().map_err(ServeError::Keeper)?;
     // One thread: the shim's work is waiting. System calls that block go to a few short-lived threads.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -50,13 +53,18 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
         .build()
         .map_err(ServeError::Runtime)?;
     let endpoint = Arc::new(Endpoint::new(PathBuf::from(&flags.socket)));
-    let result = runtime.block_on(serve(flags, listener, endpoint.clone()));
+    let result = runtime.block_on(serve(flags, listener, endpoint.clone(), keeper));
     endpoint.withdraw();
     runtime.shutdown_background();
     result
 }
 
-async fn serve(flags: &Flags, listener: UnixListener, endpoint: Arc<Endpoint>) -> Result<(), ServeError> {
+async fn serve(
+    flags: &Flags,
+    listener: UnixListener,
+    endpoint: Arc<Endpoint>,
+    keeper: Keeper,
+) -> Result<(), ServeError> {
     listener.set_nonblocking(true).map_err(ServeError::Listener)?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::Listener)?;
     let ttrpc = std::env::var(TTRPC_VARIABLE).ok().filter(|address| !address.is_empty());
@@ -66,7 +74,7 @@ async fn serve(flags: &Flags, listener: UnixListener, endpoint: Arc<Endpoint>) -
         run_dir: RunDir::new(&PathBuf::from(RUN_ROOT), &flags.namespace, &flags.id),
         endpoint: endpoint.clone(),
     };
-    let pod = Arc::new(Pod::new(identity, publisher));
+    let pod = Arc::new(Pod::new(identity, publisher, keeper));
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(ttrpc::asynchronous::transport::Listener::from(listener))
         .register_service(service::services(pod.clone()));
@@ -100,6 +108,9 @@ pub enum ServeError {
     /// Its own confinement.
     #[error(transparent)]
     Confine(#[from] ConfineError),
+    /// No placeholders.
+    #[error("cannot fork the process that makes placeholders")]
+    Keeper(#[source] std::io::Error),
     /// No reactor.
     #[error("cannot start the runtime")]
     Runtime(#[source] std::io::Error),

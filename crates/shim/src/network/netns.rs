@@ -2,12 +2,18 @@
 #![allow(unsafe_code)] // reason: unshare(2)
 
 use std::future::Future;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use futures::StreamExt;
+use rtnetlink::MulticastGroup;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
+use crate::node_namespaces::is_nodes;
 use crate::own_thread;
 
 /// Name of the threads.
@@ -26,9 +32,30 @@ where
 }
 
 fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F) -> Result<T, NetnsError> {
-    enter(path).map_err(|source| NetnsError::Enter { path: path.to_path_buf(), source })?;
+    enter(path)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(NetnsError::Thread)?;
     Ok(runtime.block_on(body()))
+}
+
+/// Says when the namespace's links have changed, for as long as somebody listens: once for all changes since it was last
+/// listened to.
+pub async fn follow_links(netns: &Path, changed: mpsc::Sender<()>) -> Result<(), NetnsError> {
+    let follow = async move || {
+        let groups = [MulticastGroup::Link];
+        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups).map_err(NetnsError::Socket)?;
+        tokio::spawn(connection);
+        // What has changed before is not told.
+        let mut told = changed.try_send(());
+        while !matches!(told, Err(TrySendError::Closed(()))) {
+            tokio::select! {
+                message = messages.next() => if message.is_none() { break },
+                () = changed.closed() => break,
+            }
+            told = changed.try_send(());
+        }
+        Ok(())
+    };
+    run_in(netns, follow).await?
 }
 
 /// Makes a network namespace, which lives as long as the descriptor or something in it.
@@ -42,10 +69,27 @@ pub async fn create() -> Result<OwnedFd, NetnsError> {
     made.map_err(|error| NetnsError::Create(error.into()))
 }
 
-/// Moves the calling thread into a network namespace.
-pub fn enter(path: &Path) -> std::io::Result<()> {
-    let netns = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    Ok(move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?)
+/// Opens a network namespace, which then exists for as long as the descriptor, whatever becomes of the path.
+pub fn open(path: &Path) -> Result<OwnedFd, NetnsError> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(path, flags, Mode::empty());
+    opened.map_err(|error| NetnsError::Enter { path: path.to_path_buf(), source: error.into() })
+}
+
+/// The path of one that is open.
+pub fn path_of(netns: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", netns.as_raw_fd()).into()
+}
+
+/// Moves the calling thread into a network namespace. Never into the node's own: whatever is asked for then is not done to the
+/// node's interfaces.
+fn enter(path: &Path) -> Result<(), NetnsError> {
+    let netns = open(path)?;
+    let failed = |error: Errno| NetnsError::Enter { path: path.to_path_buf(), source: error.into() };
+    if is_nodes(&path_of(&netns), "net") {
+        return Err(NetnsError::Nodes(path.to_path_buf()));
+    }
+    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).map_err(failed)
 }
 
 /// An rtnetlink(7) connection in the calling thread's namespace.
@@ -67,6 +111,9 @@ pub enum NetnsError {
         #[source]
         source: std::io::Error,
     },
+    /// It is no pod's.
+    #[error("{0} is the node's own network namespace, whose interfaces are left alone")]
+    Nodes(PathBuf),
     /// unshare(2).
     #[error("cannot make a network namespace for the pod")]
     Create(#[source] std::io::Error),

@@ -104,7 +104,57 @@ async fn localhost_of_the_namespace_leads_to_one_listener_whatever_the_port() {
 
 #[tokio::test]
 async fn namespace_that_is_gone_is_named() {
-    let error = attach(PathBuf::from("/run/netns/none-such")).await.unwrap_err();
+    let error = attach(PathBuf::from("/run/netns/none-such"), HashSet::new()).await.unwrap_err();
     assert!(error.to_string().contains("/run/netns/none-such"));
-    detach(Path::new("/run/netns/none-such")).await.unwrap();
+}
+
+#[tokio::test]
+async fn interfaces_of_the_node_are_never_touched() {
+    // The first process's is out of sight of a test in a container.
+    for path in ["/proc/1/ns/net", "/proc/self/ns/net"].into_iter().filter(|path| std::fs::metadata(path).is_ok()) {
+        let attached = attach(path.into(), HashSet::new()).await;
+        assert!(matches!(attached, Err(NetworkError::Netns(NetnsError::Nodes(_)))), "{attached:?}");
+        let detached = detach(Path::new(path), vec![1]).await;
+        assert!(matches!(detached, Err(NetworkError::Netns(NetnsError::Nodes(_)))), "{detached:?}");
+    }
+}
+
+#[tokio::test]
+async fn held_namespace_is_worked_in_when_its_path_is_gone() {
+    let name = format!("bhtest-held-{}", std::process::id());
+    let netns = Netns::new(&name, &["link add eth0 type bridge", "link set eth0 up"]);
+    let held = netns::open(&netns.path()).unwrap();
+    drop(netns);
+    let path = netns::path_of(&held);
+    let up: Vec<_> = links(&path).await.unwrap().into_values().collect();
+    assert!(up.len() >= 2 && up.contains(&true), "{up:?}");
+    detach(&path, vec![1]).await.unwrap();
+}
+
+#[tokio::test]
+async fn changes_of_links_are_told_until_nobody_listens() {
+    let name = format!("bhtest-follow-{}", std::process::id());
+    let netns = Netns::new(&name, &[]);
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let path = netns.path();
+    let following = tokio::spawn(async move { netns::follow_links(&path, tell).await });
+    told.recv().await.unwrap();
+    assert!(run(&format!("ip -n {name} link add eth0 type bridge")));
+    told.recv().await.unwrap();
+    drop(told);
+    following.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn namespace_of_another_vm_is_refused_and_left_as_it_is() {
+    let name = format!("bhtest-taken-{}", std::process::id());
+    let netns = Netns::new(&name, &["link add eth0 type bridge"]);
+    let make = async || {
+        let handle = netns::connect().unwrap();
+        let links = inspect::links(&handle).await.unwrap();
+        tap::open(&format!("tap-{}", links[0].index)).unwrap()
+    };
+    let _tap = netns::run_in(&netns.path(), make).await.unwrap();
+    let attached = attach(netns.path(), HashSet::new()).await;
+    assert!(matches!(&attached, Err(NetworkError::Taken(name)) if name == "eth0"), "{attached:?}");
 }

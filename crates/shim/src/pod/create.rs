@@ -21,11 +21,12 @@ use crate::about;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
+use crate::host_pid::Users;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
 use crate::sandbox::{Sandbox, mounting, patience, removing};
 use crate::share::ShareError;
-use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
+use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -39,6 +40,9 @@ const EVENT_PACE: Duration = Duration::from_secs(1);
 const CREATED: Duration = Duration::from_secs(80);
 /// See there.
 const FORGOTTEN: Duration = Duration::from_secs(30);
+
+/// How long a container's interfaces that a hook has made may take to come into its guest: device slots and a call of the agent's.
+const CARRIED: Duration = Duration::from_secs(60);
 
 /// How much of that the guest may take. The VMM, which is asked after it, takes disks away whatever the guest does.
 const GUEST_FORGETS: Duration = Duration::from_secs(20);
@@ -67,6 +71,7 @@ impl Pod {
     /// Creates a task and answers its pid.
     pub async fn create(self: Arc<Self>, mut task: CreateTask) -> Result<u32, TaskError> {
         let mut spec = bundle::read_spec(&task.bundle)?;
+        spec::refuse_namespaces(&spec)?;
         task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
         about::note_pod(spec.annotations().as_ref());
@@ -85,20 +90,17 @@ impl Pod {
             Kind::Sandbox => {
                 init.set_io(ProcessIo::hold(&task.stdio)?);
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
-                self.or_teardown(init.assign_pid(sandbox.netns().as_deref()).map(drop)).await?;
+                self.or_teardown(init.assign_pid(&self.keeper, &spec::arguments(&spec)).map(drop)).await?;
                 self.or_teardown(hooks.created(init.pid()).await).await?;
                 self.or_teardown(self.register(&container, &task, &sandbox)).await?;
             }
             Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
-                let mut own = spec::sandbox(&spec)?;
+                spec::refuse_shared(&spec)?;
+                spec::leave_out_hosts(&mut spec);
                 // A pod's VM is there already. This one would be made in vain.
                 spec::check(&spec, &task.id)?;
-                if own.netns == Netns::New {
-                    // Nobody gives it to CNI.
-                    own.netns = Netns::None;
-                }
-                let sandbox = self.boot(own, config_path(&task)).await?;
+                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
                 self.or_teardown(self.create_in(&sandbox, spec, &task, &container).await).await?;
             }
         }
@@ -158,7 +160,12 @@ impl Pod {
             return Err(TaskError::Exists(format!("sandbox {}", self.identity.sandbox_id)));
         }
         let config = Config::load(config.as_deref())?;
+        let users = if spec.user.is_some() { Users::Own } else { Users::Nodes };
         let sandbox = Arc::new(Sandbox::boot(self.identity.run_dir.clone(), spec, config).await?);
+        if let Err(error) = self.keeper.enter(sandbox.namespace(), users) {
+            sandbox.destroy().await;
+            return Err(TaskError::HostPid(error));
+        }
         *self.sandbox_slot() = Some(sandbox.clone());
         tokio::spawn(self.clone().listen(sandbox.agent.clone()));
         Ok(sandbox)
@@ -178,6 +185,12 @@ impl Pod {
             Ok(()) => hooks.created(init.pid()).await.map_err(TaskError::from),
             failed => failed,
         };
+        let created = match created {
+            Ok(()) if container.kind == Kind::Standalone => {
+                patience::within(CARRIED, sandbox.follow_network()).await.map_err(TaskError::from)
+            }
+            other => other,
+        };
         let created = created.and_then(|()| self.register(container, task, sandbox));
         if created.is_err() {
             patience::within(FORGOTTEN, forget(sandbox, &init.key)).await;
@@ -193,6 +206,7 @@ impl Pod {
         init: &Process,
     ) -> Result<(), TaskError> {
         sandbox.attach_network().await?;
+        let arguments = spec::arguments(&spec);
         let prepared = task.bundle.join(spec::root_path(&spec));
         let wanted = spec::disks(&spec)?;
         let mut limits = spec::limits(&spec);
@@ -218,7 +232,7 @@ impl Pod {
         let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
         sandbox.volumes.activate(&task.id);
-        init.assign_pid(sandbox.netns().as_deref())?;
+        init.assign_pid(&self.keeper, &arguments)?;
         init.set_io(ProcessIo::connect(&sandbox.agent, &init.key, &task.stdio).await?);
         Ok(())
     }

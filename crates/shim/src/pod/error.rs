@@ -49,8 +49,10 @@ pub enum TaskError {
     /// What cannot be understood.
     #[error("{0}")]
     Invalid(&'static str),
-    /// A thread.
-    #[error("cannot make a pid for the process; is the node out of threads?")]
+    /// No process for it on the host.
+    #[error(
+        "cannot make a pid for the process; is the node out of processes or namespaces (sysctls user.max_*_namespaces)?"
+    )]
     HostPid(#[source] std::io::Error),
     /// The call was cut off by the end of the daemon.
     #[error("the shim is ending")]

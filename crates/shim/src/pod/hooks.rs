@@ -1,7 +1,8 @@
 //! Runs a container's OCI hooks on the host (runtime-spec: config.md, POSIX-platform Hooks; runtime.md, Lifecycle).
 //!
 //! They come from containerd's side, NRI plugins for example, and are trusted as that is. The pid in the state that they
-//! get is the one that the shim reports: it exists on the host, but its namespaces are not the container's.
+//! get is the one that the shim reports: it exists on the host, in the pod's network namespace; its other namespaces are
+//! neither the container's nor the node's.
 
 use std::io;
 use std::path::{Path, PathBuf};

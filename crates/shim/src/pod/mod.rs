@@ -26,6 +26,7 @@ use tokio::sync::watch;
 
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
+use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::sandbox::{Sandbox, kill_recorded, removing};
 use container::{Container, Kind};
@@ -60,6 +61,7 @@ pub struct PodIdentity {
 pub struct Pod {
     identity: PodIdentity,
     publisher: Publisher,
+    keeper: Keeper,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Ids for which a Create runs, and whether a Delete has come meanwhile. Taken before `containers`.
     creating: Mutex<HashMap<String, bool>>,
@@ -75,10 +77,11 @@ pub struct Pod {
 
 impl Pod {
     /// A pod without a VM.
-    pub fn new(identity: PodIdentity, publisher: Publisher) -> Self {
+    pub fn new(identity: PodIdentity, publisher: Publisher, keeper: Keeper) -> Self {
         Self {
             identity,
             publisher,
+            keeper,
             containers: Mutex::default(),
             creating: Mutex::default(),
             sandbox: Mutex::default(),

@@ -2,14 +2,13 @@
 //!
 //! Everything that `State`, `Pids` and `Connect` need is here, so that they never ask the guest (ARCHITECTURE.md, D9).
 
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::types::task::Status;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-use crate::host_pid::HostPid;
+use crate::host_pid::{HostPid, Keeper};
 use crate::io::{ProcessIo, Stdio};
 use crate::pod::error::TaskError;
 use crate::sandbox::agent::ProcessKey;
@@ -68,9 +67,9 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the process a pid of its own on the host, in the pod's network namespace.
-    pub fn assign_pid(&self, netns: Option<&Path>) -> Result<u32, TaskError> {
-        let host_pid = HostPid::new(netns).map_err(TaskError::HostPid)?;
+    /// Gives the process a pid of its own on the host.
+    pub fn assign_pid(&self, keeper: &Keeper, arguments: &[String]) -> Result<u32, TaskError> {
+        let host_pid = keeper.hold(arguments).map_err(TaskError::HostPid)?;
         let pid = host_pid.get();
         let mut state = self.state();
         state.pid = pid;
@@ -196,7 +195,7 @@ mod tests {
     #[test]
     fn pid_is_kept_after_the_end() {
         let process = process();
-        let pid = process.assign_pid(None).unwrap();
+        let pid = process.assign_pid(&Keeper::start().unwrap(), &[]).unwrap();
         process.ended(Exit::now(300));
         assert_eq!(process.pid(), pid);
         assert_eq!(process.exit().unwrap().code, 300 & 0xff);

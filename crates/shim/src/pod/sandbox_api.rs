@@ -1,7 +1,7 @@
 //! The pod as containerd's Sandbox API sees it: the VM is made and ended by calls of its own, and no pause task stands for
 //! it (containerd: docs/sandbox-api.md). Containers come by the Task API as always.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_protocol::cri::PodSandboxConfig;
@@ -19,6 +19,9 @@ use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::{Sandbox, blocking, removing};
 use crate::spec::{self, SandboxSpec};
 use crate::stats;
+
+/// What stands in the node's process table for a sandbox, which runs nothing.
+const PAUSE: &str = "bulkhead-sandbox";
 
 /// What containerd asks to create.
 #[derive(Clone, Debug, Default)]
@@ -72,6 +75,7 @@ impl Pod {
         let id = &self.identity.sandbox_id;
         let metadata = request.config.metadata.get_or_default();
         about::note_pod_name(&metadata.namespace, &metadata.name);
+        spec::refuse_netns(Path::new(&request.netns))?;
         let spec = spec::pod_sandbox(&request.config, id, &request.netns)?;
         let key = ProcessKey { container: id.clone(), exec: String::new() };
         let process = Arc::new(Process::new(key, Stdio::default()));
@@ -103,7 +107,7 @@ impl Pod {
     pub(super) async fn sandbox_booted(&self, api: &ApiSandbox, sandbox: Arc<Sandbox>) -> Result<(), TaskError> {
         // It may have been stopped meanwhile: then it has ended, and nobody would end its VM.
         let begun = api.process.expect("start", &[Status::CREATED]);
-        let begun = begun.and_then(|()| api.process.assign_pid(sandbox.netns().as_deref()));
+        let begun = begun.and_then(|()| api.process.assign_pid(&self.keeper, &[PAUSE.to_owned()]));
         if let Err(error) = begun {
             self.teardown().await;
             return Err(error);

@@ -47,6 +47,10 @@ impl Pod {
         let _order = init.order.lock().await;
         init.expect("start", &[Status::CREATED])?;
         let sandbox = self.sandbox()?;
+        if container.kind == Kind::Standalone {
+            // An engine may make the network only between creation and start.
+            sandbox.follow_network().await?;
+        }
         if container.kind != Kind::Sandbox {
             sandbox.agent.start_container(&container.id).await?;
         }
@@ -63,7 +67,7 @@ impl Pod {
         process.expect("start", &[Status::CREATED])?;
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
-        let pid = process.assign_pid(sandbox.netns().as_deref())?;
+        let pid = process.assign_pid(&self.keeper, &spec::process_arguments(&container.exec_spec(exec)?))?;
         let ran = patience::within(EXECUTED, run_exec(&sandbox, container, &process)).await;
         // It has ended already if its container has been deleted meanwhile.
         if let Err(error) = ran.and_then(|()| process.expect("start", &[Status::CREATED])) {

@@ -55,7 +55,7 @@ async fn pod_that_tells(dir: &Path, events: Option<String>) -> Fixture {
     std::fs::write(endpoint.record(), "").unwrap();
     let run_dir = RunDir::new(&dir.join("run"), "k8s.io", "s");
     let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
-    let pod = Arc::new(Pod::new(identity, publisher));
+    let pod = Arc::new(Pod::new(identity, publisher, Keeper::start().unwrap()));
     let (sandbox, agent) = Sandbox::fake(dir).await;
     *pod.sandbox_slot() = Some(sandbox.clone());
     let fixture = Fixture { pod, sandbox, agent, _dir: None };
@@ -153,7 +153,7 @@ impl Fixture {
     /// Has a created container.
     fn add(&self, id: &str, kind: Kind) -> Arc<Container> {
         let init = Process::new(ProcessKey { container: id.into(), exec: String::new() }, Stdio::default());
-        init.assign_pid(None).unwrap();
+        init.assign_pid(&self.pod.keeper, &[]).unwrap();
         let spec = oci_spec::runtime::Spec::default();
         let hooks = ContainerHooks::new(HostHooks::default(), &spec, id, Path::new("/"));
         let container = Arc::new(Container::new(id.into(), kind, "/".into(), Arc::new(init), hooks));

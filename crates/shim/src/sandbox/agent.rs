@@ -6,7 +6,7 @@ use std::time::Duration;
 use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
-use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
+use bulkhead_protocol::guest::{AGENT_FORWARD_PORT, AGENT_HANDOVER_PORT, AGENT_RPC_PORT, AGENT_STDIO_PORT};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use ttrpc::asynchronous::transport::Socket;
@@ -91,6 +91,11 @@ impl Agent {
     /// A connection to be forwarded to the guest's localhost.
     pub async fn forward(&self) -> Result<UnixStream, AgentError> {
         Ok(self.vm.connect(AGENT_FORWARD_PORT).await?)
+    }
+
+    /// A connection for what the guest hands over.
+    pub async fn handover(&self) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(AGENT_HANDOVER_PORT).await?)
     }
 
     /// Returns when the VM is gone.

@@ -242,7 +242,7 @@ impl Sandbox {
             resizer: Resizer::new(Plan::new(&config, &SizeRequest::default()).unwrap()),
             cgroup: None,
             run_dir,
-            network: PodNetwork::None,
+            network: Arc::new(PodNetwork::fake().await),
         };
         (Arc::new(sandbox), fake)
     }

@@ -20,7 +20,9 @@ mod timeline;
 mod vm;
 mod volumes;
 
-use std::path::{Path, PathBuf};
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::CreateSandboxRequest;
@@ -30,7 +32,7 @@ use tokio::sync::Semaphore;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
-use crate::network::{self, Network, NetworkError};
+use crate::network::{HandoverError, Network, NetworkError};
 use crate::own_thread;
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
@@ -81,17 +83,16 @@ pub struct Sandbox {
     resizer: Resizer,
     cgroup: Option<Cgroup>,
     run_dir: RunDir,
-    network: PodNetwork,
+    network: Arc<PodNetwork>,
 }
 
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
     pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
-        let pod_network = PodNetwork::new(&spec.netns).await?;
-        let netns = pod_network.prepared().map(Path::to_path_buf);
-        let booted = Self::try_boot(&run_dir, spec, pod_network, config).await;
+        let network = Arc::new(PodNetwork::new(&spec.netns).await?);
+        let booted = Self::try_boot(&run_dir, spec, network.clone(), config).await;
         if booted.is_err() {
-            release(&run_dir, netns.as_deref()).await;
+            release(&run_dir, &network).await;
         }
         booted
     }
@@ -99,7 +100,7 @@ impl Sandbox {
     async fn try_boot(
         run_dir: &RunDir,
         spec: SandboxSpec,
-        pod_network: PodNetwork,
+        pod_network: Arc<PodNetwork>,
         config: Config,
     ) -> Result<Self, SandboxError> {
         let mut timeline = Timeline::begin();
@@ -114,11 +115,8 @@ impl Sandbox {
             }
         })
         .await?;
-        let mut network = match pod_network.prepared() {
-            Some(netns) => network::attach(netns.to_path_buf()).await?,
-            None => Network::default(),
-        };
-        let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
+        let mut network = pod_network.begin().await?;
+        let devices = std::mem::take(&mut network.devices);
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         if let Some(cgroup) = &cgroup {
             patience::follow(cgroup.path());
@@ -139,8 +137,8 @@ impl Sandbox {
         let (agent, kernel, synced) = begun?;
         timeline.split(kernel);
         tokio::spawn(clock::follow(agent.clone(), synced));
-        if let Some(localhost) = localhost {
-            tokio::spawn(localhost.serve(agent.clone()));
+        if pod_network.prepared().is_some() {
+            pod_network.serve_localhost(&agent).await;
         }
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
@@ -152,14 +150,14 @@ impl Sandbox {
         Ok(Self { vm, agent, share, booted_at, volumes, disks, resizer, cgroup, run_dir, network: pod_network })
     }
 
-    /// The pod's network namespace on the host, for what shall be in it.
-    pub fn netns(&self) -> Option<PathBuf> {
-        self.network.path()
+    /// Where CNI has said that the pod's network namespace is, if it has.
+    pub fn netns(&self) -> Option<&Path> {
+        self.network.prepared()
     }
 
-    /// Carries interfaces into the guest that CNI has made since it was booted, if it makes them so late.
-    pub async fn attach_network(&self) -> Result<(), SandboxError> {
-        self.network.attach(&self.vm, &self.agent).await
+    /// The pod's network namespace.
+    pub fn namespace(&self) -> BorrowedFd<'_> {
+        self.network.namespace()
     }
 
     /// Makes the VM large enough for one more container, which counts from now on until [`Self::container_ended`].
@@ -262,7 +260,7 @@ impl Sandbox {
     /// Stops the VM and removes everything that it had on the host.
     pub async fn destroy(&self) {
         self.stop().await;
-        release(&self.run_dir, self.network.prepared()).await;
+        release(&self.run_dir, &self.network).await;
     }
 }
 
@@ -284,10 +282,8 @@ async fn leave(vm: Vm, cgroup: Cgroup) {
 }
 
 /// Removes redirects, the cgroup, mounts and the pod's directory, after the VMM has ended. Goes on after a failure: each step is worth doing.
-async fn release(run_dir: &RunDir, netns: Option<&Path>) {
-    if let Some(netns) = netns
-        && let Err(error) = network::detach(netns).await
-    {
+async fn release(run_dir: &RunDir, network: &PodNetwork) {
+    if let Err(error) = network.release().await {
         tracing::warn!("{}", crate::pod::error::chain(&error));
     }
     if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
@@ -380,6 +376,9 @@ pub enum SandboxError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Servers in the namespace.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// The machine.
     #[error(transparent)]
     Vm(#[from] VmError),

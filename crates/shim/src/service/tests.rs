@@ -3,6 +3,7 @@
 use super::*;
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
+use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::pod::PodIdentity;
 use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, ShutdownRequest, StateRequest};
@@ -23,7 +24,7 @@ async fn serve() -> Served {
     let run_dir = RunDir::new(&dir.path().join("run"), "k8s.io", "s");
     let endpoint = Arc::new(Endpoint::new(dir.path().join("sock")));
     let identity = PodIdentity { sandbox_id: "s".into(), run_dir, endpoint };
-    let pod = Arc::new(Pod::new(identity, publisher));
+    let pod = Arc::new(Pod::new(identity, publisher, Keeper::start().unwrap()));
     let address = format!("unix://{}", dir.path().join("sock").display());
     let server = ttrpc::asynchronous::Server::new().bind(&address).unwrap();
     let mut server = server.register_service(services(pod.clone()));

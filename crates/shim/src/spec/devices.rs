@@ -149,6 +149,35 @@ pub fn open_to_privileged(spec: &mut Spec) {
     linux.set_resources(Some(resources));
 }
 
+/// Leaves out the host's devices that an engine lists for a privileged container without a pod (`docker run --privileged`): what
+/// the guest has of its own the agent gives it, and the rest is left out as with `privileged_without_host_devices`. Of a pod's
+/// container it is not: a block device may be a volume of its.
+pub fn leave_out_hosts(spec: &mut Spec) {
+    let privileged = is_privileged(spec);
+    let Some(linux) = spec.linux_mut() else { return };
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
+    if !privileged || !rules.and_then(|rules| rules.last()).is_some_and(allows_everything) {
+        return;
+    }
+    if let Some(devices) = linux.devices_mut() {
+        devices.retain(|device| match device.typ() {
+            LinuxDeviceType::C | LinuxDeviceType::U => is_the_guests(device),
+            LinuxDeviceType::P => true,
+            _ => false,
+        });
+    }
+}
+
+fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
+    let any = |number: Option<i64>| number.is_none_or(|number| number == -1);
+    let rights = |access: &str| ['r', 'w', 'm'].iter().all(|right| access.contains(*right));
+    rule.allow()
+        && matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+        && any(rule.major())
+        && any(rule.minor())
+        && rule.access().as_deref().is_none_or(rights)
+}
+
 /// No part of a spec says so. But only a privileged container may administer the system and has a /sys that it can write to.
 fn is_privileged(spec: &Spec) -> bool {
     let sys = |mount: &Mount| mount.typ().as_deref() == Some("sysfs");
@@ -219,6 +248,28 @@ mod tests {
         assert_eq!((rules.len(), &rules[1]["allow"], &rules[1]["access"]), (2, &json!(true), &json!("rwm")));
         assert_eq!(open("CAP_SYS_ADMIN", "ro").len(), 1);
         assert_eq!(open("CAP_CHOWN", "rw").len(), 1);
+    }
+
+    #[test]
+    fn hosts_devices_that_an_engine_lists_for_a_privileged_container_are_left_out() {
+        let left = |capability: &str, rules: Value| {
+            let mut spec: Spec = serde_json::from_value(json!({
+                "ociVersion": "1.0.2",
+                "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "capabilities": { "bounding": [capability] } },
+                "mounts": [{ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["rw"] }],
+                "linux": {
+                    "devices": [device("c", "/dev/kvm", 10, 232), device("b", "/dev/sda", 8, 0), device("c", "/dev/fuse", 10, 229)],
+                    "resources": { "devices": rules },
+                },
+            }))
+            .unwrap();
+            leave_out_hosts(&mut spec);
+            spec.linux().as_ref().unwrap().devices().as_ref().unwrap().len()
+        };
+        let all = json!([{ "allow": true, "access": "rwm" }]);
+        assert_eq!(left("CAP_SYS_ADMIN", all.clone()), 1);
+        assert_eq!(left("CAP_CHOWN", all), 3);
+        assert_eq!(left("CAP_SYS_ADMIN", json!([{ "allow": false, "access": "rwm" }])), 3);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod asker;
 mod devices;
 mod hooks;
+mod host;
 mod huge_pages;
 mod mounts;
 mod namespaces;
@@ -21,8 +22,9 @@ use oci_spec::runtime::{Linux, Process, Root, Spec};
 use protobuf::EnumOrUnknown;
 
 pub use asker::Asker;
-pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks};
+pub use devices::{DeviceNumber, GuestDisk, HostDisk, disks, leave_out_hosts};
 pub use hooks::{HostHooks, take as take_hooks};
+pub use host::{refuse_namespaces, refuse_netns, refuse_shared};
 pub use huge_pages::{HugeVolume, huge_volumes};
 pub use mounts::{Access, SCRATCH_DEPTH, Volume};
 pub use pod::pod_sandbox;
@@ -116,6 +118,17 @@ pub fn root_path(spec: &Spec) -> std::path::PathBuf {
     spec.root().as_ref().map_or_else(|| "rootfs".into(), |root: &Root| root.path().clone())
 }
 
+/// What a container executes.
+pub fn arguments(spec: &Spec) -> Vec<String> {
+    spec.process().as_ref().and_then(|process| process.args().clone()).unwrap_or_default()
+}
+
+/// The same of an exec's process, JSON.
+pub fn process_arguments(json: &[u8]) -> Vec<String> {
+    let process: Option<Process> = serde_json::from_slice(json).ok();
+    process.and_then(|process| process.args().clone()).unwrap_or_default()
+}
+
 /// Size of a terminal in characters; 0 is the kernel's choice.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct ConsoleSize {
@@ -181,6 +194,26 @@ pub enum SpecError {
         "hostPID is not possible in a VM, whose processes are not the host's; remove hostPID from the pod or run it with runc"
     )]
     HostPid,
+    /// The pod wants the host's names.
+    #[error(
+        "the host's UTS namespace is not possible in a VM, which has a host name of its own; remove what asks for it (hostNetwork of a pod, --uts host) or use runc"
+    )]
+    HostUts,
+    /// The pod wants the host's user namespace, by its path.
+    #[error(
+        "the host's user namespace is not possible in a VM, whose users are not the host's; remove what names its path or use runc"
+    )]
+    HostUser,
+    /// The pod wants the host's mounts.
+    #[error(
+        "the host's mount namespace is not possible in a VM, which has mounts of its own; remove what names its path or use runc"
+    )]
+    HostMounts,
+    /// A container without a pod wants a namespace of another container.
+    #[error(
+        "the container is to share the {0} namespace {1:?}, which is not in its VM: a container without a pod has a VM to itself; give it a namespace of its own, or make a pod of both"
+    )]
+    SharedNamespace(String, std::path::PathBuf),
     /// A mount shall propagate into the host.
     #[error(
         "the mount at {0:?} is to propagate into the host (Bidirectional), which a VM cannot do; use HostToContainer or None"

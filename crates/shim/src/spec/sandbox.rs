@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::UserNamespace;
 use bulkhead_protocol::vmspec::IdMaps;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use super::host::path_of;
 use super::{SpecError, users};
 
 /// The sandbox by its spec.
@@ -33,14 +34,13 @@ pub struct SandboxSpec {
 /// A pod's network namespace on the host.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Netns {
-    /// There is none: no network but loopback.
+    /// The sandbox's process has to have one of its own. containerd 2 lets CNI make the network there when the sandbox runs
+    /// (internal/cri/server/sandbox_run.go, for pods with a user namespace), engines like Docker make it by a hook, and
+    /// without either it has no network but loopback.
     #[default]
-    None,
+    New,
     /// CNI has prepared it.
     At(PathBuf),
-    /// The sandbox's process has to have one of its own, in which CNI makes the network when the sandbox runs (containerd 2:
-    /// internal/cri/server/sandbox_run.go, for pods with a user namespace).
-    New,
 }
 
 /// Reads the sandbox's spec; refuses what shares a namespace of the host that a VM cannot share.
@@ -55,11 +55,7 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
     let user =
         user.map(|linux| users::namespace(users::inside(linux.uid_mappings()), users::inside(linux.gid_mappings())));
     let user = user.transpose()?;
-    let netns = match network.path().clone().filter(|path| !path.as_os_str().is_empty()) {
-        Some(path) => Netns::At(path),
-        None if user.is_some() => Netns::New,
-        None => Netns::None,
-    };
+    let netns = path_of(network).map_or(Netns::New, |path| Netns::At(path.to_path_buf()));
     Ok(SandboxSpec {
         hostname: spec.hostname().clone().unwrap_or_default(),
         domainname: spec.domainname().clone().unwrap_or_default(),
