@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-build kernel kernel-debug rootfs images product build check run test test-unit test-node test-compat test-hostile fuzz \
+.PHONY: help setup setup-build kernel kernel-debug rootfs images product build check run test test-unit test-node test-compat test-docker test-hostile fuzz \
 	node soak-boot soak-pods bench-boot install clean
 
 # Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); how long `make fuzz` runs each target,
@@ -56,8 +56,8 @@ check: setup-build ## format, clippy, licences
 run: build ## start a node and a pod in its own guest, and show both side by side
 	@$(NODE) run bulkhead run
 
-test: build ## every test but test-compat and the lying agents of test-hostile: unit, VMM, guest image, fuzz seeds, end to end
-	@tools/test unit rootfs fuzz node containerd-2 docker
+test: build ## every test but test-compat, test-docker and the lying agents of test-hostile: unit, VMM, guest image, fuzz seeds, end to end
+	@tools/test unit rootfs fuzz node containerd-2
 
 test-unit: setup ## unit tests, and VMM tests on /dev/kvm
 	@tools/test unit
@@ -67,6 +67,9 @@ test-node: build ## the end-to-end suites in a node (FILTER=part of a test's nam
 
 test-compat: build ## pods on runc and on Bulkhead compared, case by case (FILTER=part of a name)
 	@FILTER='$(FILTER)' tools/test compat
+
+test-docker: build ## the real Docker's containers in guests, with its networks
+	@tools/test docker
 
 test-hostile: build ## what plays a hostile guest or a failing part, counted by boundary (FUZZ_SECONDS=n: fuzz targets too)
 	@FUZZ_SECONDS='$(FUZZ_SECONDS)' tools/hostile

@@ -14,5 +14,5 @@ pub fn is_nodes(path: &Path, name: &str) -> bool {
     let same = |dir: &&str| {
         metadata(Path::new(dir).join(name)).is_ok_and(|own| (own.dev(), own.ino()) == (found.dev(), found.ino()))
     };
-    NODES.iter().any(|dir| same(&dir))
+    NODES.iter().any(same)
 }
