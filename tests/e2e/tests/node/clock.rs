@@ -43,6 +43,7 @@ fn pod_follows_within_a_second_when_the_nodes_clock_is_set() {
         return;
     }
     on_node(async |node| {
+        node.cri.pull(compat::IMAGE).await?;
         let pod = node.pod("clock").await?;
         let config = cri::container_config("main", compat::IMAGE, &["/bin/probe", "steps", "/tmp", "2"]);
         let watch = || LogWatch::new(Path::new(&pod.config.log_directory), &config.log_path);

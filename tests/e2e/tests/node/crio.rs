@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_e2e::shim::{Caller, Output, Shim, memory_alone};
@@ -115,6 +115,23 @@ impl Drop for Users {
     }
 }
 
+/// A volume on a file system that maps owners, removed at the end.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new() -> Result<Self> {
+        let path = PathBuf::from(format!("/run/crio-users-{}", std::process::id()));
+        std::fs::create_dir(&path).context("cannot make the volume")?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 fn mapping() -> Value {
     json!([{ "containerID": 0, "hostID": FIRST, "size": 65536 }])
 }
@@ -129,8 +146,9 @@ fn pod_of_crio_with_a_user_namespace_has_its_files_by_its_own_ids() {
         let sandbox = host.sandbox_bundle(contract.sandbox, contract.netns.path())?;
         users.give(&sandbox, &[])?;
         let (shim, pid) = contract.start_pod(&sandbox, "").await?;
-        let (volume, resolv) = (host.path("volume"), host.path("resolv.conf"));
-        std::fs::create_dir(&volume)?;
+        // Not on the node's overlay, which maps no owners.
+        let (on_tmpfs, resolv) = (Volume::new()?, host.path("resolv.conf"));
+        let volume = on_tmpfs.0.clone();
         std::fs::write(volume.join("old"), "")?;
         std::fs::write(&resolv, "nameserver 192.0.2.1\n")?;
         let script = "cat /etc/resolv.conf; busybox stat -c %u / /bin/busybox /volume /volume/old; true > /volume/new; \
