@@ -152,7 +152,7 @@ fn pod_of_crio_with_a_user_namespace_has_its_files_by_its_own_ids() {
         std::fs::write(volume.join("old"), "")?;
         std::fs::write(&resolv, "nameserver 192.0.2.1\n")?;
         let script = "cat /etc/resolv.conf; busybox stat -c %u / /bin/busybox /volume /volume/old; true > /volume/new; \
-                      true > /etc/made; busybox stat -c %u /volume/new /etc/made; busybox chown 7 /volume/new; \
+                      true > /etc/made; busybox stat -c %u /volume/new /etc/made; \
                       busybox awk '{ print $1, $2, $3 }' /proc/self/uid_map";
         let bundle = host.container_bundle(id, contract.sandbox, pid, script)?;
         let volume_mount = json!({
@@ -182,7 +182,7 @@ fn pod_of_crio_with_a_user_namespace_has_its_files_by_its_own_ids() {
         let text = output.to_end().await?;
         ensure!(ended.exit_status == 0, "{ended:?} {text}");
         ensure!(text == "nameserver 192.0.2.1\n0\n0\n0\n0\n0\n0\n0 0 65536\n", "{text}");
-        ensure!(on_disk == (7, FIRST), "on disk the owners are {on_disk:?}");
+        ensure!(on_disk == (0, FIRST), "on disk the owners are {on_disk:?}");
         host.delete(id)?;
         contract.end_by_task(&shim).await
     });
