@@ -18,7 +18,6 @@ mod jail;
 mod kernel;
 mod liar;
 mod lifecycle;
-mod locks;
 mod mounts;
 mod namespaces;
 mod network;
