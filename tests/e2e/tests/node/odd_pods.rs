@@ -201,7 +201,7 @@ fn odd_ones(dir: &Path) -> Result<Vec<Odd>> {
 /// Creates a container and ends it; answers what came of it.
 async fn try_one(stage: &Stage, pod: &Pod, odd: &Odd) -> Result<Outcome> {
     let id = &pod.main;
-    let bundle = stage.host.container_bundle(id, &pod.id, 1, "true")?;
+    let bundle = stage.host.container_bundle(id, &pod.id, pod.pid, "true")?;
     if let Some(make) = &odd.prepared {
         let rootfs = bundle.join("rootfs");
         std::fs::remove_dir_all(&rootfs)?;

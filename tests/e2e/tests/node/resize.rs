@@ -116,7 +116,8 @@ fn vm_grows_for_a_containers_limits_and_gives_all_back_after() {
 fn update_resizes_a_running_container_both_ways() {
     on_node(async |node| {
         let pod = node.pod("update").await?;
-        let count = "i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.2; done";
+        // By rename, so that whoever reads it finds a number.
+        let count = "i=0; while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.2; done";
         let main = pod.run(limited("main", count, limits(1, 64))).await?;
         let (memory, cpus) = size(&pod, &main).await?;
         ensure!(cpus == few_cpus(), "{cpus} CPUs");

@@ -64,7 +64,8 @@ async fn halted(node: &Node, name: &str) -> Result<(TestPod, String, Shim)> {
 
 async fn bounded_calls(shim: &Shim, pod: &str, id: &str) -> Result<()> {
     let host = Host::new(Caller::Containerd1_6, crate::contract::SHIM).await?;
-    let bundle = host.container_bundle("stuck-new", pod, 1, "true")?.display().to_string();
+    let known: api::ConnectResponse = shim.task("Connect", &connect(id)).await?;
+    let bundle = host.container_bundle("stuck-new", pod, known.task_pid, "true")?.display().to_string();
     let create = api::CreateTaskRequest { id: "stuck-new".into(), bundle, ..Default::default() };
     let pause = api::PauseRequest { id: id.into(), ..Default::default() };
     let resources = protobuf::well_known_types::any::Any {

@@ -51,6 +51,8 @@ pub struct Pod {
     pub main: String,
     pub shim: Shim,
     pub shim_pid: u32,
+    /// What its sandbox was reported with; 0 if there is none.
+    pub pid: u32,
     _netns: Netns,
 }
 
@@ -181,12 +183,14 @@ impl Stage {
         std::fs::write(config, spec.to_string())?;
         let bundle = bundle.display().to_string();
         let shim = self.host.start(id).await?.1;
-        let pod = Pod { id: id.into(), main: format!("{id}-main"), shim, shim_pid: daemon(id)?, _netns: netns };
+        let mut pod =
+            Pod { id: id.into(), main: format!("{id}-main"), shim, shim_pid: daemon(id)?, pid: 0, _netns: netns };
         let mut story = Story::default();
         let options = MessageField::some(self.options(id, script)?);
         let create = api::CreateTaskRequest { id: id.into(), bundle, options, ..Default::default() };
         let begin = Instant::now();
         let created = pod.shim.task::<api::CreateTaskResponse>("Create", &create).await;
+        pod.pid = created.as_ref().map_or(0, |created| created.pid);
         if story.told("boot", begin, created.map(|created| created.pid)) {
             // A VMM that has ended meanwhile makes it too late.
             let _ = pod.shim.task::<api::StartResponse>("Start", &start(id, "")).await;
@@ -197,7 +201,7 @@ impl Stage {
     /// A container, with everything that containerd asks about one while it runs.
     pub async fn container(&self, story: &mut Story, pod: &Pod) -> Result<()> {
         let id = &pod.main;
-        let bundle = self.host.container_bundle(id, &pod.id, 1, "true")?.display().to_string();
+        let bundle = self.host.container_bundle(id, &pod.id, pod.pid, "true")?.display().to_string();
         self.host.start(id).await?;
         let fifo = self.host.path(format!("{id}-stdout"));
         let output = Output::new(fifo.clone())?;
