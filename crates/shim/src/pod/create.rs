@@ -26,7 +26,7 @@ use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
 use crate::sandbox::{Sandbox, mounting, patience, removing};
 use crate::share::ShareError;
-use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
+use crate::spec::{self, Asker, ConsoleSize, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -97,7 +97,10 @@ impl Pod {
             Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
                 spec::refuse_shared(&spec)?;
-                spec::leave_out_hosts(&mut spec);
+                // Docker has no word for a privileged container without them; a client of containerd's has, and is told it.
+                if Asker::of(&spec) == Asker::Docker {
+                    spec::leave_out_hosts(&mut spec);
+                }
                 // A pod's VM is there already. This one would be made in vain.
                 spec::check(&spec, &task.id)?;
                 let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
