@@ -12,6 +12,8 @@ pub mod forward;
 pub mod guest;
 pub mod huge_pages;
 pub mod node;
+#[cfg(feature = "agent")]
+pub mod rtnl;
 pub mod stdio;
 pub mod vmspec;
 

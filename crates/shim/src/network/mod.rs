@@ -1,26 +1,38 @@
 //! The pod's network: CNI's interfaces, carried into the guest (ARCHITECTURE.md, bird's eye).
 //!
 //! Each Ethernet interface of CNI's namespace gets a tap beside it, and every frame that enters the one leaves by the
-//! other (tc-mirred(8)). The guest takes over the MAC, addresses and routes. The interface keeps its addresses on the
-//! host, where the kubelet reads its counters, but the host's stack sees no frame of it any more: the redirect is at
-//! ingress, ARP and neighbour discovery included. The namespace's localhost, which no frame reaches, leads to the guest's
-//! as well ([`forward`]).
+//! other (tc-mirred(8)). The interface keeps its addresses on the host, where the kubelet reads its counters, but the host's
+//! stack sees no frame of it any more: the redirect is at ingress, ARP and neighbour discovery included. The namespace's
+//! localhost, which no frame reaches, leads to the guest's as well ([`forward`]).
+//!
+//! All else that is in the namespace is made in the guest again: links that stand on others, addresses, neighbours, routes,
+//! rules and kernel parameters ([`inspect`]). The shim writes down what has to be done ([`steps`]), and the agent does it,
+//! once at the start and again whenever something has changed in the namespace ([`follow`]).
 //!
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
+mod entries;
+mod follow;
 mod forward;
 mod inspect;
+mod links;
 pub mod netns;
 mod redirect;
+mod steps;
+mod sysctls;
 mod tap;
+pub mod unsupported;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::{Interface, Neighbour, Route};
+use bulkhead_protocol::agent::{AddNetworkRequest, NetworkDevice, NetworkStep};
+use links::{Link, Role};
 
+pub use follow::Follower;
 pub use forward::Localhost;
 pub use netns::NetnsError;
+pub use unsupported::Unsupported;
 
 /// Most interfaces of a pod: each takes a device slot of the VM.
 const MAX_INTERFACES: usize = 8;
@@ -28,6 +40,8 @@ const MAX_INTERFACES: usize = 8;
 /// A tap for the VMM.
 #[derive(Debug)]
 pub struct NetDevice {
+    /// The interface in the namespace, by its index.
+    pub link: u32,
     /// The tap. It vanishes with its last descriptor.
     pub tap: OwnedFd,
     /// The guest's MAC address.
@@ -39,16 +53,31 @@ pub struct NetDevice {
 /// The pod's network as the guest is told, and the taps that carry it.
 #[derive(Debug, Default)]
 pub struct Network {
-    /// One for each interface, in the same order.
+    /// One for each interface whose frames come from outside the namespace.
     pub devices: Vec<NetDevice>,
-    /// Interfaces with their addresses.
-    pub interfaces: Vec<Interface>,
-    /// Routes of the main table, those on link first.
-    pub routes: Vec<Route>,
-    /// Permanent neighbours.
-    pub neighbours: Vec<Neighbour>,
+    /// What the agent has to do.
+    pub steps: Vec<NetworkStep>,
+    /// What the guest cannot have.
+    pub unsupported: Vec<Unsupported>,
     /// The namespace's localhost, for port-forward.
     pub localhost: Option<Localhost>,
+    /// What follows the changes in the namespace.
+    pub changes: Option<Follower>,
+}
+
+impl Network {
+    /// What the agent is told, of devices that are in slots of the machine.
+    pub fn request(&self, slots: &[(u8, u32)]) -> AddNetworkRequest {
+        AddNetworkRequest {
+            devices: slots.iter().map(|(slot, link)| network_device(*slot, *link)).collect(),
+            steps: self.steps.clone(),
+            ..AddNetworkRequest::default()
+        }
+    }
+}
+
+fn network_device(slot: u8, link: u32) -> NetworkDevice {
+    NetworkDevice { slot: u32::from(slot), index: link, ..NetworkDevice::default() }
 }
 
 /// Ties the namespace's interfaces to taps. On an error nothing is left.
@@ -66,11 +95,17 @@ pub async fn detach(netns: &Path) -> Result<(), NetworkError> {
 
 async fn attach_here() -> Result<Network, NetworkError> {
     let handle = netns::connect()?;
-    let links = inspect::links(&handle).await?;
+    // Before anything is read, so that no change is missed.
+    let events = follow::events()?;
+    let state = inspect::State::read(&netns::socket()?).await?;
+    let links: Vec<&Link> = state.links.iter().filter(|link| link.role == Role::Device).collect();
     if links.len() > MAX_INTERFACES {
         return Err(NetworkError::TooMany(links.len()));
     }
-    let mut network = inspect::network(&handle, &links).await?;
+    let carried: Vec<&Link> = state.links.iter().filter(|link| link.is_carried()).collect();
+    let steps = steps::first(&state, sysctls::read(&carried, true));
+    steps::fit(&steps)?;
+    let mut network = Network { steps, ..Network::default() };
     for link in &links {
         match attach_link(&handle, link).await {
             Ok(device) => network.devices.push(device),
@@ -82,6 +117,11 @@ async fn attach_here() -> Result<Network, NetworkError> {
             }
         }
     }
+    network.unsupported.clone_from(&state.unsupported);
+    for missing in &network.unsupported {
+        tracing::warn!("the guest cannot have what is in the pod's network namespace: {}", missing.what);
+    }
+    network.changes = Some(Follower::new(events, state)?);
     // Without it the pod lacks port-forward and nothing else.
     network.localhost = Localhost::open()
         .inspect_err(|error| tracing::warn!("no port-forward for this pod: {}", crate::pod::error::chain(error)))
@@ -89,7 +129,7 @@ async fn attach_here() -> Result<Network, NetworkError> {
     Ok(network)
 }
 
-async fn attach_link(handle: &rtnetlink::Handle, link: &inspect::Link) -> Result<NetDevice, NetworkError> {
+async fn attach_link(handle: &rtnetlink::Handle, link: &Link) -> Result<NetDevice, NetworkError> {
     let name = format!("tap-{}", link.index);
     let tap = tap::open(&name).map_err(|source| NetworkError::Tap { interface: link.name.clone(), source })?;
     let index = tap::raise(handle, &name, link.mtu)
@@ -103,12 +143,14 @@ async fn attach_link(handle: &rtnetlink::Handle, link: &inspect::Link) -> Result
             .map_err(|source| NetworkError::Redirect { interface: link.name.clone(), source })?;
     }
     let mtu = u16::try_from(link.mtu).unwrap_or(u16::MAX);
-    Ok(NetDevice { tap, mac: link.mac, mtu })
+    let mac = link.device_mac().unwrap_or_default();
+    Ok(NetDevice { link: link.index, tap, mac, mtu })
 }
 
 async fn detach_here() -> Result<(), NetworkError> {
     let handle = netns::connect()?;
-    for link in inspect::links(&handle).await? {
+    let state = inspect::State::read(&netns::socket()?).await?;
+    for link in state.links.iter().filter(|link| link.role == Role::Device) {
         redirect::remove(&handle, link.index).await;
     }
     Ok(())
@@ -123,6 +165,12 @@ pub enum NetworkError {
     /// More interfaces than slots.
     #[error("the pod has {0} network interfaces; at most {MAX_INTERFACES} are supported")]
     TooMany(usize),
+    /// More than a message holds.
+    #[error(
+        "the pod's network namespace has more addresses, routes and rules than can be carried into a guest: {0} of them; \
+         has somebody put a routing table of the Internet there?"
+    )]
+    TooMuch(usize),
     /// /dev/net/tun.
     #[error("cannot create a tap for interface {interface}; is the kernel module tun loaded?")]
     Tap {
@@ -142,6 +190,15 @@ pub enum NetworkError {
         /// The kernel's answer.
         #[source]
         source: rtnetlink::Error,
+    },
+    /// rtnetlink(7).
+    #[error("cannot list the {what} of the pod's network namespace")]
+    Dump {
+        /// What was asked for.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: std::io::Error,
     },
     /// rtnetlink(7).
     #[error("cannot {what}")]

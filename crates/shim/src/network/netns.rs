@@ -1,5 +1,5 @@
 //! A thread in another network namespace (setns(2) moves the calling thread alone).
-#![allow(unsafe_code)] // reason: unshare(2)
+#![allow(unsafe_code)] // reason: unshare(2), and tokio's register of a descriptor
 
 use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::own_thread;
 
@@ -55,6 +58,26 @@ pub fn connect() -> Result<rtnetlink::Handle, NetnsError> {
     Ok(handle)
 }
 
+/// One for messages as they are.
+pub fn socket() -> Result<bulkhead_protocol::rtnl::Socket, NetnsError> {
+    let (socket, connection) = bulkhead_protocol::rtnl::Socket::open().map_err(NetnsError::Socket)?;
+    tokio::spawn(connection);
+    Ok(socket)
+}
+
+/// The calling thread's network namespace.
+pub fn current() -> Result<OwnedFd, NetnsError> {
+    let opened = rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|error| NetnsError::Open(error.into()))
+}
+
+/// Makes the reactor watch a socket of a namespace.
+pub fn watch(socket: OwnedFd) -> Result<AsyncFd<OwnedFd>, NetnsError> {
+    // SAFETY: an OwnedFd owns one descriptor, the same for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+        .map_err(|error| NetnsError::Socket(error.into()))
+}
+
 /// The namespace cannot be worked in.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
@@ -70,6 +93,9 @@ pub enum NetnsError {
     /// unshare(2).
     #[error("cannot make a network namespace for the pod")]
     Create(#[source] std::io::Error),
+    /// proc(5).
+    #[error("cannot open the pod's network namespace")]
+    Open(#[source] std::io::Error),
     /// No thread or no reactor.
     #[error("cannot start a thread for the pod's network")]
     Thread(#[source] std::io::Error),

@@ -8,8 +8,6 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::AddNetworkRequest;
-
 use super::SandboxError;
 use super::agent::Agent;
 use super::vm::Vm;
@@ -71,12 +69,12 @@ impl PodNetwork {
         if network.devices.is_empty() {
             return Ok(());
         }
-        let localhost = network.localhost.take();
+        let (localhost, changes) = (network.localhost.take(), network.changes.take());
         let mut slots = Vec::new();
         let added = add(vm, agent, network, &mut slots).await;
         if added.is_err() {
-            for slot in slots {
-                let _ = vm.remove_device(slot).await;
+            for (slot, _) in &slots {
+                let _ = vm.remove_device(*slot).await;
             }
             network::detach(&path).await?;
         }
@@ -84,21 +82,24 @@ impl PodNetwork {
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
         }
+        if let Some(changes) = changes {
+            tokio::spawn(changes.follow(vm.clone(), agent.clone(), slots));
+        }
         *attached = true;
         Ok(())
     }
 }
 
-async fn add(vm: &Vm, agent: &Agent, network: network::Network, slots: &mut Vec<u8>) -> Result<(), SandboxError> {
-    for device in network.devices {
-        slots.push(vm.add_net(device).await?);
+/// Notes the slots with the interfaces that they carry.
+async fn add(
+    vm: &Vm,
+    agent: &Agent,
+    mut network: network::Network,
+    slots: &mut Vec<(u8, u32)>,
+) -> Result<(), SandboxError> {
+    for device in std::mem::take(&mut network.devices) {
+        let link = device.link;
+        slots.push((vm.add_net(device).await?, link));
     }
-    let request = AddNetworkRequest {
-        slots: slots.iter().copied().map(u32::from).collect(),
-        interfaces: network.interfaces,
-        routes: network.routes,
-        neighbours: network.neighbours,
-        ..AddNetworkRequest::default()
-    };
-    Ok(agent.add_network(request).await?)
+    Ok(agent.add_network(network.request(slots)).await?)
 }

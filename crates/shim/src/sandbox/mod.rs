@@ -20,7 +20,7 @@ mod volumes;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_protocol::agent::CreateSandboxRequest;
+use bulkhead_protocol::agent::{AddNetworkRequest, CreateSandboxRequest};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::Semaphore;
@@ -111,10 +111,13 @@ impl Sandbox {
             Some(netns) => network::attach(netns.to_path_buf()).await?,
             None => Network::default(),
         };
-        let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
+        let (localhost, changes) = (network.localhost.take(), network.changes.take());
+        let devices = std::mem::take(&mut network.devices);
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         let machine =
             hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
+        let slots = machine.net_slots();
+        let network = network.request(&slots);
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
@@ -128,6 +131,9 @@ impl Sandbox {
         timeline.split(kernel);
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
+        }
+        if let Some(changes) = changes {
+            tokio::spawn(changes.follow(vm.clone(), agent.clone(), slots));
         }
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
@@ -322,7 +328,7 @@ where
     own_thread::run("bulkhead-remove", work).await.unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
-fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
+fn request(spec: &SandboxSpec, network: AddNetworkRequest, vcpus: u8) -> CreateSandboxRequest {
     let mut entropy = vec![0; 64];
     let _ = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -330,9 +336,7 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         hostname: spec.hostname.clone(),
         domainname: spec.domainname.clone(),
         user_namespace: spec.user.clone().into(),
-        interfaces: network.interfaces,
-        routes: network.routes,
-        neighbours: network.neighbours,
+        network: Some(network).into(),
         sysctls: spec.sysctls.clone(),
         online_cpus: u32::from(vcpus),
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),

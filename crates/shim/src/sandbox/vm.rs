@@ -140,7 +140,7 @@ impl Vm {
 
     /// Puts a network device into a slot of the machine and answers which.
     pub async fn add_net(&self, device: NetDevice) -> Result<u8, VmError> {
-        let NetDevice { tap, mac, mtu } = device;
+        let NetDevice { tap, mac, mtu, .. } = device;
         self.add_device(DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, tap).await
     }
 

@@ -3,6 +3,7 @@
 mod block;
 mod chaos;
 mod cni;
+mod cni_setup;
 mod codes;
 mod contract;
 mod escape;
