@@ -8,8 +8,9 @@ use async_trait::async_trait;
 use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ProcessRequest,
-    ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest, UpdateVolumeRequest,
+    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, Firewall, FirewallResult, HugePageVolume,
+    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, UpdateContainerRequest,
+    UpdateVolumeRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -58,10 +59,10 @@ impl Agent for Service {
             }
             Ok::<_, ServiceError>(sandbox.set_up(request).await?)
         };
-        whole(created).await?.map_err(status)?;
+        let firewall = Some(whole(created).await?.map_err(status)?).into();
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         let release = RELEASE.to_owned();
-        Ok(CreateSandboxResponse { kernel_boot_ns, release, ..CreateSandboxResponse::new() })
+        Ok(CreateSandboxResponse { kernel_boot_ns, release, firewall, ..CreateSandboxResponse::new() })
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
@@ -74,6 +75,11 @@ impl Agent for Service {
         beside(move || devices::bind_all(&slots)).await?.map_err(status)?;
         let sandbox = Arc::clone(&self.sandbox);
         done(whole(async move { sandbox.add_network(request).await }).await?)
+    }
+
+    async fn set_firewall(&self, _: &TtrpcContext, firewall: Firewall) -> ttrpc::Result<FirewallResult> {
+        let sandbox = Arc::clone(&self.sandbox);
+        whole(async move { sandbox.set_firewall(firewall).await }).await?.map_err(status)
     }
 
     async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {

@@ -1,5 +1,6 @@
 //! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
+mod firewall;
 mod network;
 pub mod size;
 pub mod sysctl;
@@ -11,7 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
+    AddNetworkRequest, CreateSandboxRequest, Firewall, FirewallResult, HugePageVolume, InterfaceStats,
+    ResizeGuestRequest,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -19,6 +21,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::netns::Netns;
 use crate::{cgroup, power, sys};
+pub use firewall::FirewallError;
 pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
@@ -46,8 +49,9 @@ impl Sandbox {
         if self.created.swap(true, Ordering::Relaxed) { Err(SandboxError::Exists) } else { Ok(()) }
     }
 
-    /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more.
-    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
+    /// Sets the guest up; answers with what of the pod's rules the kernel did not take. A set-up that fails leaves a guest
+    /// that is of no use any more.
+    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<FirewallResult, SandboxError> {
         seed(&request.entropy)?;
         set_clock(request.realtime_ns)?;
         if !request.hostname.is_empty() {
@@ -61,17 +65,24 @@ impl Sandbox {
         size::online_cpus(request.online_cpus)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
+        // Before the interfaces, so that no packet passes without.
+        let result = self.set_firewall(request.firewall.unwrap_or_default()).await?;
         let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
         self.add_network(AddNetworkRequest { interfaces, routes, neighbours, ..Default::default() }).await?;
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
-        Ok(())
+        Ok(result)
     }
 
     /// Gives the pod interfaces whose devices are there.
     pub async fn add_network(&self, request: AddNetworkRequest) -> Result<(), SandboxError> {
         Ok(network::configure(&self.netns, request).await?)
+    }
+
+    /// Gives the pod rules of the packet filter; answers with what of them the kernel did not take.
+    pub async fn set_firewall(&self, firewall: Firewall) -> Result<FirewallResult, SandboxError> {
+        Ok(firewall::set(&self.netns, firewall).await?)
     }
 
     /// Counters of the pod's interfaces.
@@ -180,6 +191,9 @@ pub enum SandboxError {
     /// Interfaces, routes, neighbours.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The packet filter.
+    #[error(transparent)]
+    Firewall(#[from] FirewallError),
     /// Sysctls.
     #[error(transparent)]
     Sysctl(#[from] SysctlError),

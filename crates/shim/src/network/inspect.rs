@@ -26,7 +26,7 @@ pub struct Link {
     pub mtu: u32,
 }
 
-fn failed(what: &'static str) -> impl Fn(rtnetlink::Error) -> NetworkError {
+pub fn failed(what: &'static str) -> impl Fn(rtnetlink::Error) -> NetworkError {
     move |source| NetworkError::Netlink { what, source }
 }
 

@@ -8,19 +8,24 @@
 //!
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
+pub mod firewall;
 mod forward;
+mod ingress;
 mod inspect;
 pub mod netns;
+pub mod policy;
 mod redirect;
 mod tap;
+pub mod unsupported;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::{Interface, Neighbour, Route};
+use bulkhead_protocol::agent::{Firewall, Interface, Neighbour, Route};
 
 pub use forward::Localhost;
 pub use netns::NetnsError;
+use unsupported::Unsupported;
 
 /// Most interfaces of a pod: each takes a device slot of the VM.
 const MAX_INTERFACES: usize = 8;
@@ -47,6 +52,12 @@ pub struct Network {
     pub routes: Vec<Route>,
     /// Permanent neighbours.
     pub neighbours: Vec<Neighbour>,
+    /// Rules of the packet filter.
+    pub firewall: Firewall,
+    /// Follows them.
+    pub follower: Option<firewall::Follower>,
+    /// What is there and cannot be carried.
+    pub unsupported: Vec<Unsupported>,
     /// The namespace's localhost, for port-forward.
     pub localhost: Option<Localhost>,
 }
@@ -71,6 +82,14 @@ async fn attach_here() -> Result<Network, NetworkError> {
         return Err(NetworkError::TooMany(links.len()));
     }
     let mut network = inspect::network(&handle, &links).await?;
+    let follower = firewall::Follower::open();
+    let (firewall, unsupported) = firewall::read();
+    network.follower = follower.map(|follower| follower.begin_with(&firewall));
+    network.firewall = firewall;
+    network.unsupported.extend(unsupported);
+    for link in &links {
+        network.unsupported.extend(ingress::foreign(&handle, link).await?);
+    }
     for link in &links {
         match attach_link(&handle, link).await {
             Ok(device) => network.devices.push(device),

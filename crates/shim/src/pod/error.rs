@@ -111,7 +111,7 @@ impl TaskError {
             Self::Disk(DiskError::Hung(..)) | Self::Share(ShareError::Hung(_) | ShareError::Stuck(_)) => {
                 Code::DEADLINE_EXCEEDED
             }
-            Self::Disk(_) => Code::FAILED_PRECONDITION,
+            Self::Disk(_) | Self::Sandbox(SandboxError::Unsupported(_)) => Code::FAILED_PRECONDITION,
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
             Self::Bundle(_)
             | Self::Config(_)

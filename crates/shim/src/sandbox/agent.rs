@@ -106,18 +106,27 @@ impl Agent {
         }
     }
 
-    /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.
-    pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
-        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
+    /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot, and what of the rules it did not
+    /// take.
+    pub async fn create_sandbox(
+        &self,
+        request: &proto::CreateSandboxRequest,
+    ) -> Result<(Duration, proto::FirewallResult), AgentError> {
+        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), request)).await?;
         if answer.release != RELEASE {
             return Err(AgentError::Release(bounded(&answer.release)));
         }
-        Ok(Duration::from_nanos(answer.kernel_boot_ns))
+        Ok((Duration::from_nanos(answer.kernel_boot_ns), answer.firewall.unwrap_or_default()))
     }
 
     /// See `Agent.AddNetwork`.
     pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
         within(DEADLINE, self.client.add_network(Context::default(), &request)).await.map(drop)
+    }
+
+    /// See `Agent.SetFirewall`; returns what of the rules the guest did not take.
+    pub async fn set_firewall(&self, firewall: &proto::Firewall) -> Result<proto::FirewallResult, AgentError> {
+        within(SHORT_DEADLINE, self.client.set_firewall(Context::default(), firewall)).await
     }
 
     /// See `Agent.DestroySandbox`.

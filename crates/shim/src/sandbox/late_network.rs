@@ -13,7 +13,8 @@ use bulkhead_protocol::agent::AddNetworkRequest;
 use super::SandboxError;
 use super::agent::Agent;
 use super::vm::Vm;
-use crate::network::{self, NetworkError, netns};
+use crate::network::policy::Policy;
+use crate::network::{self, NetworkError, firewall, netns};
 use crate::spec::Netns;
 
 /// A pod's network.
@@ -29,16 +30,20 @@ pub enum PodNetwork {
         namespace: OwnedFd,
         /// Whether its interfaces are in the guest. Held while they come, so that they do so once.
         attached: tokio::sync::Mutex<bool>,
+        /// What becomes of what cannot be carried.
+        policy: Policy,
     },
 }
 
 impl PodNetwork {
     /// Makes the namespace if that is the sandbox's part.
-    pub async fn new(wanted: &Netns) -> Result<Self, NetworkError> {
+    pub async fn new(wanted: &Netns, policy: Policy) -> Result<Self, NetworkError> {
         Ok(match wanted {
             Netns::None => Self::None,
             Netns::At(path) => Self::Prepared(path.clone()),
-            Netns::New => Self::Own { namespace: netns::create().await?, attached: tokio::sync::Mutex::new(false) },
+            Netns::New => {
+                Self::Own { namespace: netns::create().await?, attached: tokio::sync::Mutex::new(false), policy }
+            }
         })
     }
 
@@ -62,7 +67,7 @@ impl PodNetwork {
     /// Carries the interfaces of a namespace of the sandbox's own into the guest, once there are some. Nothing has to be
     /// undone when the pod ends: the taps go with the VM, and the namespace is this pod's alone.
     pub async fn attach(&self, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
-        let (Self::Own { attached, .. }, Some(path)) = (self, self.path()) else { return Ok(()) };
+        let (Self::Own { attached, policy, .. }, Some(path)) = (self, self.path()) else { return Ok(()) };
         let mut attached = attached.lock().await;
         if *attached {
             return Ok(());
@@ -71,9 +76,9 @@ impl PodNetwork {
         if network.devices.is_empty() {
             return Ok(());
         }
-        let localhost = network.localhost.take();
+        let (localhost, follower) = (network.localhost.take(), network.follower.take());
         let mut slots = Vec::new();
-        let added = add(vm, agent, network, &mut slots).await;
+        let added = add(vm, agent, network, &mut slots, *policy).await;
         if added.is_err() {
             for slot in slots {
                 let _ = vm.remove_device(slot).await;
@@ -84,12 +89,24 @@ impl PodNetwork {
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
         }
+        if let Some(follower) = follower {
+            tokio::spawn(follower.serve(path, agent.clone()));
+        }
         *attached = true;
         Ok(())
     }
 }
 
-async fn add(vm: &Vm, agent: &Agent, network: network::Network, slots: &mut Vec<u8>) -> Result<(), SandboxError> {
+async fn add(
+    vm: &Vm,
+    agent: &Agent,
+    network: network::Network,
+    slots: &mut Vec<u8>,
+    policy: Policy,
+) -> Result<(), SandboxError> {
+    policy.check(&network.unsupported)?;
+    let result = agent.set_firewall(&network.firewall).await?;
+    policy.check(&firewall::not_taken(&network.firewall, &result))?;
     for device in network.devices {
         slots.push(vm.add_net(device).await?);
     }

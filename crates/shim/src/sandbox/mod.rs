@@ -27,7 +27,8 @@ use tokio::sync::Semaphore;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
-use crate::network::{self, Network, NetworkError};
+use crate::network::policy::{Policy, PolicyError};
+use crate::network::{self, Network, NetworkError, firewall};
 use crate::own_thread;
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
@@ -83,7 +84,7 @@ pub struct Sandbox {
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
     pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
-        let pod_network = PodNetwork::new(&spec.netns).await?;
+        let pod_network = PodNetwork::new(&spec.netns, config.unsupported_network).await?;
         let netns = pod_network.prepared().map(Path::to_path_buf);
         let booted = Self::try_boot(&run_dir, spec, pod_network, config).await;
         if booted.is_err() {
@@ -111,7 +112,9 @@ impl Sandbox {
             Some(netns) => network::attach(netns.to_path_buf()).await?,
             None => Network::default(),
         };
+        config.unsupported_network.check(&network.unsupported)?;
         let (devices, localhost) = (std::mem::take(&mut network.devices), network.localhost.take());
+        let follower = network.follower.take();
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         let machine =
             hypervisor::Machine { files, plan: &plan, devices, share: share.open()?, cgroup: cgroup.as_ref() };
@@ -119,7 +122,9 @@ impl Sandbox {
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;
+        let begun =
+            patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus), config.unsupported_network))
+                .await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
@@ -128,6 +133,9 @@ impl Sandbox {
         timeline.split(kernel);
         if let Some(localhost) = localhost {
             tokio::spawn(localhost.serve(agent.clone()));
+        }
+        if let (Some(follower), Some(netns)) = (follower, pod_network.path()) {
+            tokio::spawn(follower.serve(netns, agent.clone()));
         }
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
@@ -249,9 +257,10 @@ impl Sandbox {
 }
 
 /// Connects to the agent and tells it of its pod; answers with what the guest's kernel took to boot.
-async fn begin(vm: &Vm, request: CreateSandboxRequest) -> Result<(Agent, Duration), AgentError> {
+async fn begin(vm: &Vm, request: CreateSandboxRequest, policy: Policy) -> Result<(Agent, Duration), SandboxError> {
     let agent = Agent::connect(vm).await?;
-    let kernel = agent.create_sandbox(request).await?;
+    let (kernel, result) = agent.create_sandbox(&request).await?;
+    policy.check(&firewall::not_taken(&request.firewall, &result))?;
     Ok((agent, kernel))
 }
 
@@ -333,6 +342,7 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         interfaces: network.interfaces,
         routes: network.routes,
         neighbours: network.neighbours,
+        firewall: Some(network.firewall).into(),
         sysctls: spec.sysctls.clone(),
         online_cpus: u32::from(vcpus),
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
@@ -360,6 +370,9 @@ pub enum SandboxError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// What a VM cannot be given of it.
+    #[error(transparent)]
+    Unsupported(#[from] PolicyError),
     /// The machine.
     #[error(transparent)]
     Vm(#[from] VmError),

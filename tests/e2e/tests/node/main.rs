@@ -8,6 +8,7 @@ mod contract;
 mod escape;
 mod exec;
 mod failure;
+mod firewall;
 mod flood;
 mod guest_hostile;
 mod jail;
