@@ -1,5 +1,6 @@
 //! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
+pub mod memory;
 mod network;
 pub mod size;
 pub mod sysctl;
@@ -8,10 +9,10 @@ use std::ffi::CString;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
+    AddNetworkRequest, CreateSandboxRequest, Demand, DemandRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -19,6 +20,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::netns::Netns;
 use crate::{cgroup, power, sys};
+use memory::{Memory, MemoryError};
 pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
@@ -33,6 +35,7 @@ pub struct Sandbox {
     /// Held while CPUs come and go, so that the last request is the one that counts.
     resizing: Mutex<()>,
     netns: Netns,
+    memory: Arc<Memory>,
 }
 
 impl Sandbox {
@@ -59,6 +62,7 @@ impl Sandbox {
                 .map_err(|errno| SandboxError::Hostname { name: request.domainname.clone(), source: errno.into() })?;
         }
         size::online_cpus(request.online_cpus)?;
+        self.memory.resize(request.memory_mib)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
         let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
@@ -84,7 +88,12 @@ impl Sandbox {
         let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         size::online_cpus(request.online_cpus)?;
         request.huge_pages.iter().try_for_each(size::reserve_huge_pages)?;
-        Ok(())
+        Ok(self.memory.resize(request.memory_mib)?)
+    }
+
+    /// Returns with what the pod needs next of memory.
+    pub async fn next_demand(&self, request: &DemandRequest) -> Result<Demand, SandboxError> {
+        Ok(self.memory.next(request).await?)
     }
 
     /// Makes a volume of huge pages. Waits for the kernel.
@@ -174,6 +183,9 @@ pub enum SandboxError {
     /// CPUs and huge pages.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// mount(2).
     #[error("cannot mount {kind} at {target}")]
     Mount { kind: &'static str, target: &'static str, source: io::Error },

@@ -23,7 +23,7 @@ use crate::bundle;
 use crate::config::Config;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, mounting, patience, removing};
+use crate::sandbox::{Sandbox, demand, mounting, patience, removing};
 use crate::share::ShareError;
 use crate::spec::{self, ConsoleSize, Given, GuestSpec, HugeVolume, Netns, PidChoice, SandboxSpec};
 
@@ -157,6 +157,7 @@ impl Pod {
         let sandbox = Arc::new(Sandbox::boot(self.identity.run_dir.clone(), spec, config).await?);
         *self.sandbox_slot() = Some(sandbox.clone());
         tokio::spawn(self.clone().listen(sandbox.agent.clone()));
+        tokio::spawn(demand::follow(sandbox.clone()));
         Ok(sandbox)
     }
 

@@ -79,6 +79,11 @@ impl FakeAgent {
         self.until(|state| (state.calls.iter().filter(|made| *made == call).count() >= times).then_some(())).await;
     }
 
+    /// How often a call has come.
+    pub fn calls(&self, call: &str) -> usize {
+        self.state().calls.iter().filter(|made| *made == call).count()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
@@ -119,6 +124,12 @@ impl proto::Agent for FakeAgent {
 
     async fn resize_guest(&self, _: &TtrpcContext, _: proto::ResizeGuestRequest) -> ttrpc::Result<proto::Empty> {
         self.call("ResizeGuest", "").await.map(|()| proto::Empty::new())
+    }
+
+    async fn next_demand(&self, _: &TtrpcContext, r: proto::DemandRequest) -> ttrpc::Result<proto::Demand> {
+        // A test that holds "more" has it demand less as long as that is possible.
+        self.call("NextDemand", if r.refused { "again" } else { "" }).await?;
+        Ok(proto::Demand { less: r.may_shrink && self.state().held.contains("more"), ..proto::Demand::default() })
     }
 
     async fn create_container(

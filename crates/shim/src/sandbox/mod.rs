@@ -4,6 +4,7 @@ pub mod agent;
 mod answers;
 mod cgroup;
 mod console;
+pub mod demand;
 mod disks;
 #[cfg(test)]
 pub mod fake;
@@ -14,6 +15,7 @@ pub mod patience;
 mod pid_namespace;
 mod process;
 mod resize;
+mod room;
 mod timeline;
 mod vm;
 mod volumes;
@@ -120,7 +122,7 @@ impl Sandbox {
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;
+        let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, &plan))).await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
@@ -328,7 +330,7 @@ where
     own_thread::run("bulkhead-remove", work).await.unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
-fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
+fn request(spec: &SandboxSpec, network: Network, plan: &Plan) -> CreateSandboxRequest {
     let mut entropy = vec![0; 64];
     let _ = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -340,7 +342,8 @@ fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequ
         routes: network.routes,
         neighbours: network.neighbours,
         sysctls: spec.sysctls.clone(),
-        online_cpus: u32::from(vcpus),
+        online_cpus: u32::from(plan.initial.cpus),
+        memory_mib: plan.boot_mib + plan.initial.plugged_mib,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         entropy,
         share_tag: SHARE_TAG.to_owned(),

@@ -9,6 +9,7 @@ mod escape;
 mod exec;
 mod failure;
 mod flood;
+mod growth;
 mod guest_hostile;
 mod jail;
 mod liar;
