@@ -330,6 +330,8 @@ mod tests {
         assert!(carried.await.unwrap().is_err());
 
         let (mut guest, mut ours) = UnixStream::pair().unwrap();
+        // A process that another test forks meanwhile may have the socket too.
+        rustix::net::shutdown(&tcp, rustix::net::Shutdown::Both).unwrap();
         drop(tcp);
         assert!(carry(&namespace, stream, &mut ours).await.is_err());
         assert_eq!(guest.read_u8().await.unwrap(), REFUSED);
