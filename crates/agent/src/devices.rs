@@ -57,7 +57,7 @@ pub fn unbind(slot: u32) -> Result<(), DeviceError> {
 
 /// The disk below a platform device: `virtio<n>/block/<name>/dev`.
 fn find_disk(device: &Path) -> Option<BlockDevice> {
-    let virtio = child(device, |name| name.starts_with("virtio") && !name.contains('-'))?;
+    let virtio = child(device, is_virtio)?;
     let disk = child(&virtio.join("block"), |_| true)?;
     let numbers = std::fs::read_to_string(disk.join("dev")).ok()?;
     let (major, minor) = numbers.trim().split_once(':')?;
@@ -67,6 +67,22 @@ fn find_disk(device: &Path) -> Option<BlockDevice> {
 fn child(dir: &Path, fits: impl Fn(&str) -> bool) -> Option<PathBuf> {
     let mut entries = std::fs::read_dir(dir).ok()?.filter_map(Result::ok);
     entries.find(|entry| entry.file_name().to_str().is_some_and(&fits)).map(|entry| entry.path())
+}
+
+/// The name of the interface in a slot.
+pub fn interface(slot: u32) -> io::Result<String> {
+    find_interface(&Path::new(DEVICES).join(name(slot))).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// The interface below a platform device: `virtio<n>/net/<name>`.
+fn find_interface(device: &Path) -> Option<String> {
+    let virtio = child(device, is_virtio)?;
+    let interface = child(&virtio.join("net"), |_| true)?;
+    interface.file_name()?.to_str().map(str::to_owned)
+}
+
+fn is_virtio(name: &str) -> bool {
+    name.starts_with("virtio") && !name.contains('-')
 }
 
 /// A slot's device cannot be used.
@@ -97,5 +113,13 @@ mod tests {
         std::fs::write(device.join("virtio6/block/vdb/dev"), "254:16\n").unwrap();
         let disk = find_disk(&device).unwrap();
         assert_eq!((disk.major, disk.minor), (254, 16));
+    }
+    #[test]
+    fn interface_is_found_below_its_platform_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("virtio-mmio.5");
+        assert_eq!(find_interface(&device), None);
+        std::fs::create_dir_all(device.join("virtio4/net/eth0")).unwrap();
+        assert_eq!(find_interface(&device).as_deref(), Some("eth0"));
     }
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, Agent, BlockDevice, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume, ProcessRequest,
-    ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, SyncClockRequest, SyncClockResponse,
+    AddNetworkRequest, AddNetworkResponse, Agent, BlockDevice, ContainerRequest, CreateContainerRequest,
+    CreateSandboxRequest, CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume,
+    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, SyncClockRequest, SyncClockResponse,
     UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::Code;
@@ -59,10 +59,11 @@ impl Agent for Service {
             }
             Ok::<_, ServiceError>(sandbox.set_up(request).await?)
         };
-        whole(created).await?.map_err(status)?;
+        let failed = whole(created).await?.map_err(status)?;
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         let release = RELEASE.to_owned();
-        Ok(CreateSandboxResponse { kernel_boot_ns, release, ..CreateSandboxResponse::new() })
+        let network = Some(AddNetworkResponse { failed, ..Default::default() }).into();
+        Ok(CreateSandboxResponse { kernel_boot_ns, release, network, ..CreateSandboxResponse::new() })
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
@@ -75,11 +76,12 @@ impl Agent for Service {
         self.sandbox.sync_clock(&request).map_err(status)
     }
 
-    async fn add_network(&self, _: &TtrpcContext, request: AddNetworkRequest) -> ttrpc::Result<Empty> {
-        let slots = request.slots.clone();
+    async fn add_network(&self, _: &TtrpcContext, request: AddNetworkRequest) -> ttrpc::Result<AddNetworkResponse> {
+        let slots: Vec<_> = request.devices.iter().map(|device| device.slot).collect();
         beside(move || devices::bind_all(&slots)).await?.map_err(status)?;
         let sandbox = Arc::clone(&self.sandbox);
-        done(whole(async move { sandbox.add_network(request).await }).await?)
+        let failed = whole(async move { sandbox.add_network(request).await }).await?.map_err(status)?;
+        Ok(AddNetworkResponse { failed, ..Default::default() })
     }
 
     async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {

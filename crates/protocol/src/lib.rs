@@ -13,6 +13,8 @@ pub mod guest;
 pub mod handover;
 pub mod huge_pages;
 pub mod node;
+#[cfg(feature = "agent")]
+pub mod rtnl;
 pub mod stdio;
 pub mod vmspec;
 

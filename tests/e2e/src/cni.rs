@@ -73,6 +73,16 @@ impl Netns {
         if answer.trim().is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(&answer)?) }
     }
 
+    /// Has the plugins check what they have added.
+    pub fn check(&self) -> Result<()> {
+        for (config, interface, result) in &self.added {
+            let mut config = config.clone();
+            config["prevResult"] = result.clone();
+            self.plugin("CHECK", interface, &config)?;
+        }
+        Ok(())
+    }
+
     /// Deletes what the plugins have added, the last first.
     pub fn delete(&mut self) -> Result<()> {
         while let Some((mut config, interface, result)) = self.added.pop() {
@@ -114,11 +124,19 @@ pub struct Guest {
 impl Guest {
     /// Starts one that stays.
     pub fn start(name: &str, netns: &Netns) -> Result<Self> {
+        Self::start_with(name, netns, &[])
+    }
+
+    /// Starts one that stays and has the node's ip(8), by [`Self::ip`].
+    pub fn start_with_ip(name: &str, netns: &Netns) -> Result<Self> {
+        Self::start_with(name, netns, &["--mount", "type=bind,src=/usr,dst=/node,options=bind:ro"])
+    }
+
+    fn start_with(name: &str, netns: &Netns, options: &[&str]) -> Result<Self> {
         let namespace = format!("network:{}", netns.path());
         let stay = "while :; do sleep 3600; done";
-        let command =
-            ["run", "-d", "--with-ns", &namespace, "--runtime", RUNTIME, BUSYBOX, name, "/bin/sh", "-c", stay];
-        ctr(&command)?;
+        let before = ["run", "-d", "--with-ns", &namespace, "--runtime", RUNTIME];
+        ctr(&[&before[..], options, &[BUSYBOX, name, "/bin/sh", "-c", stay]].concat())?;
         Ok(Self { name: name.to_owned(), execs: std::cell::Cell::new(0) })
     }
 
@@ -127,6 +145,14 @@ impl Guest {
         self.execs.set(self.execs.get() + 1);
         let id = format!("exec-{}", self.execs.get());
         Ok(ctr(&["task", "exec", "--exec-id", &id, &self.name, "/bin/sh", "-c", script])?.trim().to_owned())
+    }
+
+    /// Runs ip(8) of the node in it, several times.
+    pub fn ip(&self, lines: &[&str]) -> Result<String> {
+        let lib = "/node/lib/x86_64-linux-gnu";
+        let ip = format!("{lib}/ld-linux-x86-64.so.2 --library-path {lib} /node/bin/ip");
+        let script: Vec<String> = lines.iter().map(|line| format!("{ip} {line}")).collect();
+        self.sh(&script.join(" && "))
     }
 
     /// Ends and removes it.

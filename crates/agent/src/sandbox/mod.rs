@@ -37,6 +37,7 @@ pub struct Sandbox {
     resizing: Mutex<()>,
     netns: Netns,
     clock: Arc<Clock>,
+    links: network::Links,
 }
 
 impl Sandbox {
@@ -50,8 +51,8 @@ impl Sandbox {
         if self.created.swap(true, Ordering::Relaxed) { Err(SandboxError::Exists) } else { Ok(()) }
     }
 
-    /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more.
-    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<(), SandboxError> {
+    /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more. Answers as [`Self::add_network`].
+    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<Vec<String>, SandboxError> {
         seed(&request.entropy)?;
         // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
@@ -67,19 +68,18 @@ impl Sandbox {
         size::online_cpus(request.online_cpus)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
-        let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
-        self.add_network(AddNetworkRequest { interfaces, routes, neighbours, ..Default::default() }).await?;
+        let failed = self.add_network(request.network.unwrap_or_default()).await?;
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move { clock.follow().await });
-        Ok(())
+        Ok(failed)
     }
 
-    /// Gives the pod interfaces whose devices are there.
-    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<(), SandboxError> {
-        Ok(network::configure(&self.netns, request).await?)
+    /// Changes the pod's network; devices are there. Answers with what has failed of what the pod can do without.
+    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<Vec<String>, SandboxError> {
+        Ok(self.links.change(&self.netns, request).await?)
     }
 
     /// Corrects the guest's clock by what the host has found out, and answers with what it is then.
@@ -196,7 +196,6 @@ impl SandboxError {
     /// Whether the request, rather than the guest, is at fault.
     pub fn is_bad_request(&self) -> bool {
         match self {
-            Self::Network(error) => error.is_bad_request(),
             Self::Sysctl(SysctlError::Name { .. }) => true,
             _ => false,
         }

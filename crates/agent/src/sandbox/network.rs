@@ -1,285 +1,228 @@
-//! Interfaces, routes and neighbours of the pod, by rtnetlink(7).
+//! The pod's network: the steps that the shim has written, taken over rtnetlink(7).
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::fmt::Write;
+use std::io;
 
-use bulkhead_protocol::agent::{AddNetworkRequest, Interface, InterfaceStats, Neighbour, Route};
-use futures::TryStreamExt;
-use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags};
-use netlink_packet_route::link::LinkAttribute;
-use netlink_packet_route::neighbour::NeighbourState;
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope};
-use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use bulkhead_protocol::agent::network_step::Step;
+use bulkhead_protocol::agent::{AddNetworkRequest, InterfaceStats, Netlink, NetworkDevice, NetworkStep, Sysctls};
+use bulkhead_protocol::rtnl::{self, IFLA_IFNAME, Message, NEW_LINK, Socket};
+use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
-use self::parse::{Mac, Prefix};
+use super::sysctl;
+use crate::devices;
 use crate::netns::Netns;
 
-pub(super) mod parse;
+mod stats;
 
-/// RTNH_F_ONLINK of `linux/rtnetlink.h`: the gateway is on the link whatever the addresses say.
-const RTNH_F_ONLINK: u32 = 4;
+/// `IFLA_NET_NS_PID` of linux/if_link.h.
+const IFLA_NET_NS_PID: u16 = 19;
 
-/// Sets the pod's network up, the loopback interface included.
-pub async fn configure(netns: &Netns, wanted: AddNetworkRequest) -> Result<(), NetworkError> {
-    let Some(holder) = netns.holder() else { return configure_here(&wanted).await };
-    let network = Network::connect()?;
-    network.move_links(&wanted.interfaces, holder).await?;
-    let configure = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
-        runtime.map_err(NetworkError::Socket)?.block_on(configure_here(&wanted))
-    };
-    netns.run(configure).await.map_err(NetworkError::Namespace)?
+/// `IFF_UP` of linux/if.h.
+const IFF_UP: u32 = 1;
+
+/// Loopback's index, in the namespace on the host as in the guest.
+const LO: u32 = 1;
+
+/// Most failures that an answer tells of, and most bytes of each: an answer is bounded (`MAX_ANSWER`).
+const MAX_FAILURES: usize = 32;
+const MAX_FAILURE: usize = 256;
+
+/// The pod's links: where those of the namespace on the host, which the steps name, are in the guest.
+#[derive(Debug, Default)]
+pub struct Links(Mutex<HashMap<u32, u32>>);
+
+impl Links {
+    /// Takes the steps of a request. Answers with the optional ones that have failed. The links are held meanwhile: requests
+    /// take effect one after the other.
+    pub async fn change(&self, netns: &Netns, request: AddNetworkRequest) -> Result<Vec<String>, NetworkError> {
+        let mut held = self.0.lock().await;
+        let links = held.clone();
+        Kernel::connect()?.prepare(&request.devices, netns.holder()).await?;
+        let (links, failed) = if netns.holder().is_some() {
+            let work = move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+                runtime.map_err(NetworkError::Socket)?.block_on(take(links, request))
+            };
+            netns.run(work).await.map_err(NetworkError::Namespace)??
+        } else {
+            take(links, request).await?
+        };
+        *held = links;
+        Ok(failed)
+    }
 }
 
-async fn configure_here(wanted: &AddNetworkRequest) -> Result<(), NetworkError> {
-    Network::connect()?.configure(&wanted.interfaces, &wanted.routes, &wanted.neighbours).await
+async fn take(
+    mut links: HashMap<u32, u32>,
+    request: AddNetworkRequest,
+) -> Result<(HashMap<u32, u32>, Vec<String>), NetworkError> {
+    let kernel = Kernel::connect()?;
+    if links.insert(LO, LO).is_none() {
+        // Nothing works without it, whatever else a pod has.
+        let up = kernel.socket.change(link(LO, IFF_UP), 0).await;
+        up.map_err(|source| NetworkError::Step { what: "bring up loopback".to_owned(), source })?;
+    }
+    for device in &request.devices {
+        let index = kernel.index(&temporary_name(device.slot)).await;
+        links.insert(device.index, index.map_err(|source| NetworkError::Device { slot: device.slot, source })?);
+    }
+    let mut failed = Vec::new();
+    // Steps that the kernel does not take may need another's effect.
+    let mut pending: Vec<_> = request.steps.iter().collect();
+    while !pending.is_empty() {
+        let (before, mut refused) = (pending.len(), Vec::new());
+        for step in pending {
+            match kernel.take(&mut links, step, &mut failed).await {
+                Ok(()) => {}
+                Err(error) => refused.push((step, error)),
+            }
+        }
+        if refused.len() == before {
+            for (step, source) in refused {
+                let what = step.what.clone();
+                if !step.optional {
+                    return Err(NetworkError::Step { what, source });
+                }
+                failed.push(format!("{what}: {source}"));
+            }
+            break;
+        }
+        pending = refused.into_iter().map(|(step, _)| step).collect();
+    }
+    failed.truncate(MAX_FAILURES);
+    for text in &mut failed {
+        text.truncate(text.floor_char_boundary(MAX_FAILURE));
+    }
+    Ok((links, failed))
 }
 
-/// An rtnetlink(7) connection in the namespace of the thread that makes it.
-struct Network {
-    handle: Handle,
+/// The kernel of the namespace of the thread that makes it.
+struct Kernel {
+    socket: Socket,
     connection: JoinHandle<()>,
 }
 
-impl Drop for Network {
+impl Drop for Kernel {
     fn drop(&mut self) {
         self.connection.abort();
     }
 }
 
-impl Network {
+impl Kernel {
     fn connect() -> Result<Self, NetworkError> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
+        let (socket, connection) = Socket::open().map_err(NetworkError::Socket)?;
+        Ok(Self { socket, connection: tokio::spawn(connection) })
     }
 
-    /// Devices appear in the guest's own namespace.
-    async fn move_links(&self, interfaces: &[Interface], holder: u32) -> Result<(), NetworkError> {
-        let links = self.links().await?;
-        for interface in interfaces {
-            let index = find(&links, interface)?.index;
-            self.set_link(LinkUnspec::new_with_index(index).setns_by_pid(holder).build(), &interface.name).await?;
+    /// Devices appear in the guest's own namespace, under names that the pod's may want for others.
+    async fn prepare(&self, devices: &[NetworkDevice], holder: Option<u32>) -> Result<(), NetworkError> {
+        for device in devices {
+            let failed = |source| NetworkError::Device { slot: device.slot, source };
+            let name = devices::interface(device.slot).map_err(failed)?;
+            let index = self.index(&name).await.map_err(failed)?;
+            let mut message = link(index, 0);
+            message.push(IFLA_IFNAME, &c_string(&temporary_name(device.slot)));
+            if let Some(holder) = holder {
+                message.push(IFLA_NET_NS_PID, &holder.to_ne_bytes());
+            }
+            self.socket.change(message, 0).await.map_err(failed)?;
         }
         Ok(())
     }
 
-    async fn configure(
+    async fn index(&self, name: &str) -> io::Result<u32> {
+        let mut message = Message { kind: rtnl::GET_LINK, ..link(0, 0) };
+        message.push(IFLA_IFNAME, &c_string(name));
+        let found = self.socket.get(message).await?;
+        found.and_then(|link| rtnl::u32_at(&link.payload, 4)).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    async fn take(
         &self,
-        interfaces: &[Interface],
-        routes: &[Route],
-        neighbours: &[Neighbour],
-    ) -> Result<(), NetworkError> {
-        let links = self.links().await?;
-        let mut by_name = HashMap::new();
-        if let Some(lo) = links.values().find(|link| link.name == "lo") {
-            self.set_link(LinkUnspec::new_with_index(lo.index).up().build(), "lo").await?;
-            by_name.insert("lo".to_owned(), lo.index);
+        links: &mut HashMap<u32, u32>,
+        step: &NetworkStep,
+        failed: &mut Vec<String>,
+    ) -> io::Result<()> {
+        match &step.step {
+            Some(Step::Netlink(netlink)) => self.change(links, netlink).await,
+            Some(Step::Sysctls(sysctls)) => {
+                failed.extend(set(sysctls));
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::Unsupported.into()),
         }
-        for interface in interfaces {
-            let index = find(&links, interface)?.index;
-            self.configure_interface(index, interface, routes).await?;
-            by_name.insert(interface.name.clone(), index);
+    }
+
+    async fn change(&self, links: &mut HashMap<u32, u32>, netlink: &Netlink) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let kind = u16::try_from(netlink.type_).map_err(invalid)?;
+        let flags = u16::try_from(netlink.flags).map_err(invalid)?;
+        let mut message = Message { kind, payload: netlink.payload.clone() };
+        message
+            .translate(|index| links.get(&index).copied())
+            .map_err(|index| io::Error::new(io::ErrorKind::NotFound, format!("the guest has no link {index}")))?;
+        let name = message.attribute(IFLA_IFNAME).map(text);
+        let done = self.socket.change(message, flags).await;
+        match done {
+            Err(error) if !is_done_already(kind, netlink.makes != 0, &error) => return Err(error),
+            _ => {}
         }
-        let index =
-            |name: &str| by_name.get(name).copied().ok_or_else(|| NetworkError::NoInterface { name: name.into() });
-        self.add_routes(routes, index).await?;
-        for neighbour in neighbours {
-            self.add_neighbour(neighbour, index(&neighbour.interface)?).await?;
+        if let Some(name) = name.filter(|_| netlink.makes != 0) {
+            links.insert(netlink.makes, self.index(&name).await?);
         }
         Ok(())
-    }
-
-    /// The guest's interfaces by their MAC addresses.
-    async fn links(&self) -> Result<HashMap<Mac, Link>, NetworkError> {
-        let mut links = HashMap::new();
-        let mut stream = self.handle.link().get().execute();
-        while let Some(message) =
-            stream.try_next().await.map_err(|error| NetworkError::kernel("list interfaces", error))?
-        {
-            let (mut name, mut mac) = (String::new(), None);
-            for attribute in message.attributes {
-                match attribute {
-                    LinkAttribute::IfName(is) => name = is,
-                    LinkAttribute::Address(bytes) => mac = Mac::from_bytes(&bytes),
-                    _ => {}
-                }
-            }
-            if let Some(mac) = mac {
-                links.insert(mac, Link { index: message.header.index, name });
-            }
-        }
-        Ok(links)
-    }
-
-    async fn configure_interface(
-        &self,
-        index: u32,
-        interface: &Interface,
-        routes: &[Route],
-    ) -> Result<(), NetworkError> {
-        // Only an interface that is down can be renamed, and it is: nothing but the agent would have brought it up.
-        let mut link = LinkUnspec::new_with_index(index).name(interface.name.clone());
-        if interface.mtu > 0 {
-            link = link.mtu(interface.mtu);
-        }
-        self.set_link(link.up().build(), &interface.name).await?;
-        for address in &interface.addresses {
-            let prefix: Prefix = address.parse()?;
-            let mut request = self.handle.address().add(index, prefix.address, prefix.length);
-            request.message_mut().attributes.push(AddressAttribute::Flags(address_flags(
-                prefix,
-                &interface.name,
-                routes,
-            )));
-            let added = request.execute().await;
-            tolerate_existing(added).map_err(|error| NetworkError::kernel(&format!("add address {address}"), error))?;
-        }
-        Ok(())
-    }
-
-    async fn set_link(&self, message: netlink_packet_route::link::LinkMessage, name: &str) -> Result<(), NetworkError> {
-        let set = self.handle.link().set(message).execute().await;
-        set.map_err(|error| NetworkError::kernel(&format!("configure interface {name}"), error))
-    }
-
-    /// Adds routes so that every gateway is reachable when it is needed: those on link first, then those through gateways,
-    /// again and again as long as the kernel takes some of them.
-    async fn add_routes(
-        &self,
-        routes: &[Route],
-        index: impl Fn(&str) -> Result<u32, NetworkError>,
-    ) -> Result<(), NetworkError> {
-        let mut pending = Vec::new();
-        for route in routes {
-            pending.push((route, route_message(route, index(&route.interface)?)?));
-        }
-        pending.sort_by_key(|(route, _)| !route.gateway.is_empty());
-        while !pending.is_empty() {
-            let (before, mut unreachable) = (pending.len(), Vec::new());
-            for (route, message) in pending {
-                let added = tolerate_existing(self.handle.route().add(message.clone()).execute().await);
-                match added {
-                    Err(error) if is_unreachable(&error) => unreachable.push((route, message, error)),
-                    other => other.map_err(|error| NetworkError::kernel(&describe(route), error))?,
-                }
-            }
-            if unreachable.len() == before
-                && let Some((route, _, error)) = unreachable.pop()
-            {
-                return Err(NetworkError::kernel(&describe(route), error));
-            }
-            pending = unreachable.into_iter().map(|(route, message, _)| (route, message)).collect();
-        }
-        Ok(())
-    }
-
-    async fn add_neighbour(&self, neighbour: &Neighbour, index: u32) -> Result<(), NetworkError> {
-        let address = parse::address(&neighbour.address)?;
-        let mac: Mac = neighbour.mac.parse()?;
-        let state = u16::try_from(neighbour.state).ok().filter(|state| *state != 0);
-        let added = self
-            .handle
-            .neighbours()
-            .add(index, address)
-            .link_layer_address(mac.as_bytes())
-            .state(state.map_or(NeighbourState::Permanent, NeighbourState::from))
-            .replace()
-            .execute()
-            .await;
-        added.map_err(|error| NetworkError::kernel(&format!("add neighbour {}", neighbour.address), error))
     }
 }
 
-fn find<'a>(links: &'a HashMap<Mac, Link>, interface: &Interface) -> Result<&'a Link, NetworkError> {
-    let mac: Mac = interface.mac.parse()?;
-    links.get(&mac).ok_or_else(|| NetworkError::NoDevice { mac: interface.mac.clone() })
+/// Whether it is as the step wants it. The kernel makes routes for addresses by itself, and removes them with them.
+fn is_done_already(kind: u16, makes: bool, error: &io::Error) -> bool {
+    let removes = kind & 3 == 1;
+    match error.raw_os_error() {
+        // Any other link of that name is in the way.
+        Some(libc::EEXIST) => kind != NEW_LINK || makes,
+        Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL) => removes,
+        _ => false,
+    }
 }
 
-/// The flags that an address gets.
-fn address_flags(prefix: Prefix, interface: &str, routes: &[Route]) -> AddressFlags {
-    let mut flags = AddressFlags::empty();
-    // The host's CNI has made sure that the address is the pod's; detection would delay its use by a second.
-    if prefix.address.is_ipv6() {
-        flags |= AddressFlags::Nodad;
-    }
-    // The kernel adds a route for the prefix by itself. Where CNI has taken that away (ptp, a gateway on link) the
-    // neighbours are not on this link, and the guest would look for them there.
-    let is_prefix_route = |route: &Route| {
-        route.interface == interface && route.gateway.is_empty() && route.destination == prefix.network().to_string()
+/// Sets the parameters in which the guest differs. One that the guest's kernel does not have is left out.
+fn set(sysctls: &Sysctls) -> Vec<String> {
+    let one = |sysctl: &bulkhead_protocol::agent::Sysctl| {
+        if sysctl::read(&sysctl.name).is_none_or(|value| value == sysctl.value) {
+            return None;
+        }
+        let error = sysctl::set(&sysctl.name, &sysctl.value).err()?;
+        let mut text = error.to_string();
+        if let Some(source) = std::error::Error::source(&error) {
+            let _ = write!(text, ": {source}");
+        }
+        Some(text)
     };
-    if !routes.iter().any(is_prefix_route) {
-        flags |= AddressFlags::Noprefixroute;
-    }
-    flags
+    sysctls.sysctls.iter().filter_map(one).collect()
 }
 
-struct Link {
-    index: u32,
-    name: String,
+/// A message about a link, with flags to be set.
+fn link(index: u32, flags: u32) -> Message {
+    Message::new(NEW_LINK, &[&[0; 4][..], &[index, flags, flags].map(u32::to_ne_bytes).concat()].concat())
 }
 
-fn describe(route: &Route) -> String {
-    let destination = if route.destination.is_empty() { "default" } else { &route.destination };
-    format!("add route {destination} via \"{}\" on {}", route.gateway, route.interface)
+fn temporary_name(slot: u32) -> String {
+    format!("slot-{slot}")
 }
 
-fn route_message(route: &Route, index: u32) -> Result<RouteMessage, NetworkError> {
-    let invalid = |_| NetworkError::Route { route: describe(route) };
-    let mut builder = RouteMessageBuilder::<IpAddr>::new().output_interface(index).protocol(RouteProtocol::Boot);
-    builder.get_mut().header.address_family = match i32::try_from(route.family) {
-        Ok(libc::AF_INET) => AddressFamily::Inet,
-        Ok(libc::AF_INET6) => AddressFamily::Inet6,
-        _ => return Err(NetworkError::Route { route: describe(route) }),
-    };
-    if !route.destination.is_empty() {
-        let prefix: Prefix = route.destination.parse()?;
-        builder = builder.destination_prefix(prefix.address, prefix.length).map_err(invalid)?;
-    }
-    if !route.gateway.is_empty() {
-        builder = builder.gateway(parse::address(&route.gateway)?).map_err(invalid)?;
-    }
-    if !route.source.is_empty() {
-        builder = builder.pref_source(parse::address(&route.source)?).map_err(invalid)?;
-    }
-    let scope = u8::try_from(route.scope).map_err(|_| NetworkError::Route { route: describe(route) })?;
-    builder = builder.scope(RouteScope::from(scope));
-    if route.metric > 0 {
-        builder = builder.priority(route.metric);
-    }
-    if route.flags & RTNH_F_ONLINK != 0 {
-        builder = builder.onlink();
-    }
-    let mut message = builder.build();
-    if route.mtu > 0 {
-        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
-    }
-    Ok(message)
+fn c_string(text: &str) -> Vec<u8> {
+    [text.as_bytes(), &[0]].concat()
 }
 
-/// The kernel adds routes for addresses by itself, and the shim tells all that it has found.
-fn tolerate_existing(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
-    match result {
-        Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
-        other => other,
-    }
-}
-
-fn is_unreachable(error: &rtnetlink::Error) -> bool {
-    matches!(errno(error), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL))
-}
-
-fn errno(error: &rtnetlink::Error) -> Option<i32> {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => message.to_io().raw_os_error(),
-        _ => None,
-    }
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
 }
 
 /// Counters of the pod's interfaces; loopback is left out.
 pub fn interface_stats(netns: &Netns) -> Vec<InterfaceStats> {
-    parse::interface_stats(&netns.counters().unwrap_or_default())
+    stats::interfaces(&netns.counters().unwrap_or_default())
 }
 
 /// The network cannot be what was asked for.
@@ -287,36 +230,16 @@ pub fn interface_stats(netns: &Netns) -> Vec<InterfaceStats> {
 pub enum NetworkError {
     /// netlink(7).
     #[error("cannot open a netlink socket")]
-    Socket(#[source] std::io::Error),
+    Socket(#[source] io::Error),
     /// setns(2).
     #[error("cannot enter the network namespace of the pod's user namespace")]
-    Namespace(#[source] std::io::Error),
-    /// The kernel refuses.
-    #[error("cannot {what}")]
-    Kernel { what: String, source: rtnetlink::Error },
+    Namespace(#[source] io::Error),
     /// No such interface was plugged in.
-    #[error("the guest has no network device with MAC address {mac}")]
-    NoDevice { mac: String },
-    /// A route or neighbour names an interface that the request does not.
-    #[error("there is no interface \"{name}\" among those of the pod")]
-    NoInterface { name: String },
-    /// An address that is none.
-    #[error("\"{text}\" is no valid {what}")]
-    Syntax { what: &'static str, text: String },
-    /// Addresses of different families, or none.
-    #[error("cannot {route}: its family, scope and addresses do not fit together")]
-    Route { route: String },
-}
-
-impl NetworkError {
-    fn kernel(what: &str, source: rtnetlink::Error) -> Self {
-        Self::Kernel { what: what.into(), source }
-    }
-
-    /// Whether the request, rather than the guest, is at fault.
-    pub fn is_bad_request(&self) -> bool {
-        matches!(self, Self::NoInterface { .. } | Self::Syntax { .. } | Self::Route { .. })
-    }
+    #[error("the guest has no network device in slot {slot}")]
+    Device { slot: u32, source: io::Error },
+    /// The kernel refuses.
+    #[error("the guest cannot {what}")]
+    Step { what: String, source: io::Error },
 }
 
 #[cfg(test)]
@@ -324,16 +247,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefix_route_is_left_out_where_cni_has_taken_it_away() {
-        let route = |destination: &str, gateway: &str| Route {
-            destination: destination.into(),
-            gateway: gateway.into(),
-            interface: "eth0".into(),
-            ..Route::default()
-        };
-        let flags = |routes: &[Route]| address_flags("10.22.0.5/24".parse().unwrap(), "eth0", routes);
-        assert_eq!(flags(&[route("10.22.0.0/24", "")]), AddressFlags::empty());
-        assert_eq!(flags(&[route("10.22.0.0/24", "10.22.0.1")]), AddressFlags::Noprefixroute);
-        assert_eq!(flags(&[]), AddressFlags::Noprefixroute);
+    fn only_what_is_as_wanted_counts_as_done() {
+        let error = io::Error::from_raw_os_error;
+        assert!(is_done_already(rtnl::NEW_ROUTE, false, &error(libc::EEXIST)));
+        assert!(is_done_already(NEW_LINK, true, &error(libc::EEXIST)));
+        assert!(!is_done_already(NEW_LINK, false, &error(libc::EEXIST)), "a name that another link has");
+        assert!(is_done_already(rtnl::NEW_ROUTE + 1, false, &error(libc::ESRCH)));
+        assert!(!is_done_already(rtnl::NEW_ROUTE, false, &error(libc::ENODEV)));
     }
 }

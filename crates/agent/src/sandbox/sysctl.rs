@@ -16,6 +16,11 @@ pub fn follow(name: &str, value: &str) {
     }
 }
 
+/// A parameter's value; nothing if the guest's kernel does not have it.
+pub fn read(name: &str) -> Option<String> {
+    std::fs::read_to_string(path_of(name)?).ok().map(|value| value.trim_end().to_owned())
+}
+
 /// The parameter's file. A name may be written with slashes too, and whichever comes first is the separator: the other one
 /// is part of a word, for interfaces with a dot in their name.
 fn path_of(name: &str) -> Option<PathBuf> {

@@ -12,7 +12,11 @@ mod program;
 
 use std::time::Duration;
 
-use bulkhead_protocol::agent::{CreateSandboxRequest, Interface, Neighbour, PidNamespace, Route};
+use bulkhead_protocol::agent::network_step::Step;
+use bulkhead_protocol::agent::{
+    AddNetworkRequest, CreateSandboxRequest, Netlink, NetworkDevice, NetworkStep, PidNamespace, Sysctl, Sysctls,
+};
+use bulkhead_protocol::rtnl::{self, Message, NEW_ADDRESS, NEW_LINK, NEW_NEIGHBOUR, NEW_ROUTE};
 use bulkhead_protocol::stdio::Stream;
 use fixture::{Guest, code_of, message_of, streams};
 use ttrpc::Code;
@@ -395,55 +399,50 @@ async fn sandbox_gets_names_addresses_and_routes_and_ends_with_its_guest() {
     let json = |text: &str| -> Vec<(String, String)> {
         text.split(' ').map(|pair| pair.split_once('=').unwrap()).map(|(k, v)| (k.into(), v.into())).collect()
     };
+    let sysctl = |name: &str, value: &str| Sysctl { name: name.into(), value: value.into(), ..Default::default() };
+    let sysctls = vec![sysctl("net/ipv4/conf/eth0/arp_filter", "1"), sysctl("net/ipv4/nonesuch", "1")];
+    let steps = vec![
+        // It is there already, which is how the steps come to know it.
+        make("x0", 7),
+        step(NEW_LINK, &link(7, 0), &[(3, b"eth0\0"), (4, &1400u32.to_ne_bytes())]),
+        NetworkStep { step: Some(Step::Sysctls(Sysctls { sysctls, ..Default::default() })), ..Default::default() },
+        step(NEW_LINK, &link(7, 1), &[]),
+        step(NEW_LINK, &link(1, 1), &[]),
+        step(NEW_ADDRESS, &[2, 24, 0, 0, 7, 0, 0, 0], &[(1, &[10, 9, 0, 5]), (2, &[10, 9, 0, 5])]),
+        route("", "172.16.0.1", 0),
+        // Needs the one before, which is through a gateway, and the one after, which is on link.
+        route("192.168.0.0/16", "10.9.0.1", 100),
+        route("172.16.0.1/32", "", 0),
+        route("10.9.0.0/24", "", 0),
+        step(NEW_NEIGHBOUR, &[2, 0, 0, 0, 7, 0, 0, 0, 128, 0, 0, 0], &[(1, &[10, 9, 0, 1]), (2, &[2, 0, 0, 0, 0, 8])]),
+        NetworkStep { optional: true, what: "find what is not there".into(), ..step(NEW_LINK, &link(9, 1), &[]) },
+    ];
     let request = CreateSandboxRequest {
         hostname: "pod-1".into(),
-        interfaces: vec![Interface {
-            name: "eth0".into(),
-            mac: "02:00:00:00:00:07".into(),
-            mtu: 1400,
-            addresses: vec!["10.9.0.5/24".into(), "fd09::5/64".into()],
-            ..Default::default()
-        }],
-        routes: vec![
-            route(2, "", "172.16.0.1", 0),
-            // Needs the one before, which is through a gateway, and the one after, which is on link.
-            route(2, "192.168.0.0/16", "10.9.0.1", 100),
-            route(2, "172.16.0.1/32", "", 0),
-            route(2, "10.9.0.0/24", "", 0),
-            route(10, "fd09::/64", "", 0),
-            route(10, "", "fd09::1", 0),
-        ],
-        neighbours: vec![Neighbour {
-            address: "10.9.0.1".into(),
-            mac: "02:00:00:00:00:08".into(),
-            interface: "eth0".into(),
-            state: 128,
-            ..Default::default()
-        }],
+        network: Some(AddNetworkRequest { steps, ..Default::default() }).into(),
         sysctls: json("net.ipv4.ip_unprivileged_port_start=0 net.ipv4.conf.eth0.rp_filter=2").into_iter().collect(),
         entropy: vec![7; 64],
         ..Default::default()
     };
-    guest.create_sandbox(&request).await.unwrap();
+    let answer = guest.create_sandbox(&request).await.unwrap();
+    assert_eq!(answer.network.failed, ["find what is not there: the guest has no link 9"]);
     assert_eq!(code_of(guest.create_sandbox(&request).await), Code::ALREADY_EXISTS);
 
     let addresses = guest.run("hostname; ip -o address; ip -o link show eth0");
-    for part in ["pod-1", "127.0.0.1/8", "10.9.0.5/24 brd 10.9.0.255", "fd09::5/64 scope global", "mtu 1400"] {
+    for part in ["pod-1", "127.0.0.1/8", "10.9.0.5/24", "mtu 1400"] {
         assert!(addresses.contains(part), "{part}: {addresses}");
     }
-    assert!(!addresses.contains("tentative") || addresses.contains("fe80"), "{addresses}");
     let routes = guest.run("ip route; ip -6 route; ip neighbour");
     for part in [
         "default via 172.16.0.1 dev eth0",
         "192.168.0.0/16 via 10.9.0.1 dev eth0 metric 100",
-        "default via fd09::1 dev eth0",
         "10.9.0.1 dev eth0 lladdr 02:00:00:00:00:08 PERMANENT",
     ] {
         assert!(routes.contains(part), "{part}: {routes}");
     }
-    let state = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/conf/eth0/rp_filter; df -k /run/bulkhead/shm";
+    let state = "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start conf/eth0/rp_filter conf/eth0/arp_filter; df -k /run/bulkhead/shm";
     let state = guest.run(state);
-    assert!(state.starts_with("0\n2\n") && state.contains(" 65536 "), "{state}");
+    assert!(state.starts_with("0\n2\n1\n") && state.contains(" 65536 "), "{state}");
 
     // In a pid namespace reboot(2) ends the namespace.
     guest.destroy_sandbox().await;
@@ -453,10 +452,19 @@ async fn sandbox_gets_names_addresses_and_routes_and_ends_with_its_guest() {
 #[tokio::test]
 async fn bad_sandboxes_are_refused_with_the_reason() {
     let guest = Guest::start().await;
-    let interface = Interface { name: "eth0".into(), mac: "02:00:00:00:00:99".into(), ..Default::default() };
-    let request = CreateSandboxRequest { interfaces: vec![interface], ..Default::default() };
-    let message = message_of(guest.create_sandbox(&request).await);
-    assert_eq!(message, "the guest has no network device with MAC address 02:00:00:00:00:99");
+    let device = NetworkDevice { slot: 99, index: 2, ..Default::default() };
+    let network = Some(AddNetworkRequest { devices: vec![device], ..Default::default() }).into();
+    let message = message_of(guest.create_sandbox(&CreateSandboxRequest { network, ..Default::default() }).await);
+    assert!(message.starts_with("the guest has no network device in slot 99"), "{message}");
+
+    let guest = Guest::start().await;
+    let steps = vec![make("eth0", 7), step(NEW_LINK, &link(7, 1), &[]), route("", "10.1.1.1", 0)];
+    let network = Some(AddNetworkRequest { steps, ..Default::default() }).into();
+    let message = message_of(guest.create_sandbox(&CreateSandboxRequest { network, ..Default::default() }).await);
+    assert!(
+        message.starts_with("the guest cannot add route \"\" via \"10.1.1.1\": Network is unreachable"),
+        "{message}"
+    );
 
     let guest = Guest::start().await;
     let request = CreateSandboxRequest {
@@ -493,14 +501,46 @@ async fn limits_hold_and_an_out_of_memory_kill_is_told() {
     assert!(files.starts_with("50000 100000\n"), "{files}");
 }
 
-fn route(family: u32, destination: &str, gateway: &str, metric: u32) -> Route {
-    Route {
-        destination: destination.into(),
-        gateway: gateway.into(),
-        interface: "eth0".into(),
-        family,
-        scope: if gateway.is_empty() { 253 } else { 0 },
-        metric,
-        ..Default::default()
+/// A step with a message of rtnetlink(7).
+fn step(kind: u16, header: &[u8], attributes: &[(u16, &[u8])]) -> NetworkStep {
+    let mut message = Message::new(kind, header);
+    for (kind, value) in attributes {
+        message.push(*kind, value);
     }
+    // NLM_F_CREATE and NLM_F_EXCL, unless it is about a link that is there.
+    let flags = if kind == NEW_LINK && header[4] != 0 { 0 } else { 0x600 };
+    let netlink = Netlink { type_: kind.into(), flags, payload: message.payload, ..Default::default() };
+    NetworkStep { step: Some(Step::Netlink(netlink)), ..Default::default() }
+}
+
+/// `struct ifinfomsg` of a link, to bring it up or leave it.
+fn link(index: u8, up: u8) -> [u8; 16] {
+    [0, 0, 0, 0, index, 0, 0, 0, up, 0, 0, 0, up, 0, 0, 0]
+}
+
+/// A step that makes a pair of interfaces, the first of which the steps know by a number.
+fn make(name: &str, index: u32) -> NetworkStep {
+    let mut info = Vec::new();
+    rtnl::push(&mut info, 1, b"veth");
+    let name = [name.as_bytes(), &[0]].concat();
+    let mut step = step(NEW_LINK, &link(0, 0), &[(3, &name), (18, &info)]);
+    if let Some(Step::Netlink(netlink)) = &mut step.step {
+        netlink.makes = index;
+    }
+    step
+}
+
+/// A step that adds a route through the interface that is known as 7.
+fn route(destination: &str, gateway: &str, metric: u32) -> NetworkStep {
+    let (address, length) = destination.split_once('/').unwrap_or(("", "0"));
+    let bytes = |text: &str| text.parse::<std::net::Ipv4Addr>().map(|address| address.octets().to_vec());
+    let scope = if gateway.is_empty() { 253 } else { 0 };
+    let header = [2, length.parse().unwrap(), 0, 0, 254, 3, scope, 1, 0, 0, 0, 0];
+    let (index, metric) = (7u32.to_ne_bytes(), metric.to_ne_bytes());
+    let mut attributes: Vec<(u16, Vec<u8>)> = vec![(4, index.to_vec()), (6, metric.to_vec())];
+    attributes.extend(bytes(address).ok().map(|bytes| (1, bytes)));
+    attributes.extend(bytes(gateway).ok().map(|bytes| (5, bytes)));
+    let attributes: Vec<_> = attributes.iter().map(|(kind, value)| (*kind, value.as_slice())).collect();
+    let what = format!("add route {destination:?} via {gateway:?}");
+    NetworkStep { what, ..step(NEW_ROUTE, &header, &attributes) }
 }

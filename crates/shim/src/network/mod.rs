@@ -1,33 +1,42 @@
 //! The pod's network: CNI's interfaces, carried into the guest (ARCHITECTURE.md, bird's eye).
 //!
 //! Each Ethernet interface of CNI's namespace gets a tap beside it, and every frame that enters the one leaves by the
-//! other (tc-mirred(8)). The guest takes over the MAC, addresses and routes. The interface keeps its addresses on the
-//! host, where the kubelet reads its counters, but the host's stack sees no frame of it any more: the redirect is at
-//! ingress, ARP and neighbour discovery included. The namespace's localhost, which no frame reaches, leads to the guest's
-//! as well ([`forward`]).
+//! other (tc-mirred(8)). The interface keeps its addresses on the host, where the kubelet reads its counters, but the host's
+//! stack sees no frame of it any more: the redirect is at ingress, ARP and neighbour discovery included. The namespace's
+//! localhost, which no frame reaches, leads to the guest's as well ([`forward`]).
+//!
+//! All else that is in the namespace is made in the guest again: links that stand on others, addresses, neighbours, routes,
+//! rules and kernel parameters ([`inspect`]). The shim writes down what has to be done ([`steps`]), and the agent does it,
+//! once at the start and again whenever something has changed in the namespace ([`events`]).
 //!
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
+mod entries;
+pub mod events;
 mod forward;
 mod handover;
 mod inspect;
+mod links;
 pub mod netns;
 mod redirect;
+mod steps;
+mod sysctls;
 mod tap;
+pub mod unsupported;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use futures::TryStreamExt;
-use rtnetlink::packet_route::link::LinkFlags;
-
-use bulkhead_protocol::agent::{Interface, Neighbour, Route};
+use bulkhead_protocol::agent::{AddNetworkRequest, NetworkDevice, NetworkStep};
+use links::{IFF_UP, Link, Role};
 
 use crate::pod::error::chain;
 pub use forward::Localhost;
 pub use handover::{Handover, HandoverError};
+pub use inspect::State;
 pub use netns::NetnsError;
+pub use unsupported::Unsupported;
 
 /// Most interfaces of a pod: each takes a device slot of the VM.
 const MAX_INTERFACES: usize = 8;
@@ -46,21 +55,58 @@ pub struct NetDevice {
 }
 
 /// The pod's network as the guest is told, and the taps that carry it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Network {
-    /// One for each interface, in the same order.
+    /// One for each interface whose frames come from outside the namespace.
     pub devices: Vec<NetDevice>,
-    /// Interfaces with their addresses.
-    pub interfaces: Vec<Interface>,
-    /// Routes of the main table, those on link first.
-    pub routes: Vec<Route>,
-    /// Permanent neighbours.
-    pub neighbours: Vec<Neighbour>,
+    /// What the agent has to do.
+    pub steps: Vec<NetworkStep>,
+    /// What the guest has then.
+    pub state: State,
+    /// Where the kernel tells of changes since.
+    pub events: OwnedFd,
 }
 
-/// Ties the namespace's interfaces to taps, but for those with the indexes in `known`. On an error nothing is left.
-pub async fn attach(netns: PathBuf, known: HashSet<u32>) -> Result<Network, NetworkError> {
-    netns::run_in(&netns, move || attach_here(known)).await?
+/// What the agent is told of devices that are in slots of the machine, and of what it has to do.
+pub fn request(slots: &[(u8, u32)], steps: Vec<NetworkStep>) -> AddNetworkRequest {
+    let device = |&(slot, index): &(u8, u32)| NetworkDevice { slot: slot.into(), index, ..NetworkDevice::default() };
+    AddNetworkRequest { devices: slots.iter().map(device).collect(), steps, ..AddNetworkRequest::default() }
+}
+
+/// Which interfaces are carried.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Take {
+    /// All: who has made them is done.
+    All,
+    /// Those that are up: who makes one may still be at it.
+    Raised,
+}
+
+impl Take {
+    fn takes(self, link: &Link) -> bool {
+        self == Self::All || link.flags & IFF_UP != 0
+    }
+}
+
+/// Ties the namespace's interfaces to taps. On an error nothing is left.
+pub async fn attach(netns: PathBuf, take: Take) -> Result<Network, NetworkError> {
+    netns::run_in(&netns, move || attach_here(take)).await?
+}
+
+/// The namespace's network as it is now, and taps for interfaces that are not among those with the indexes in `known`. One
+/// that cannot have a tap is told in the log, and left for the next time.
+pub async fn look(netns: &Path, known: HashSet<u32>, take: Take) -> Result<(State, Vec<NetDevice>), NetworkError> {
+    netns::run_in(netns, move || look_here(known, take)).await?
+}
+
+/// What the agent has to do for a network that was as `old` to be as `new`. Devices that have come are in the guest already.
+pub async fn changes(netns: &Path, old: State, new: State) -> Result<Vec<NetworkStep>, NetworkError> {
+    let read = async move || {
+        let had = |link: &Link| old.link(link.index).is_some_and(Link::is_carried);
+        let come: Vec<&Link> = new.carried().filter(|link| !had(link)).collect();
+        steps::change(&old, &new, sysctls::read(&come, false))
+    };
+    Ok(netns::run_in(netns, read).await?)
 }
 
 /// The namespace's localhost, for port-forward. Without it the pod lacks that and nothing else.
@@ -80,46 +126,52 @@ pub async fn detach(netns: &Path, links: Vec<u32>) -> Result<(), NetworkError> {
     netns::run_in(netns, move || detach_here(links)).await?
 }
 
-/// The interfaces that there are, by their indexes, and whether they are up.
-pub async fn links(netns: &Path) -> Result<HashMap<u32, bool>, NetworkError> {
-    netns::run_in(netns, links_here).await?
-}
-
-async fn links_here() -> Result<HashMap<u32, bool>, NetworkError> {
-    let what = "list the interfaces";
+async fn attach_here(take: Take) -> Result<Network, NetworkError> {
     let handle = netns::connect()?;
-    let links: Vec<_> =
-        handle.link().get().execute().try_collect().await.map_err(|source| NetworkError::Netlink { what, source })?;
-    Ok(links.iter().map(|link| (link.header.index, link.header.flags.contains(LinkFlags::Up))).collect())
-}
-
-async fn attach_here(known: HashSet<u32>) -> Result<Network, NetworkError> {
-    let handle = netns::connect()?;
-    let mut links = inspect::links(&handle).await?;
+    // Before anything is read, so that no change is missed.
+    let events = events::open()?;
+    let mut state = State::read(&netns::socket()?).await?;
+    state.leave(|link| !take.takes(link));
+    let links: Vec<&Link> = state.devices().collect();
     if links.len() > MAX_INTERFACES {
         return Err(NetworkError::TooMany(links.len()));
     }
-    links.retain(|link| !known.contains(&link.index));
-    if links.is_empty() {
-        return Ok(Network::default());
-    }
-    let mut network = inspect::network(&handle, &links).await?;
-    for link in &links {
+    let carried: Vec<&Link> = state.carried().collect();
+    let steps = steps::first(&state, sysctls::read(&carried, true));
+    steps::fit(&steps)?;
+    let mut devices = Vec::new();
+    for link in links {
         match attach_link(&handle, link).await {
-            Ok(device) => network.devices.push(device),
+            Ok(device) => devices.push(device),
             Err(error) => {
                 // No others: those of a namespace that another VM has are that VM's.
-                for device in &network.devices {
+                for device in &devices {
                     redirect::remove(&handle, device.link).await;
                 }
                 return Err(error);
             }
         }
     }
-    Ok(network)
+    for missing in &state.unsupported {
+        tracing::warn!("the guest cannot have what is in the pod's network namespace: {}", missing.what);
+    }
+    Ok(Network { devices, steps, state, events })
 }
 
-async fn attach_link(handle: &rtnetlink::Handle, link: &inspect::Link) -> Result<NetDevice, NetworkError> {
+async fn look_here(known: HashSet<u32>, take: Take) -> Result<(State, Vec<NetDevice>), NetworkError> {
+    let handle = netns::connect()?;
+    let state = State::read(&netns::socket()?).await?;
+    let mut devices = Vec::new();
+    for link in state.devices().filter(|link| take.takes(link) && !known.contains(&link.index)) {
+        match attach_link(&handle, link).await {
+            Ok(device) => devices.push(device),
+            Err(error) => tracing::warn!("the guest does not get interface {}: {}", link.name, chain(&error)),
+        }
+    }
+    Ok((state, devices))
+}
+
+async fn attach_link(handle: &rtnetlink::Handle, link: &Link) -> Result<NetDevice, NetworkError> {
     let name = format!("tap-{}", link.index);
     let tap = tap::open(&name).map_err(|source| match source.kind() {
         // It has one, which vanishes with its VM.
@@ -138,7 +190,8 @@ async fn attach_link(handle: &rtnetlink::Handle, link: &inspect::Link) -> Result
         }
     }
     let mtu = u16::try_from(link.mtu).unwrap_or(u16::MAX);
-    Ok(NetDevice { link: link.index, tap, mac: link.mac, mtu })
+    let mac = link.device_mac().unwrap_or_default();
+    Ok(NetDevice { link: link.index, tap, mac, mtu })
 }
 
 async fn detach_here(links: Vec<u32>) -> Result<(), NetworkError> {
@@ -158,6 +211,12 @@ pub enum NetworkError {
     /// More interfaces than slots.
     #[error("the pod has {0} network interfaces; at most {MAX_INTERFACES} are supported")]
     TooMany(usize),
+    /// More than a message holds.
+    #[error(
+        "the pod's network namespace has more addresses, routes and rules than can be carried into a guest: {0} of them; \
+         has somebody put a routing table of the Internet there?"
+    )]
+    TooMuch(usize),
     /// Another container's.
     #[error(
         "interface {0} is in another VM, and two VMs cannot share a network namespace; give the container a network of its own, or make a pod of both"
@@ -182,6 +241,15 @@ pub enum NetworkError {
         /// The kernel's answer.
         #[source]
         source: rtnetlink::Error,
+    },
+    /// rtnetlink(7).
+    #[error("cannot list the {what} of the pod's network namespace")]
+    Dump {
+        /// What was asked for.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: std::io::Error,
     },
     /// rtnetlink(7).
     #[error("cannot {what}")]

@@ -1,17 +1,15 @@
 //! A thread in another network namespace (setns(2) moves the calling thread alone).
-#![allow(unsafe_code)] // reason: unshare(2)
+#![allow(unsafe_code)] // reason: unshare(2), and tokio's register of a descriptor
 
 use std::future::Future;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use futures::StreamExt;
-use rtnetlink::MulticastGroup;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::node_namespaces::is_nodes;
 use crate::own_thread;
@@ -35,27 +33,6 @@ fn enter_and_run<T, F: Future<Output = T>>(path: &Path, body: impl FnOnce() -> F
     enter(path)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(NetnsError::Thread)?;
     Ok(runtime.block_on(body()))
-}
-
-/// Says when the namespace's links have changed, for as long as somebody listens: once for all changes since it was last
-/// listened to.
-pub async fn follow_links(netns: &Path, changed: mpsc::Sender<()>) -> Result<(), NetnsError> {
-    let follow = async move || {
-        let groups = [MulticastGroup::Link];
-        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups).map_err(NetnsError::Socket)?;
-        tokio::spawn(connection);
-        // What has changed before is not told.
-        let mut told = changed.try_send(());
-        while !matches!(told, Err(TrySendError::Closed(()))) {
-            tokio::select! {
-                message = messages.next() => if message.is_none() { break },
-                () = changed.closed() => break,
-            }
-            told = changed.try_send(());
-        }
-        Ok(())
-    };
-    run_in(netns, follow).await?
 }
 
 /// Makes a network namespace, which lives as long as the descriptor or something in it.
@@ -97,6 +74,20 @@ pub fn connect() -> Result<rtnetlink::Handle, NetnsError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetnsError::Socket)?;
     tokio::spawn(connection);
     Ok(handle)
+}
+
+/// One for messages as they are.
+pub fn socket() -> Result<bulkhead_protocol::rtnl::Socket, NetnsError> {
+    let (socket, connection) = bulkhead_protocol::rtnl::Socket::open().map_err(NetnsError::Socket)?;
+    tokio::spawn(connection);
+    Ok(socket)
+}
+
+/// Makes the reactor watch a socket of a namespace.
+pub fn watch(socket: OwnedFd) -> Result<AsyncFd<OwnedFd>, NetnsError> {
+    // SAFETY: an OwnedFd owns one descriptor, the same for as long as it lives.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+        .map_err(|error| NetnsError::Socket(error.into()))
 }
 
 /// The namespace cannot be worked in.

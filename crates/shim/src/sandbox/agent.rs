@@ -41,6 +41,9 @@ const COMMON_PAGE_KIB: u64 = 2048;
 /// Longest text of the guest in an error message, in characters.
 const MAX_TEXT: usize = 1024;
 
+/// Most differences of a pod's network that are logged at once; the agent tells no more.
+const MAX_FAILED: usize = 32;
+
 /// signal(7).
 pub const SIGKILL: u32 = 9;
 
@@ -117,6 +120,7 @@ impl Agent {
         if answer.release != RELEASE {
             return Err(AgentError::Release(bounded(&answer.release)));
         }
+        tell_failed(&answer.network);
         Ok(Duration::from_nanos(answer.kernel_boot_ns))
     }
 
@@ -125,9 +129,11 @@ impl Agent {
         within(SHORT_DEADLINE, self.client.sync_clock(Context::default(), &request)).await
     }
 
-    /// See `Agent.AddNetwork`.
+    /// See `Agent.AddNetwork`. What the pod can do without and has failed is logged.
     pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.add_network(Context::default(), &request)).await.map(drop)
+        let answer = within(DEADLINE, self.client.add_network(Context::default(), &request)).await?;
+        tell_failed(&answer);
+        Ok(())
     }
 
     /// See `Agent.DestroySandbox`.
@@ -309,6 +315,12 @@ impl Agent {
     /// See `Agent.NextEvent`. Ends with an event or with the VM.
     pub async fn next_event(&self) -> Result<proto::Event, AgentError> {
         self.client.next_event(Context::default(), &proto::Empty::new()).await.map_err(AgentError::from)
+    }
+}
+
+fn tell_failed(answer: &proto::AddNetworkResponse) {
+    for failed in answer.failed.iter().take(MAX_FAILED) {
+        tracing::warn!("the guest's network differs from its namespace's: {}", bounded(failed));
     }
 }
 

@@ -16,6 +16,9 @@ use crate::sizing::Plan;
 /// panics reach the log. The kernel has some of its own (guest-kernel/node.config).
 const CMDLINE: &str = "console=hvc0 rdinit=/init";
 
+/// Devices that every machine has, in the first slots.
+const FIRST_DEVICES: u8 = 5;
+
 /// What every machine is made from.
 #[derive(Debug)]
 pub struct Files {
@@ -68,6 +71,13 @@ impl<'a> Fds<'a> {
 }
 
 impl Machine<'_> {
+    /// The slots of the pod's network devices, with the interfaces that they carry. Slots are filled in the order of the
+    /// devices in the message.
+    pub fn net_slots(&self) -> Vec<(u8, u32)> {
+        let before = FIRST_DEVICES + u8::from(self.plan.hotplug_mib > 0);
+        (before..).zip(self.devices.iter().map(|device| device.link)).collect()
+    }
+
     /// The message that boots the machine, with its descriptors.
     pub fn spec<'a>(&'a self, config: &Config, console: &'a OwnedFd) -> (VmSpec, Vec<BorrowedFd<'a>>) {
         let mut fds = Fds(Vec::new());

@@ -9,10 +9,10 @@ mod disks;
 #[cfg(test)]
 pub mod fake;
 mod hypervisor;
-mod late_network;
 mod oom;
 pub mod patience;
 mod pid_namespace;
+mod pod_network;
 mod process;
 mod resize;
 mod sysctls;
@@ -25,7 +25,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_protocol::agent::CreateSandboxRequest;
+use bulkhead_protocol::agent::{AddNetworkRequest, CreateSandboxRequest};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::Semaphore;
@@ -43,7 +43,7 @@ pub use cgroup::Cgroup;
 use clock::Synced;
 pub use disks::DiskError;
 use disks::Disks;
-use late_network::PodNetwork;
+use pod_network::PodNetwork;
 pub use process::{has_ended, kill_recorded, record};
 pub use resize::ResizeError;
 use resize::Resizer;
@@ -115,8 +115,7 @@ impl Sandbox {
             }
         })
         .await?;
-        let mut network = pod_network.begin().await?;
-        let devices = std::mem::take(&mut network.devices);
+        let (devices, steps) = pod_network.begin().await?;
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         if let Some(cgroup) = &cgroup {
             patience::follow(cgroup.path());
@@ -124,6 +123,8 @@ impl Sandbox {
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =
             hypervisor::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
+        let slots = machine.net_slots();
+        let network = network::request(&slots, steps);
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         share.is_jail_of(vm.process()?);
@@ -137,9 +138,7 @@ impl Sandbox {
         let (agent, kernel, synced) = begun?;
         timeline.split(kernel);
         tokio::spawn(clock::follow(agent.clone(), synced));
-        if pod_network.prepared().is_some() {
-            pod_network.serve_localhost(&agent).await;
-        }
+        pod_network.booted(&vm, &agent, &slots).await;
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
         let (volumes, booted_at) = (FollowedVolumes::default(), Timestamp::now());
@@ -339,16 +338,14 @@ where
     own_thread::run("bulkhead-remove", work).await.unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
-fn request(spec: &SandboxSpec, network: Network, vcpus: u8) -> CreateSandboxRequest {
+fn request(spec: &SandboxSpec, network: AddNetworkRequest, vcpus: u8) -> CreateSandboxRequest {
     let mut entropy = vec![0; 64];
     let _ = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
     CreateSandboxRequest {
         hostname: spec.hostname.clone(),
         domainname: spec.domainname.clone(),
         user_namespace: spec.user.clone().into(),
-        interfaces: network.interfaces,
-        routes: network.routes,
-        neighbours: network.neighbours,
+        network: Some(network).into(),
         sysctls: spec.sysctls.clone(),
         online_cpus: u32::from(vcpus),
         node_sysctls: sysctls::of_node(),

@@ -4,6 +4,7 @@ mod block;
 mod chaos;
 mod clock;
 mod cni;
+mod cni_setup;
 mod codes;
 mod contract;
 mod crio;

@@ -71,7 +71,6 @@ fn kernel(probe: Probe) -> Probe {
         .case(Security, "files of proc that are masked or read-only", "ls -d /proc/acpi /proc/kcore /proc/self/loginuid /proc/self/sched /proc/asound /proc/latency_stats")
         .differs("the guest kernel has no ACPI, kcore, audit and scheduler debugging; what is missing needs no mask")
         .case(Security, "forwarding", "cat /proc/sys/net/ipv4/ip_forward")
-        .differs("a network namespace begins with the node's forwarding, which the kubelet turns on; the guest with the kernel's. A pod that routes says so in its sysctls")
         .case(Security, "cgroup file system", "ls -ld /sys/fs/cgroup | cut -c1-10; cd /sys/fs/cgroup; cat memory.max cpu.max pids.max cpu.weight memory.swap.max cgroup.type; wc -l < cgroup.procs; mkdir x; echo 1 > memory.max")
         .case(Security, "cgroup controllers", "cat /sys/fs/cgroup/cgroup.controllers")
         .differs("the guest kernel has no rdma controller: a guest has no such device")

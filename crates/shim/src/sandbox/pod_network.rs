@@ -1,0 +1,282 @@
+//! Where a pod's network is on the host, and how it comes into the guest.
+//!
+//! What CNI has made before the sandbox is there at boot. Pods with a user namespace get theirs later under containerd 2: on runc
+//! their network namespace belongs to that user namespace, so containerd leaves making it to the runtime and takes it from the
+//! sandbox's process. It gives the namespace to CNI then, and only afterwards asks for containers; the first one is the moment
+//! to look for interfaces. It is so as well for a container without a pod: Docker's hook finds the namespace by the container's
+//! process.
+//!
+//! From then on the guest follows what changes in the namespace, interfaces that come and go included (`docker network
+//! connect`): each is a device in a slot of the running machine.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bulkhead_protocol::agent::NetworkStep;
+use tokio::sync::Mutex;
+
+use super::agent::Agent;
+use super::vm::Vm;
+use super::{Sandbox, SandboxError};
+use crate::network::{self, Handover, NetDevice, Network, NetworkError, State, Take, events, netns};
+use crate::pod::error::chain;
+use crate::spec::Netns;
+
+/// A pod's network namespace. It is held: it exists, and its path in /proc is its own, whatever becomes of the path that CNI
+/// has given.
+#[derive(Debug)]
+pub struct PodNetwork {
+    namespace: Arc<OwnedFd>,
+    /// CNI's path, if it has made the network before the sandbox: that is carried into the guest at boot.
+    prepared: Option<PathBuf>,
+    carried: Mutex<Carried>,
+    handover: Handover,
+}
+
+/// What is in the guest. Held while it changes, so that each change is made once.
+#[derive(Debug, Default)]
+struct Carried {
+    /// The interfaces that are tied to taps, by their indexes, with the slots of their devices.
+    slots: HashMap<u32, Option<u8>>,
+    /// The namespace as the guest has it, once it has anything of it.
+    state: Option<State>,
+    /// Where changes since are told, until somebody follows them.
+    events: Option<OwnedFd>,
+    followed: bool,
+}
+
+impl Carried {
+    fn begin(&mut self, state: State, events: OwnedFd) {
+        self.state = Some(state);
+        self.events = Some(events).filter(|_| !self.followed);
+    }
+}
+
+impl PodNetwork {
+    /// Makes the namespace if that is the sandbox's part.
+    pub async fn new(wanted: &Netns) -> Result<Self, NetworkError> {
+        let (namespace, prepared) = match wanted {
+            Netns::At(path) => (netns::open(path)?, Some(path.clone())),
+            Netns::New => (netns::create().await?, None),
+        };
+        Ok(Self::at(namespace, prepared))
+    }
+
+    /// One of a test's own, in which nothing is.
+    #[cfg(test)]
+    pub async fn fake() -> Self {
+        Self::at(netns::create().await.unwrap(), None)
+    }
+
+    fn at(namespace: OwnedFd, prepared: Option<PathBuf>) -> Self {
+        Self { namespace: Arc::new(namespace), prepared, carried: Mutex::default(), handover: Handover::default() }
+    }
+
+    /// The namespace, for as long as this exists.
+    pub fn path(&self) -> PathBuf {
+        netns::path_of(&self.namespace)
+    }
+
+    /// The namespace itself.
+    pub fn namespace(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
+    }
+
+    /// The path that CNI has given.
+    pub fn prepared(&self) -> Option<&Path> {
+        self.prepared.as_deref()
+    }
+
+    /// What a guest boots with: its devices, and what the agent has to do.
+    pub async fn begin(&self) -> Result<(Vec<NetDevice>, Vec<NetworkStep>), NetworkError> {
+        if self.prepared.is_none() {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let mut carried = self.carried.lock().await;
+        let Network { devices, steps, state, events } = network::attach(self.path(), Take::All).await?;
+        carried.slots.extend(devices.iter().map(|device| (device.link, None)));
+        carried.begin(state, events);
+        Ok((devices, steps))
+    }
+
+    /// Serves what [`Self::begin`] has carried: the devices are in those slots.
+    pub async fn booted(self: &Arc<Self>, vm: &Vm, agent: &Agent, slots: &[(u8, u32)]) {
+        if self.prepared.is_some() {
+            self.carried.lock().await.slots.extend(slots.iter().map(|(slot, link)| (*link, Some(*slot))));
+            self.serve_localhost(agent).await;
+            self.follow(vm, agent, false).await;
+        }
+    }
+
+    /// Removes what is in the namespace beside what was made there. The taps go with the VM.
+    pub async fn release(&self) -> Result<(), NetworkError> {
+        let carried: Vec<u32> = self.carried.lock().await.slots.drain().map(|(link, _)| link).collect();
+        network::detach(&self.path(), carried).await
+    }
+
+    /// Carries the network of a namespace of the sandbox's own into the guest, once there is something, and its localhost.
+    async fn attach(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+        let mut carried = self.carried.lock().await;
+        if self.prepared.is_some() || carried.state.is_some() {
+            return Ok(());
+        }
+        self.carry(vm, agent, &mut carried, Take::All).await?;
+        if carried.state.is_some() {
+            drop(carried);
+            self.serve_localhost(agent).await;
+            self.follow(vm, agent, false).await;
+        }
+        Ok(())
+    }
+
+    /// Leads the namespace's localhost to the guest's.
+    async fn serve_localhost(&self, agent: &Agent) {
+        if let Some(localhost) = network::localhost(&self.path()).await {
+            tokio::spawn(localhost.serve(agent.clone()));
+        }
+    }
+
+    /// Makes the guest's network that of the namespace.
+    async fn update(&self, vm: &Vm, agent: &Agent, take: Take) -> Result<(), SandboxError> {
+        let mut carried = self.carried.lock().await;
+        match carried.state.clone() {
+            None => self.carry(vm, agent, &mut carried, take).await,
+            Some(old) => self.change(vm, agent, &mut carried, old, take).await,
+        }
+    }
+
+    /// Carries a namespace, unless there is nothing in it. On an error nothing of it is in the guest.
+    async fn carry(&self, vm: &Vm, agent: &Agent, carried: &mut Carried, take: Take) -> Result<(), SandboxError> {
+        let Network { devices, steps, state, events } = network::attach(self.path(), take).await?;
+        if state.is_empty() {
+            carried.events = Some(events).filter(|_| !carried.followed);
+            return Ok(());
+        }
+        let links: Vec<u32> = devices.iter().map(|device| device.link).collect();
+        let mut slots = Vec::new();
+        let added = async {
+            for device in devices {
+                let link = device.link;
+                slots.push((vm.add_net(device).await?, link));
+            }
+            Ok::<_, SandboxError>(agent.add_network(network::request(&slots, steps)).await?)
+        };
+        if let Err(error) = added.await {
+            for (slot, _) in slots {
+                let _ = vm.remove_device(slot).await;
+            }
+            network::detach(&self.path(), links).await?;
+            return Err(error);
+        }
+        carried.slots.extend(slots.into_iter().map(|(slot, link)| (link, Some(slot))));
+        carried.begin(state, events);
+        Ok(())
+    }
+
+    /// Carries what is other than it was. What cannot be is told in the log, and the rest goes on.
+    async fn change(
+        &self,
+        vm: &Vm,
+        agent: &Agent,
+        carried: &mut Carried,
+        old: State,
+        take: Take,
+    ) -> Result<(), SandboxError> {
+        let known: HashSet<u32> = carried.slots.keys().copied().collect();
+        let (mut now, come) = network::look(&self.path(), known, take).await?;
+        let mut slots = Vec::new();
+        for device in come {
+            let link = device.link;
+            match vm.add_net(device).await {
+                Ok(slot) => {
+                    carried.slots.insert(link, Some(slot));
+                    slots.push((slot, link));
+                }
+                Err(error) => {
+                    let name = now.link(link).map(|link| link.name.as_str()).unwrap_or_default();
+                    tracing::warn!("the guest does not get interface {name}: {}", chain(&error));
+                    network::detach(&self.path(), vec![link]).await?;
+                }
+            }
+        }
+        let gone: Vec<u32> = carried.slots.keys().copied().filter(|link| now.link(*link).is_none()).collect();
+        for link in gone {
+            if let Some(Some(slot)) = carried.slots.remove(&link) {
+                let unbound = agent.unbind_device(slot).await.map_err(|error| chain(&error));
+                let removed = vm.remove_device(slot).await.map_err(|error| chain(&error));
+                if let Err(error) = unbound.and(removed) {
+                    tracing::warn!("the device of an interface that is gone is still in the guest: {error}");
+                }
+            }
+        }
+        // A device that the guest does not have is not missing because of what it has.
+        now.leave(|link| !carried.slots.contains_key(&link.index));
+        let steps = network::changes(&self.path(), old, now.clone()).await?;
+        if !steps.is_empty() || !slots.is_empty() {
+            agent.add_network(network::request(&slots, steps)).await?;
+        }
+        carried.state = Some(now);
+        Ok(())
+    }
+
+    /// Follows the namespace to the VM's end, unless somebody does. What fails is tried again with the next change. `hands_over`
+    /// says whether servers for the container may listen in the namespace.
+    async fn follow(self: &Arc<Self>, vm: &Vm, agent: &Agent, hands_over: bool) {
+        let events = {
+            let mut carried = self.carried.lock().await;
+            let events = carried.events.take();
+            carried.followed |= events.is_some();
+            events.map(netns::watch)
+        };
+        let (network, vm, agent) = (self.clone(), vm.clone(), agent.clone());
+        let events = match events {
+            Some(Ok(events)) => events,
+            Some(Err(error)) => return tracing::warn!("changes of the network are not followed: {}", chain(&error)),
+            None => return,
+        };
+        tokio::spawn(async move {
+            let following = async {
+                while events::next(&events).await.is_ok() {
+                    let mut updated = network.update(&vm, &agent, Take::Raised).await;
+                    if hands_over && updated.is_ok() {
+                        updated = network.hand_over(&agent).await;
+                    }
+                    if let Err(error) = updated {
+                        tracing::warn!("a change of the network is not in the guest: {}", chain(&error));
+                    }
+                }
+            };
+            tokio::select! {
+                () = following => {}
+                () = vm.ended() => {}
+            }
+        });
+    }
+
+    /// Lets the guest reach servers for the container that listen in the namespace.
+    async fn hand_over(&self, agent: &Agent) -> Result<(), SandboxError> {
+        Ok(self.handover.update(&self.namespace, agent).await?)
+    }
+}
+
+impl Sandbox {
+    /// Carries the network into the guest that CNI has made since it was booted, if it makes it so late.
+    pub async fn attach_network(&self) -> Result<(), SandboxError> {
+        self.network.attach(&self.vm, &self.agent).await
+    }
+
+    /// Carries what a hook, or an engine before it starts the container, has made in a container's own namespace, and from then
+    /// on what comes and goes there. Its localhost is not the guest's, but the other way round: servers for the container may
+    /// listen there.
+    pub async fn follow_network(&self) -> Result<(), SandboxError> {
+        if self.network.prepared.is_some() {
+            return Ok(());
+        }
+        self.network.update(&self.vm, &self.agent, Take::All).await?;
+        self.network.hand_over(&self.agent).await?;
+        self.network.follow(&self.vm, &self.agent, true).await;
+        Ok(())
+    }
+}
