@@ -59,10 +59,9 @@ impl Agent for Service {
             }
             Ok::<_, ServiceError>(sandbox.set_up(request).await?)
         };
-        let failed = whole(created).await?.map_err(status)?;
+        let network = Some(whole(created).await?.map_err(status)?).into();
         let kernel_boot_ns = u64::try_from(self.kernel_boot.as_nanos()).unwrap_or(u64::MAX);
         let release = RELEASE.to_owned();
-        let network = Some(AddNetworkResponse { failed, ..Default::default() }).into();
         Ok(CreateSandboxResponse { kernel_boot_ns, release, network, ..CreateSandboxResponse::new() })
     }
 
@@ -80,8 +79,7 @@ impl Agent for Service {
         let slots: Vec<_> = request.devices.iter().map(|device| device.slot).collect();
         beside(move || devices::bind_all(&slots)).await?.map_err(status)?;
         let sandbox = Arc::clone(&self.sandbox);
-        let failed = whole(async move { sandbox.add_network(request).await }).await?.map_err(status)?;
-        Ok(AddNetworkResponse { failed, ..Default::default() })
+        whole(async move { sandbox.add_network(request).await }).await?.map_err(status)
     }
 
     async fn resize_guest(&self, _: &TtrpcContext, request: ResizeGuestRequest) -> ttrpc::Result<Empty> {

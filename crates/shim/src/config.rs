@@ -9,6 +9,8 @@ use std::time::Duration;
 use bulkhead_protocol::vmspec::MAX_VCPUS;
 use serde::Deserialize;
 
+use crate::network::policy::Policy;
+
 /// Where the configuration is unless somebody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
 
@@ -38,6 +40,7 @@ pub struct RawConfig {
     kernel_params: Option<String>,
     annotations: Option<Vec<String>>,
     boot_timeout_s: Option<u64>,
+    unsupported_network: Option<Policy>,
 }
 
 /// The configuration of this node.
@@ -65,6 +68,8 @@ pub struct Config {
     pub annotations: Vec<String>,
     /// How long a guest may take from the VMM's start until its agent listens.
     pub boot_timeout: Duration,
+    /// What becomes of a pod whose network has something that a VM cannot be given.
+    pub unsupported_network: Policy,
 }
 
 /// What a node has; a pod cannot use more.
@@ -118,6 +123,7 @@ impl Config {
             annotations: raw.annotations.unwrap_or_default(),
             // Cold boots take well under a second on hardware; emulated CI nodes are some fifty times slower.
             boot_timeout: Duration::from_secs(raw.boot_timeout_s.unwrap_or(60)),
+            unsupported_network: raw.unsupported_network.unwrap_or_default(),
         };
         let relative = [&config.vmm, &config.kernel, &config.initramfs].into_iter().find(|path| path.is_relative());
         if let Some(path) = relative {
@@ -215,6 +221,8 @@ mod tests {
         assert!(line == 2 && reason.contains("kernal") && !reason.contains('\n'), "{reason}");
         assert!(matches!(config("default_vcpus = 0"), Err(ConfigError::Bounds { what: "default_vcpus", .. })));
         assert!(matches!(config("max_vcpus = 65"), Err(ConfigError::Bounds { .. })));
+        assert!(config("unsupported_network = 'warn'").is_ok_and(|config| config.unsupported_network == Policy::Warn));
+        assert!(toml::from_str::<RawConfig>("unsupported_network = 'ignore'").is_err());
         assert!(matches!(config("kernel = 'vmlinux'"), Err(ConfigError::Relative(_))));
     }
 

@@ -142,9 +142,16 @@ impl Guest {
 
     /// Executes a shell script; it must succeed. Returns its standard output, trimmed.
     pub fn sh(&self, script: &str) -> Result<String> {
+        self.sh_as("0", script)
+    }
+
+    /// The same as another user.
+    pub fn sh_as(&self, user: &str, script: &str) -> Result<String> {
         self.execs.set(self.execs.get() + 1);
         let id = format!("exec-{}", self.execs.get());
-        Ok(ctr(&["task", "exec", "--exec-id", &id, &self.name, "/bin/sh", "-c", script])?.trim().to_owned())
+        let shell = [&self.name, "/bin/sh", "-c", script];
+        let exec = [["task", "exec", "--exec-id", &id, "--user", user].as_slice(), &shell].concat();
+        Ok(ctr(&exec)?.trim().to_owned())
     }
 
     /// Runs ip(8) of the node in it, several times.

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest, SyncClockRequest,
-    SyncClockResponse,
+    AddNetworkRequest, AddNetworkResponse, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
+    SyncClockRequest, SyncClockResponse,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -52,7 +52,7 @@ impl Sandbox {
     }
 
     /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more. Answers as [`Self::add_network`].
-    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<Vec<String>, SandboxError> {
+    pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<AddNetworkResponse, SandboxError> {
         seed(&request.entropy)?;
         // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
@@ -68,17 +68,18 @@ impl Sandbox {
         size::online_cpus(request.online_cpus)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
-        let failed = self.add_network(request.network.unwrap_or_default()).await?;
+        let answer = self.add_network(request.network.unwrap_or_default()).await?;
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move { clock.follow().await });
-        Ok(failed)
+        Ok(answer)
     }
 
-    /// Changes the pod's network; devices are there. Answers with what has failed of what the pod can do without.
-    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<Vec<String>, SandboxError> {
+    /// Changes the pod's network; devices are there. Answers with what the kernel did not take: whether the pod can do without
+    /// is not the guest's to say.
+    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<AddNetworkResponse, SandboxError> {
         Ok(self.links.change(&self.netns, request).await?)
     }
 

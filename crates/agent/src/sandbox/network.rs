@@ -1,11 +1,14 @@
-//! The pod's network: the steps that the shim has written, taken over rtnetlink(7).
+//! The pod's network: the rules and steps that the shim has written, taken over nfnetlink and rtnetlink(7).
 
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::io;
 
+use bulkhead_netfilter::ReplayError;
 use bulkhead_protocol::agent::network_step::Step;
-use bulkhead_protocol::agent::{AddNetworkRequest, InterfaceStats, Netlink, NetworkDevice, NetworkStep, Sysctls};
+use bulkhead_protocol::agent::{
+    AddNetworkRequest, AddNetworkResponse, InterfaceStats, Netlink, NetworkDevice, NetworkStep, Sysctls,
+};
 use bulkhead_protocol::rtnl::{self, IFLA_IFNAME, Message, NEW_LINK, Socket};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -34,10 +37,20 @@ const MAX_FAILURE: usize = 256;
 pub struct Links(Mutex<HashMap<u32, u32>>);
 
 impl Links {
-    /// Takes the steps of a request. Answers with the optional ones that have failed. The links are held meanwhile: requests
-    /// take effect one after the other.
-    pub async fn change(&self, netns: &Netns, request: AddNetworkRequest) -> Result<Vec<String>, NetworkError> {
+    /// Sets rules of the packet filter and takes the steps of a request. Answers with the rules and the optional steps that the
+    /// kernel did not take. The links are held meanwhile: requests take effect one after the other.
+    pub async fn change(
+        &self,
+        netns: &Netns,
+        mut request: AddNetworkRequest,
+    ) -> Result<AddNetworkResponse, NetworkError> {
         let mut held = self.0.lock().await;
+        // Before the interfaces, so that no packet passes without.
+        let mut rules = Vec::new();
+        if let Some(firewall) = request.firewall.take() {
+            let replay = move || bulkhead_netfilter::replay(&firewall);
+            rules = netns.run(replay).await.map_err(NetworkError::Namespace)??;
+        }
         let links = held.clone();
         Kernel::connect()?.prepare(&request.devices, netns.holder()).await?;
         let (links, failed) = if netns.holder().is_some() {
@@ -50,7 +63,7 @@ impl Links {
             take(links, request).await?
         };
         *held = links;
-        Ok(failed)
+        Ok(AddNetworkResponse { failed, rules, ..AddNetworkResponse::default() })
     }
 }
 
@@ -237,6 +250,9 @@ pub enum NetworkError {
     /// No such interface was plugged in.
     #[error("the guest has no network device in slot {slot}")]
     Device { slot: u32, source: io::Error },
+    /// nfnetlink.
+    #[error(transparent)]
+    Rules(#[from] ReplayError),
     /// The kernel refuses.
     #[error("the guest cannot {what}")]
     Step { what: String, source: io::Error },

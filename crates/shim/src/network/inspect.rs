@@ -1,11 +1,14 @@
-//! What CNI has set up in the pod's namespace, read over rtnetlink(7).
+//! What CNI has set up in the pod's namespace, read over rtnetlink(7) and nfnetlink.
 
 use std::collections::HashSet;
 
 use bulkhead_protocol::rtnl::{Message, NEW_ADDRESS, NEW_ROUTE, NEW_RULE, Socket, u32_at};
 
+use bulkhead_protocol::agent::Firewall;
+
 use super::NetworkError;
 use super::entries::{self, Entry};
+use super::firewall;
 use super::links::{self, IFF_NOARP, IFF_UP, Link, Role};
 use super::unsupported::Unsupported;
 
@@ -16,6 +19,8 @@ pub struct State {
     pub links: Vec<Link>,
     /// Addresses, neighbours, routes and rules of what the guest has of its links. Routes without a gateway come first.
     pub entries: Vec<Entry>,
+    /// Rules of the packet filter.
+    pub firewall: Firewall,
     /// What the guest cannot have.
     pub unsupported: Vec<Unsupported>,
 }
@@ -42,7 +47,9 @@ impl State {
         let carried = indexes(&links);
         let neighbours = neighbours.filter(|entry| is_of(entry, &carried));
         let entries = addresses.into_iter().chain(neighbours).chain(routes).chain(rules).collect();
-        Ok(Self { links, entries, unsupported })
+        let (firewall, uncarried) = firewall::read();
+        unsupported.extend(uncarried);
+        Ok(Self { links, entries, firewall, unsupported })
     }
 
     /// Leaves out links whose devices the guest does not have, with what is theirs.
@@ -59,7 +66,10 @@ impl State {
 
     /// Whether there is nothing that a guest does not have by itself.
     pub fn is_empty(&self) -> bool {
-        self.carried().all(|link| link.role == Role::Loopback) && self.entries.iter().all(entries::is_a_first_rule)
+        self.carried().all(|link| link.role == Role::Loopback)
+            && self.entries.iter().all(entries::is_a_first_rule)
+            && self.firewall == Firewall::default()
+            && self.unsupported.is_empty()
     }
 
     /// Those of its links that the guest has.

@@ -12,12 +12,15 @@
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
 mod entries;
-pub mod events;
+mod events;
+mod firewall;
 mod forward;
 mod handover;
+mod ingress;
 mod inspect;
 mod links;
 pub mod netns;
+pub mod policy;
 mod redirect;
 mod steps;
 mod sysctls;
@@ -28,10 +31,12 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::{AddNetworkRequest, NetworkDevice, NetworkStep};
+use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse, Firewall, NetworkDevice, NetworkStep};
 use links::{IFF_UP, Link, Role};
+use policy::{Policy, PolicyError};
 
 use crate::pod::error::chain;
+pub use events::Events;
 pub use forward::Localhost;
 pub use handover::{Handover, HandoverError};
 pub use inspect::State;
@@ -59,18 +64,18 @@ pub struct NetDevice {
 pub struct Network {
     /// One for each interface whose frames come from outside the namespace.
     pub devices: Vec<NetDevice>,
-    /// What the agent has to do.
-    pub steps: Vec<NetworkStep>,
+    /// What the agent has to do, but for what [`name_devices`] adds.
+    pub request: AddNetworkRequest,
     /// What the guest has then.
     pub state: State,
     /// Where the kernel tells of changes since.
-    pub events: OwnedFd,
+    pub events: Events,
 }
 
-/// What the agent is told of devices that are in slots of the machine, and of what it has to do.
-pub fn request(slots: &[(u8, u32)], steps: Vec<NetworkStep>) -> AddNetworkRequest {
+/// Tells the agent which interfaces the devices are that have come into slots of the machine.
+pub fn name_devices(request: &mut AddNetworkRequest, slots: &[(u8, u32)]) {
     let device = |&(slot, index): &(u8, u32)| NetworkDevice { slot: slot.into(), index, ..NetworkDevice::default() };
-    AddNetworkRequest { devices: slots.iter().map(device).collect(), steps, ..AddNetworkRequest::default() }
+    request.devices = slots.iter().map(device).collect();
 }
 
 /// Which interfaces are carried.
@@ -88,9 +93,10 @@ impl Take {
     }
 }
 
-/// Ties the namespace's interfaces to taps. On an error nothing is left.
-pub async fn attach(netns: PathBuf, take: Take) -> Result<Network, NetworkError> {
-    netns::run_in(&netns, move || attach_here(take)).await?
+/// Ties the namespace's interfaces to taps, unless there is something that a VM cannot be given and `policy` refuses that. On
+/// an error nothing is left.
+pub async fn attach(netns: PathBuf, take: Take, policy: Policy) -> Result<Network, NetworkError> {
+    netns::run_in(&netns, move || attach_here(take, policy)).await?
 }
 
 /// The namespace's network as it is now, and taps for interfaces that are not among those with the indexes in `known`. One
@@ -99,14 +105,26 @@ pub async fn look(netns: &Path, known: HashSet<u32>, take: Take) -> Result<(Stat
     netns::run_in(netns, move || look_here(known, take)).await?
 }
 
-/// What the agent has to do for a network that was as `old` to be as `new`. Devices that have come are in the guest already.
-pub async fn changes(netns: &Path, old: State, new: State) -> Result<Vec<NetworkStep>, NetworkError> {
+/// What the agent has to do for a network that was as `old` to be as `new`, if anything. Devices that have come are in the
+/// guest already.
+pub async fn changes(netns: &Path, old: State, new: State) -> Result<Option<AddNetworkRequest>, NetworkError> {
     let read = async move || {
         let had = |link: &Link| old.link(link.index).is_some_and(Link::is_carried);
         let come: Vec<&Link> = new.carried().filter(|link| !had(link)).collect();
-        steps::change(&old, &new, sysctls::read(&come, false))
+        let steps = steps::change(&old, &new, sysctls::read(&come, false));
+        let rules = (old.firewall != new.firewall).then(|| bulkhead_netfilter::replacing(&old.firewall, &new.firewall));
+        (!steps.is_empty() || rules.is_some()).then(|| request(steps, rules))
     };
     Ok(netns::run_in(netns, read).await?)
+}
+
+fn request(steps: Vec<NetworkStep>, firewall: Option<Firewall>) -> AddNetworkRequest {
+    AddNetworkRequest { steps, firewall: firewall.into(), ..AddNetworkRequest::default() }
+}
+
+/// Whether a pod may run without the rules of the request that its guest has not taken.
+pub fn check(request: &AddNetworkRequest, answer: &AddNetworkResponse, policy: Policy) -> Result<(), NetworkError> {
+    Ok(policy.check(&firewall::not_taken(&request.firewall, &answer.rules))?)
 }
 
 /// The namespace's localhost, for port-forward. Without it the pod lacks that and nothing else.
@@ -126,12 +144,13 @@ pub async fn detach(netns: &Path, links: Vec<u32>) -> Result<(), NetworkError> {
     netns::run_in(netns, move || detach_here(links)).await?
 }
 
-async fn attach_here(take: Take) -> Result<Network, NetworkError> {
+async fn attach_here(take: Take, policy: Policy) -> Result<Network, NetworkError> {
     let handle = netns::connect()?;
     // Before anything is read, so that no change is missed.
-    let events = events::open()?;
-    let mut state = State::read(&netns::socket()?).await?;
+    let events = Events::open()?;
+    let mut state = read_here(&handle).await?;
     state.leave(|link| !take.takes(link));
+    policy.check(&state.unsupported)?;
     let links: Vec<&Link> = state.devices().collect();
     if links.len() > MAX_INTERFACES {
         return Err(NetworkError::TooMany(links.len()));
@@ -152,15 +171,23 @@ async fn attach_here(take: Take) -> Result<Network, NetworkError> {
             }
         }
     }
-    for missing in &state.unsupported {
-        tracing::warn!("the guest cannot have what is in the pod's network namespace: {}", missing.what);
+    let request = request(steps, Some(state.firewall.clone()));
+    Ok(Network { devices, request, state, events })
+}
+
+async fn read_here(handle: &rtnetlink::Handle) -> Result<State, NetworkError> {
+    let mut state = State::read(&netns::socket()?).await?;
+    let mut filters = Vec::new();
+    for link in state.devices() {
+        filters.extend(ingress::foreign(handle, link).await?);
     }
-    Ok(Network { devices, steps, state, events })
+    state.unsupported.extend(filters);
+    Ok(state)
 }
 
 async fn look_here(known: HashSet<u32>, take: Take) -> Result<(State, Vec<NetDevice>), NetworkError> {
     let handle = netns::connect()?;
-    let state = State::read(&netns::socket()?).await?;
+    let state = read_here(&handle).await?;
     let mut devices = Vec::new();
     for link in state.devices().filter(|link| take.takes(link) && !known.contains(&link.index)) {
         match attach_link(&handle, link).await {
@@ -208,6 +235,9 @@ pub enum NetworkError {
     /// The namespace.
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    /// What a VM cannot be given of it.
+    #[error(transparent)]
+    Unsupported(#[from] PolicyError),
     /// More interfaces than slots.
     #[error("the pod has {0} network interfaces; at most {MAX_INTERFACES} are supported")]
     TooMany(usize),

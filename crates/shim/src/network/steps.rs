@@ -12,8 +12,8 @@ use super::entries::{self, Entry};
 use super::inspect::State;
 use super::links::{self, Link, Role};
 
-/// Most bytes of steps in one request: ttrpc takes 4 MiB (ttrpc: PROTOCOL.md).
-const MAX_BYTES: u64 = 3 << 20;
+/// Most bytes of steps in one request: ttrpc takes 4 MiB (ttrpc: PROTOCOL.md), of which rules of the packet filter may be 2.
+const MAX_BYTES: u64 = 3 << 19;
 
 /// Fails if steps are more than a request holds.
 pub fn fit(steps: &[NetworkStep]) -> Result<(), NetworkError> {

@@ -250,12 +250,12 @@ async fn kernel_parameters_are_read_in_the_order_in_which_they_hold() {
 async fn changes_in_a_namespace_are_told() {
     let name = format!("bhtest-events-{}", std::process::id());
     let netns = Netns::new(&name, &[]);
-    let events = netns::run_in(&netns.path(), async || events::open()).await.unwrap().unwrap();
-    let events = netns::watch(events).unwrap();
+    let events = netns::run_in(&netns.path(), async || Events::open()).await.unwrap().unwrap();
+    let events = events.watched().unwrap();
     for line in ["link set lo up", "addr add 10.22.0.6/32 dev lo", "rule add pref 7 lookup 7"] {
         assert!(run(&format!("ip -n {name} {line}")), "{line}");
         // It is there already: ip(8) has had its answer.
-        tokio::time::timeout(std::time::Duration::from_secs(10), events::next(&events)).await.unwrap().unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(10), events.next()).await.unwrap().unwrap();
     }
 }
 
@@ -302,7 +302,7 @@ async fn localhost_of_the_namespace_leads_to_one_listener_whatever_the_port() {
 
 #[tokio::test]
 async fn namespace_that_is_gone_is_named() {
-    let error = attach(PathBuf::from("/run/netns/none-such"), Take::All).await.unwrap_err();
+    let error = attach(PathBuf::from("/run/netns/none-such"), Take::All, Policy::Refuse).await.unwrap_err();
     assert!(error.to_string().contains("/run/netns/none-such"));
 }
 
@@ -310,7 +310,7 @@ async fn namespace_that_is_gone_is_named() {
 async fn interfaces_of_the_node_are_never_touched() {
     // The first process's is out of sight of a test in a container.
     for path in ["/proc/1/ns/net", "/proc/self/ns/net"].into_iter().filter(|path| std::fs::metadata(path).is_ok()) {
-        let attached = attach(path.into(), Take::All).await;
+        let attached = attach(path.into(), Take::All, Policy::Refuse).await;
         assert!(matches!(attached, Err(NetworkError::Netns(NetnsError::Nodes(_)))), "{attached:?}");
         let detached = detach(Path::new(path), vec![1]).await;
         assert!(matches!(detached, Err(NetworkError::Netns(NetnsError::Nodes(_)))), "{detached:?}");
@@ -339,6 +339,6 @@ async fn namespace_of_another_vm_is_refused_and_left_as_it_is() {
     let eth0 = state.links.iter().find(|link| link.name == "eth0").unwrap().index;
     let make = async move || tap::open(&format!("tap-{eth0}")).unwrap();
     let _tap = netns::run_in(&netns.path(), make).await.unwrap();
-    let attached = attach(netns.path(), Take::All).await;
+    let attached = attach(netns.path(), Take::All, Policy::Refuse).await;
     assert!(matches!(&attached, Err(NetworkError::Taken(name)) if name == "eth0"), "{attached:?}");
 }

@@ -8,6 +8,7 @@ use super::hooks::HookError;
 use crate::bundle::BundleError;
 use crate::config::ConfigError;
 use crate::io::IoError;
+use crate::network::NetworkError;
 use crate::pod::files::FilesError;
 use crate::sandbox::agent::AgentError;
 use crate::sandbox::{DiskError, ResizeError, SandboxError, VmError};
@@ -113,7 +114,9 @@ impl TaskError {
             Self::Disk(DiskError::Hung(..)) | Self::Share(ShareError::Hung(_) | ShareError::Stuck(_)) => {
                 Code::DEADLINE_EXCEEDED
             }
-            Self::Disk(_) => Code::FAILED_PRECONDITION,
+            Self::Disk(_) | Self::Sandbox(SandboxError::Network(NetworkError::Unsupported(_))) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,
             Self::Bundle(_)
             | Self::Config(_)

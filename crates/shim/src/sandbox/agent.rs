@@ -114,14 +114,19 @@ impl Agent {
         }
     }
 
-    /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot.
-    pub async fn create_sandbox(&self, request: proto::CreateSandboxRequest) -> Result<Duration, AgentError> {
-        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), &request)).await?;
+    /// See `Agent.CreateSandbox`; returns what the guest says that its kernel took to boot, and what of the network it did not
+    /// take.
+    pub async fn create_sandbox(
+        &self,
+        request: &proto::CreateSandboxRequest,
+    ) -> Result<(Duration, proto::AddNetworkResponse), AgentError> {
+        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), request)).await?;
         if answer.release != RELEASE {
             return Err(AgentError::Release(bounded(&answer.release)));
         }
-        tell_failed(&answer.network);
-        Ok(Duration::from_nanos(answer.kernel_boot_ns))
+        let network = answer.network.unwrap_or_default();
+        tell_failed(&network);
+        Ok((Duration::from_nanos(answer.kernel_boot_ns), network))
     }
 
     /// See `Agent.SyncClock`.
@@ -130,10 +135,13 @@ impl Agent {
     }
 
     /// See `Agent.AddNetwork`. What the pod can do without and has failed is logged.
-    pub async fn add_network(&self, request: proto::AddNetworkRequest) -> Result<(), AgentError> {
-        let answer = within(DEADLINE, self.client.add_network(Context::default(), &request)).await?;
+    pub async fn add_network(
+        &self,
+        request: &proto::AddNetworkRequest,
+    ) -> Result<proto::AddNetworkResponse, AgentError> {
+        let answer = within(DEADLINE, self.client.add_network(Context::default(), request)).await?;
         tell_failed(&answer);
-        Ok(())
+        Ok(answer)
     }
 
     /// See `Agent.DestroySandbox`.

@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 
 use crate::annotations::{self, AnnotationError};
 use crate::config::{Config, ConfigError};
-use crate::network::{HandoverError, Network, NetworkError};
+use crate::network::{self, HandoverError, NetworkError};
 use crate::own_thread;
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
@@ -89,7 +89,7 @@ pub struct Sandbox {
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
     pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
-        let network = Arc::new(PodNetwork::new(&spec.netns).await?);
+        let network = Arc::new(PodNetwork::new(&spec.netns, config.unsupported_network).await?);
         let booted = Self::try_boot(&run_dir, spec, network.clone(), config).await;
         if booted.is_err() {
             release(&run_dir, &network).await;
@@ -115,7 +115,7 @@ impl Sandbox {
             }
         })
         .await?;
-        let (devices, steps) = pod_network.begin().await?;
+        let (devices, mut network) = pod_network.begin().await?;
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         if let Some(cgroup) = &cgroup {
             patience::follow(cgroup.path());
@@ -124,13 +124,13 @@ impl Sandbox {
         let machine =
             hypervisor::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
         let slots = machine.net_slots();
-        let network = network::request(&slots, steps);
+        network::name_devices(&mut network, &slots);
         timeline.done("share and network");
         let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
         share.is_jail_of(vm.process()?);
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = patience::within(BEGIN, begin(&vm, request(&spec, network, plan.initial.cpus))).await;
+        let begun = patience::within(BEGIN, begin(&vm, &pod_network, request(&spec, network, plan.initial.cpus))).await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
@@ -265,9 +265,14 @@ impl Sandbox {
 
 /// Connects to the agent and tells it of its pod and the time; answers with what the guest's kernel took to boot, and with who
 /// sees to the clock from now on.
-async fn begin(vm: &Vm, request: CreateSandboxRequest) -> Result<(Agent, Duration, Synced), AgentError> {
+async fn begin(
+    vm: &Vm,
+    network: &PodNetwork,
+    request: CreateSandboxRequest,
+) -> Result<(Agent, Duration, Synced), SandboxError> {
     let agent = Agent::connect(vm).await?;
-    let kernel = agent.create_sandbox(request).await?;
+    let (kernel, answer) = agent.create_sandbox(&request).await?;
+    network.check(&request.network, &answer)?;
     let synced = clock::sync(&agent).await?;
     Ok((agent, kernel, synced))
 }

@@ -14,13 +14,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bulkhead_protocol::agent::NetworkStep;
+use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse};
 use tokio::sync::Mutex;
 
 use super::agent::Agent;
 use super::vm::Vm;
 use super::{Sandbox, SandboxError};
-use crate::network::{self, Handover, NetDevice, Network, NetworkError, State, Take, events, netns};
+use crate::network::policy::Policy;
+use crate::network::{self, Events, Handover, NetDevice, Network, NetworkError, State, Take, netns};
 use crate::pod::error::chain;
 use crate::spec::Netns;
 
@@ -31,6 +32,8 @@ pub struct PodNetwork {
     namespace: Arc<OwnedFd>,
     /// CNI's path, if it has made the network before the sandbox: that is carried into the guest at boot.
     prepared: Option<PathBuf>,
+    /// What becomes of a pod with something that a VM cannot be given.
+    policy: Policy,
     carried: Mutex<Carried>,
     handover: Handover,
 }
@@ -43,12 +46,12 @@ struct Carried {
     /// The namespace as the guest has it, once it has anything of it.
     state: Option<State>,
     /// Where changes since are told, until somebody follows them.
-    events: Option<OwnedFd>,
+    events: Option<Events>,
     followed: bool,
 }
 
 impl Carried {
-    fn begin(&mut self, state: State, events: OwnedFd) {
+    fn begin(&mut self, state: State, events: Events) {
         self.state = Some(state);
         self.events = Some(events).filter(|_| !self.followed);
     }
@@ -56,22 +59,23 @@ impl Carried {
 
 impl PodNetwork {
     /// Makes the namespace if that is the sandbox's part.
-    pub async fn new(wanted: &Netns) -> Result<Self, NetworkError> {
+    pub async fn new(wanted: &Netns, policy: Policy) -> Result<Self, NetworkError> {
         let (namespace, prepared) = match wanted {
             Netns::At(path) => (netns::open(path)?, Some(path.clone())),
             Netns::New => (netns::create().await?, None),
         };
-        Ok(Self::at(namespace, prepared))
+        Ok(Self::at(namespace, prepared, policy))
     }
 
     /// One of a test's own, in which nothing is.
     #[cfg(test)]
     pub async fn fake() -> Self {
-        Self::at(netns::create().await.unwrap(), None)
+        Self::at(netns::create().await.unwrap(), None, Policy::Refuse)
     }
 
-    fn at(namespace: OwnedFd, prepared: Option<PathBuf>) -> Self {
-        Self { namespace: Arc::new(namespace), prepared, carried: Mutex::default(), handover: Handover::default() }
+    fn at(namespace: OwnedFd, prepared: Option<PathBuf>, policy: Policy) -> Self {
+        let (carried, handover) = (Mutex::default(), Handover::default());
+        Self { namespace: Arc::new(namespace), prepared, policy, carried, handover }
     }
 
     /// The namespace, for as long as this exists.
@@ -90,15 +94,20 @@ impl PodNetwork {
     }
 
     /// What a guest boots with: its devices, and what the agent has to do.
-    pub async fn begin(&self) -> Result<(Vec<NetDevice>, Vec<NetworkStep>), NetworkError> {
+    pub async fn begin(&self) -> Result<(Vec<NetDevice>, AddNetworkRequest), NetworkError> {
         if self.prepared.is_none() {
-            return Ok((Vec::new(), Vec::new()));
+            return Ok((Vec::new(), AddNetworkRequest::default()));
         }
         let mut carried = self.carried.lock().await;
-        let Network { devices, steps, state, events } = network::attach(self.path(), Take::All).await?;
+        let Network { devices, request, state, events } = network::attach(self.path(), Take::All, self.policy).await?;
         carried.slots.extend(devices.iter().map(|device| (device.link, None)));
         carried.begin(state, events);
-        Ok((devices, steps))
+        Ok((devices, request))
+    }
+
+    /// Whether the pod may run without what its guest has not taken of a request.
+    pub fn check(&self, request: &AddNetworkRequest, answer: &AddNetworkResponse) -> Result<(), NetworkError> {
+        network::check(request, answer, self.policy)
     }
 
     /// Serves what [`Self::begin`] has carried: the devices are in those slots.
@@ -149,7 +158,7 @@ impl PodNetwork {
 
     /// Carries a namespace, unless there is nothing in it. On an error nothing of it is in the guest.
     async fn carry(&self, vm: &Vm, agent: &Agent, carried: &mut Carried, take: Take) -> Result<(), SandboxError> {
-        let Network { devices, steps, state, events } = network::attach(self.path(), take).await?;
+        let Network { devices, mut request, state, events } = network::attach(self.path(), take, self.policy).await?;
         if state.is_empty() {
             carried.events = Some(events).filter(|_| !carried.followed);
             return Ok(());
@@ -161,7 +170,9 @@ impl PodNetwork {
                 let link = device.link;
                 slots.push((vm.add_net(device).await?, link));
             }
-            Ok::<_, SandboxError>(agent.add_network(network::request(&slots, steps)).await?)
+            network::name_devices(&mut request, &slots);
+            let answer = agent.add_network(&request).await?;
+            Ok::<_, SandboxError>(self.check(&request, &answer)?)
         };
         if let Err(error) = added.await {
             for (slot, _) in slots {
@@ -213,9 +224,13 @@ impl PodNetwork {
         }
         // A device that the guest does not have is not missing because of what it has.
         now.leave(|link| !carried.slots.contains_key(&link.index));
-        let steps = network::changes(&self.path(), old, now.clone()).await?;
-        if !steps.is_empty() || !slots.is_empty() {
-            agent.add_network(network::request(&slots, steps)).await?;
+        // The pod runs already: all that can be done is to tell.
+        let unsupported = now.unsupported.iter().filter(|one| !old.unsupported.contains(one)).cloned();
+        let _ = Policy::Warn.check(&unsupported.collect::<Vec<_>>());
+        if let Some(mut request) = network::changes(&self.path(), old, now.clone()).await? {
+            network::name_devices(&mut request, &slots);
+            let answer = agent.add_network(&request).await?;
+            let _ = network::check(&request, &answer, Policy::Warn);
         }
         carried.state = Some(now);
         Ok(())
@@ -228,7 +243,7 @@ impl PodNetwork {
             let mut carried = self.carried.lock().await;
             let events = carried.events.take();
             carried.followed |= events.is_some();
-            events.map(netns::watch)
+            events.map(Events::watched)
         };
         let (network, vm, agent) = (self.clone(), vm.clone(), agent.clone());
         let events = match events {
@@ -238,7 +253,7 @@ impl PodNetwork {
         };
         tokio::spawn(async move {
             let following = async {
-                while events::next(&events).await.is_ok() {
+                while events.next().await.is_ok() {
                     let mut updated = network.update(&vm, &agent, Take::Raised).await;
                     if hands_over && updated.is_ok() {
                         updated = network.hand_over(&agent).await;

@@ -13,6 +13,7 @@ mod docker;
 mod escape;
 mod exec;
 mod failure;
+mod firewall;
 mod flood;
 mod guest_hostile;
 mod jail;
