@@ -294,17 +294,21 @@ fn hostile_27_memory_that_the_kernel_refuses_is_named() {
 }
 
 /// A cgroup for pods, as the kubelet makes one, with a limit on memory.
-struct Group(PathBuf);
+pub struct Group(PathBuf);
 
 impl Group {
-    fn new(name: &str) -> Result<Self> {
+    pub fn new(name: &str) -> Result<Self> {
         let path = Path::new("/sys/fs/cgroup").join(name);
         fs::create_dir_all(&path)?;
         Ok(Self(path))
     }
 
-    fn limit(&self, bytes: &str) -> Result<()> {
-        fs::write(self.0.join("memory.max"), bytes).context("cannot limit the memory of a cgroup")
+    pub fn set(&self, name: &str, value: &str) -> Result<()> {
+        fs::write(self.0.join(name), value).with_context(|| format!("cannot set {name} of a cgroup"))
+    }
+
+    pub fn get(&self, name: &str) -> Result<String> {
+        fs::read_to_string(self.0.join(name)).with_context(|| format!("cannot read {name} of a cgroup"))
     }
 
     fn parent(&self) -> String {
@@ -318,7 +322,7 @@ impl Drop for Group {
     }
 }
 
-fn in_group(config: &mut v1::PodSandboxConfig, group: &Group) {
+pub fn in_group(config: &mut v1::PodSandboxConfig, group: &Group) {
     config.linux.get_or_insert_default().cgroup_parent = group.parent();
 }
 
@@ -326,7 +330,7 @@ fn in_group(config: &mut v1::PodSandboxConfig, group: &Group) {
 fn hostile_27_cgroup_too_small_for_a_guest_refuses_the_pod() {
     trouble(async |node| {
         let group = Group::new("chaos-small")?;
-        group.limit("12M")?;
+        group.set("memory.max", "12M")?;
         let message = node.refused_pod("too-small", |config| in_group(config, &group)).await?;
         names(&message, &["signal 9 ended the VMM before the guest was ready", "raise the pod's memory limit"])
     });
@@ -340,11 +344,11 @@ fn hostile_20_vmm_killed_for_its_memory_ends_its_containers_with_137() {
         let container = pod.sleeper("main").await?;
         // What is there may stay, and the guest wants more.
         let current: u64 = crate::read(&format!("{}/memory.current", group.0.display()))?.parse()?;
-        group.limit(&(current + (8 << 20)).to_string())?;
+        group.set("memory.max", &(current + (8 << 20)).to_string())?;
         let fill = pod.exec(&container, &["/bin/sh", "-c", "head -c 60000000 /dev/zero > /dev/shm/ballast"]).await;
         let status = pod.wait_exit(&container, PATIENCE).await?;
         ensure!(status.exit_code == 137, "{status:?}; the guest had its memory: {fill:?}");
-        group.limit("max")?;
+        group.set("memory.max", "max")?;
         // Here, since the group goes next.
         chaos::converge(node).await.map(drop)
     });

@@ -32,6 +32,7 @@ mod restart;
 mod soak;
 mod standalone;
 mod stuck;
+mod throttled;
 mod user_namespace;
 mod volumes;
 
