@@ -25,14 +25,14 @@ mod redirect;
 mod steps;
 mod sysctls;
 mod tap;
-pub mod unsupported;
+mod unsupported;
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse, Firewall, NetworkDevice, NetworkStep};
-use links::{IFF_UP, Link, Role};
+use links::{IFF_UP, Link};
 use policy::{Policy, PolicyError};
 
 use crate::pod::error::chain;
@@ -41,7 +41,6 @@ pub use forward::Localhost;
 pub use handover::{Handover, HandoverError};
 pub use inspect::State;
 pub use netns::NetnsError;
-pub use unsupported::Unsupported;
 
 /// Most interfaces of a pod: each takes a device slot of the VM.
 const MAX_INTERFACES: usize = 8;
