@@ -377,9 +377,22 @@ fn settable(kind: &str, data: &[u8]) -> Vec<u8> {
     let mut kept = Vec::new();
     for (attribute, value) in attributes(data).filter(|(attribute, value)| is_set(*attribute, value)) {
         // Whether a value is nested is only said for the kernel's strict checks, which these kinds do not have.
-        rtnl::push(&mut kept, attribute, value);
+        match (kind, attribute) {
+            // IFLA_VLAN_FLAGS: the kernel tells them with a mask of all bits, and takes those that it knows.
+            ("vlan", 2) => rtnl::push(&mut kept, attribute, &masked_flags(value)),
+            // IFLA_VXLAN_TTL_INHERIT: the kernel tells a number, and takes an attribute without a value.
+            ("vxlan", 28) if little(value) == 0 => {}
+            ("vxlan", 28) => rtnl::push(&mut kept, attribute, &[]),
+            _ => rtnl::push(&mut kept, attribute, value),
+        }
     }
     kept
+}
+
+/// `struct ifla_vlan_flags` with the flags that can be changed (linux/if_vlan.h: `VLAN_FLAG_*`).
+fn masked_flags(value: &[u8]) -> Vec<u8> {
+    const FLAGS: u32 = 0x1f;
+    [(little(value) & FLAGS).to_ne_bytes(), FLAGS.to_ne_bytes()].concat()
 }
 
 /// A number of one to four bytes in the host's byte order, which is little-endian on x86.
@@ -455,6 +468,20 @@ mod tests {
         assert_eq!(role("wireguard", 65534, &[]), Role::Unsupported);
         assert_eq!(role("macsec", 1, &[lower]), Role::Unsupported);
         assert_eq!(link("tap-7", "tun", 1, &[], &[]).role, Role::None);
+    }
+
+    #[test]
+    fn what_the_kernel_tells_in_another_way_than_it_takes_it_is_told_in_that() {
+        let told = |kind: &str, data: &[(u16, &[u8])]| {
+            let mut nested = Vec::new();
+            data.iter().for_each(|(kind, value)| rtnl::push(&mut nested, *kind, value));
+            let settable = settable(kind, &nested);
+            attributes(&settable).map(|(kind, value)| (kind, value.to_vec())).collect::<Vec<_>>()
+        };
+        let vlan = told("vlan", &[(1, &[7, 0]), (2, &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff])]);
+        assert_eq!(vlan, [(1, vec![7, 0]), (2, vec![1, 0, 0, 0, 0x1f, 0, 0, 0])]);
+        assert_eq!(told("vxlan", &[(1, &[7, 0, 0, 0]), (28, &[0])]).len(), 1);
+        assert_eq!(told("vxlan", &[(28, &[1])]), [(28, vec![])]);
     }
 
     #[test]

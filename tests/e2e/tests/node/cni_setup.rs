@@ -82,6 +82,51 @@ const CHANGES: [&str; 11] = [
     "neigh del 10.22.0.77 dev eth0",
 ];
 
+/// Links of every kind that the guest makes again, each with something to it. The modules of the last ones make devices of their
+/// own on the node, unless they are told not to or are unloaded.
+const KINDS: [&str; 25] = [
+    "link add bond7 type bond mode active-backup miimon 100",
+    "link add slave7 type dummy",
+    "link set slave7 master bond7",
+    "link set bond7 up",
+    "link add br7 type bridge vlan_filtering 1",
+    "link add vrf7 type vrf table 70",
+    "link set vrf7 up",
+    "link add vx7 type vxlan id 42 remote 10.22.0.9 dstport 4789 dev eth0 ttl inherit",
+    "link add gnv7 type geneve id 43 remote 10.22.0.9",
+    "link add link eth0 name q7 type vlan protocol 802.1ad id 9",
+    "link add low7 type dummy",
+    "link add link low7 name ipv7 type ipvlan mode l3",
+    "link add link eth0 name mv7 type macvlan mode private",
+    "link add link eth0 name mvt7 type macvtap mode bridge",
+    "link add ifb7 type ifb",
+    "link add ipip7 type ipip remote 10.22.0.9 local 10.22.0.200 ttl 9",
+    "link add gre7 type gre remote 10.22.0.9 key 5",
+    "link add gretap7 type gretap remote 10.22.0.9 dev eth0",
+    "link add sit7 type sit remote 10.22.0.9",
+    "link add tnl7 type ip6tnl remote fd22::9 mode ip6ip6",
+    "link add gre67 type ip6gre remote fd22::9",
+    "link add grt67 type ip6gretap remote fd22::9",
+    "link add vti7 type vti remote 10.22.0.9 local 10.22.0.200 key 7",
+    "link add vti67 type vti6 remote fd22::9 key 8",
+    "link add xfrm7 type xfrm dev eth0 if_id 7",
+];
+
+/// The modules whose devices would stay on the node, by who needs whom.
+const MODULES: [&str; 11] = [
+    "bonding max_bonds=0",
+    "ifb numifbs=0",
+    "ip_gre",
+    "ipip",
+    "sit",
+    "ip6_gre",
+    "ip6_vti",
+    "ip_vti",
+    "ip6_tunnel",
+    "xfrm_interface",
+    "macvtap",
+];
+
 /// Lines of ip(8) without what is another machine's own: numbers, states, times, a driver's limits.
 fn plain(text: &str) -> Vec<String> {
     const SKIPPED: &[&str] = &[
@@ -107,6 +152,9 @@ fn plain(text: &str) -> Vec<String> {
         "parentbus",
         "parentdev",
         "promiscuity",
+        "permaddr",
+        // In its kernel's ticks.
+        "mcast_startup_query_interval",
     ];
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
@@ -117,7 +165,7 @@ fn plain(text: &str) -> Vec<String> {
         while let Some(word) = words.next() {
             match word {
                 _ if SKIPPED.contains(&word) => drop(words.next()),
-                "" | "linkdown" | "nodad" | "tentative" | "dynamic" => {}
+                "" | "linkdown" | "nodad" | "tentative" | "dynamic" | "veth" => {}
                 _ => shown.push(word),
             }
         }
@@ -134,9 +182,9 @@ fn is_number(text: &str) -> bool {
     text.parse::<u32>().is_ok()
 }
 
-fn ensure_same(netns: &Netns, guest: &Guest) -> Result<()> {
-    let want = SHOWN.iter().map(|line| netns.ip(line)).collect::<Result<Vec<_>>>()?.join("\n");
-    let (want, have) = (plain(&want), plain(&guest.ip(&SHOWN)?));
+fn ensure_same(netns: &Netns, guest: &Guest, shown: &[&str]) -> Result<()> {
+    let want = shown.iter().map(|line| netns.ip(line)).collect::<Result<Vec<_>>>()?.join("\n");
+    let (want, have) = (plain(&want), plain(&guest.ip(shown)?));
     let only = |of: &[String], other: &[String]| -> String {
         of.iter().filter(|line| !other.contains(line)).map(|line| format!("{line}\n")).collect()
     };
@@ -157,6 +205,33 @@ fn chain() -> Vec<Value> {
         "net.ipv6.conf.eth0.hop_limit": "33",
     });
     vec![bridge, json!({ "type": "tuning", "allmulti": true, "sysctl": sysctl })]
+}
+
+#[test]
+fn links_of_every_kind_are_made_again_in_the_guest() {
+    on_node(async |_| {
+        for module in MODULES {
+            node_command("modprobe", &module.split(' ').collect::<Vec<_>>())?;
+        }
+        let netns = Netns::new("kinds")?;
+        ip("link add kinds0 type veth peer name eth0 netns kinds")?;
+        ip("link set kinds0 up")?;
+        for line in ["link set eth0 up", "addr add 10.22.0.200/24 dev eth0"] {
+            netns.ip(line)?;
+        }
+        for line in KINDS {
+            netns.ip(line)?;
+        }
+        let guest = Guest::start_with_ip("kinds", &netns)?;
+        ensure_same(&netns, &guest, &["-o -d link"])?;
+        guest.remove()?;
+        drop(netns);
+        for module in MODULES {
+            let name = module.split(' ').next().unwrap_or_default();
+            node_command("modprobe", &["-r", name])?;
+        }
+        Ok(())
+    });
 }
 
 #[test]
@@ -183,7 +258,7 @@ fn what_is_set_up_in_the_namespace_is_in_the_guest_and_follows_changes() {
         ip("addr add 10.47.0.1/24 dev cni2.7")?;
         ip("link set cni2.7 up")?;
         let guest = Guest::start_with_ip("setup", &netns)?;
-        ensure_same(&netns, &guest)?;
+        ensure_same(&netns, &guest, &SHOWN)?;
         let values = "cd /proc/sys/net; cat core/somaxconn ipv4/conf/eth0/arp_filter ipv4/conf/all/rp_filter \
                       ipv4/tcp_keepalive_time ipv4/ip_local_port_range ipv6/conf/eth0/hop_limit ipv4/conf/eth0/rp_filter \
                       ipv4/ip_forward";
@@ -205,7 +280,7 @@ fn what_is_set_up_in_the_namespace_is_in_the_guest_and_follows_changes() {
         netns.ip("link del net1")?;
         // A second is what it may take, and an exec takes longer here.
         guest.sh("sleep 1")?;
-        ensure_same(&netns, &guest)?;
+        ensure_same(&netns, &guest, &SHOWN)?;
         net::ping("10.59.0.5".parse()?).await?;
         netns.check()?;
         guest.remove()?;
