@@ -166,6 +166,8 @@ fn plain(text: &str) -> Vec<String> {
             match word {
                 _ if SKIPPED.contains(&word) => drop(words.next()),
                 "" | "linkdown" | "nodad" | "tentative" | "dynamic" | "veth" => {}
+                // The name is in a file that images need not have.
+                "ipproto-6" => shown.push("tcp"),
                 _ => shown.push(word),
             }
         }
@@ -173,7 +175,9 @@ fn plain(text: &str) -> Vec<String> {
     }
     // What the host has for itself: taps, and what the tunnels' modules put into every namespace.
     let own = ["tap-", "gre0", "gretap0", "erspan0", "tunl0", "sit0", "ip6tnl0", "ip6gre0", "ip_vti0", "ip6_vti0"];
-    lines.retain(|line| !own.iter().any(|name| line.starts_with(name) || line.contains(&format!("dev {name}"))));
+    lines.retain(|line| {
+        !line.is_empty() && !own.iter().any(|name| line.starts_with(name) || line.contains(&format!("dev {name}")))
+    });
     lines.sort();
     lines
 }
