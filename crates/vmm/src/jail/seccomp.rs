@@ -231,6 +231,7 @@ const FILE_SERVER: &[Call] = calls![
     SYS_capset,
     SYS_copy_file_range,
     SYS_dup,
+    SYS_dup3,
     SYS_fallocate,
     SYS_fchdir,
     SYS_fchmod,

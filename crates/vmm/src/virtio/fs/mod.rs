@@ -112,7 +112,7 @@ impl Fs {
         let guest_fds = guest_fd_limit()?;
         let ids = ids.clone();
         let (orders, queue) = sync_channel(1);
-        let watches = Arc::new(Watches::start(locks::WATCHES).map_err(FsError::Thread)?);
+        let watches = Arc::new(Watches::start(locks::WATCHES, &root).map_err(FsError::Thread)?);
         thread::Builder::new()
             .name(Kind::FileServer.name().into())
             .spawn(move || serve(&root, &ids, &queue, &watches))
@@ -215,7 +215,8 @@ impl Inline {
         worker::own_file_system_attributes()
             .and_then(|()| fchdir(root))
             .map_err(|error| ActivateError::Host { action: "enter the share", source: error.into() })?;
-        let watches = Watches::start(0).map_err(|source| ActivateError::Host { action: "watch locks", source })?;
+        let watches =
+            Watches::start(0, root).map_err(|source| ActivateError::Host { action: "watch locks", source })?;
         let stop = Arc::new(Stop::new(event));
         Worker::new(activation, server_config(guest_fds, &IdMaps::default()), Arc::new(watches), stop).map(Self)
     }

@@ -35,7 +35,8 @@ impl Rig {
         });
         let files = Files(files.collect());
         let descriptors = File::open("/proc/self/fd").unwrap().into();
-        let locks = Locks::new(Arc::new(Watches::start(watches).unwrap()), descriptors);
+        let watches = Watches::start(watches, File::open("/").unwrap()).unwrap();
+        let locks = Locks::new(Arc::new(watches), descriptors);
         Self { path, files, locks }
     }
 
@@ -61,19 +62,23 @@ impl Rig {
 
     /// Waits until a thread's wait has ended.
     fn settled_later(&self) -> Vec<(u32, Result<(), i32>)> {
-        let event = self.locks.watches().event();
         loop {
-            // SAFETY: the event is borrowed.
-            #[allow(unsafe_code)]
-            let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(event)) };
-            let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
-            let limit = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
-            assert_eq!(poll(&mut fds, Some(&limit)).unwrap(), 1, "no wait has ended");
+            self.wait_for_a_thread();
             let settled = self.settled();
             if !settled.is_empty() {
                 return settled;
             }
         }
+    }
+
+    fn wait_for_a_thread(&self) {
+        let event = self.locks.watches().event();
+        // SAFETY: the event is borrowed.
+        #[allow(unsafe_code)]
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(event)) };
+        let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+        let limit = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
+        assert_eq!(poll(&mut fds, Some(&limit)).unwrap(), 1, "no wait has ended");
     }
 }
 
@@ -203,20 +208,45 @@ fn signal_ends_a_wait_and_its_thread_is_free_again() {
     let rig = Rig::new(1);
     let host = rig.host();
     host::set_whole(&host, How::Write).unwrap();
-    for number in 0..20 {
-        let wish = whole(1, if number % 2 == 0 { How::Read } else { How::Write });
-        while let Some(result) = rig.wait_for(&wish, number) {
-            // The thread has not come back from the last one.
-            assert_eq!(result, Err(libc::ENOLCK));
-            // One that was signalled before it waited has the lock when the host lets go.
-            host::set_whole(&host, How::Unlock).unwrap();
-            while host::set_whole(&host, How::Write).is_err() {
-                rig.settled();
-            }
-            rig.settled();
+    host::set(&host, How::Write, Span { start: 0, end: 9 }).unwrap();
+    for number in 0..500 {
+        let wish = match number % 3 {
+            0 => whole(1, How::Read),
+            1 => whole(1, How::Write),
+            _ => bytes(1, How::Write, 0, 0),
+        };
+        assert_eq!(rig.wait_for(&wish, number), None);
+        // The thread waits, or is on its way there, or has not looked yet.
+        match number % 4 {
+            0 => std::thread::sleep(std::time::Duration::from_millis(1)),
+            1 => std::thread::yield_now(),
+            _ => {}
         }
         rig.locks.interrupt(number.into());
         assert_eq!(rig.settled(), [(number, Err(libc::EINTR))]);
+        rig.wait_for_a_thread();
+        assert_eq!(rig.settled(), []);
+    }
+}
+
+#[test]
+fn who_wants_what_somebody_was_interrupted_at_is_not_interrupted() {
+    let rig = Rig::new(1);
+    let host = rig.host();
+    host::set_whole(&host, How::Write).unwrap();
+    for number in (0..200).step_by(2) {
+        assert_eq!(rig.wait_for(&whole(1, How::Write), number), None);
+        rig.locks.interrupt(number.into());
+        assert_eq!(rig.settled(), [(number, Err(libc::EINTR))]);
+        // Before the thread is back.
+        assert_eq!(rig.wait_for(&whole(2, How::Write), number + 1), None);
+        rig.wait_for_a_thread();
+        assert_eq!(rig.settled(), []);
+        host::set_whole(&host, How::Unlock).unwrap();
+        assert_eq!(rig.settled_later(), [(number + 1, Ok(()))]);
+        rig.set(&whole(2, How::Unlock)).unwrap();
+        assert_eq!(rig.settled(), []);
+        host::set_whole(&host, How::Write).unwrap();
     }
 }
 

@@ -128,6 +128,29 @@ fn locks_that_are_waited_for_are_answered_when_they_are_free_or_interrupted() {
 }
 
 #[test]
+fn signal_ends_a_wait_for_what_the_host_has_locked() {
+    const WAITS: u64 = 0x50_0000;
+    let (_dir, share) = share();
+    let (mut guest, node, [one, _]) = guest(&share);
+    let host = File::options().read(true).write(true).open(share.join("file")).unwrap();
+    flock(&host, FlockOperation::LockExclusive).unwrap();
+    guest.call(opcode::SETLK, node, &lock(one, 1, [0, 9], WRITE, WHOLE)).unwrap_err();
+    for number in 0..20 {
+        let kind = if number % 2 == 0 { READ } else { WRITE };
+        let waits = guest.post(opcode::SETLKW, node, &lock(one, 1, [0, 9], kind, WHOLE), WAITS);
+        let unique = guest.unique;
+        // It has been seen already, or may be overtaken.
+        if number % 4 < 2 {
+            guest.lookup(ROOT, "file").unwrap();
+        }
+        guest.interrupt(unique);
+        assert_eq!(guest.answered(WAITS), (waits, libc::EINTR));
+    }
+    drop(host);
+    guest.call(opcode::SETLKW, node, &lock(one, 1, [0, 9], WRITE, WHOLE)).unwrap();
+}
+
+#[test]
 fn hostile_11_locks_of_what_is_not_and_nonsense_are_refused() {
     let (_dir, share) = share();
     let (mut guest, node, [one, _]) = guest(&share);
