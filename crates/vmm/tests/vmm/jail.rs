@@ -205,7 +205,7 @@ fn hostile_19_filters_are_printed_with_their_size() {
         let words: Vec<_> = line.split(' ').collect();
         assert_eq!(words[1].parse::<usize>().unwrap(), words.len() - 2, "{line}");
     }
-    assert_eq!(text.lines().count(), 6, "{text}");
+    assert_eq!(text.lines().count(), 7, "{text}");
 }
 
 #[test]
