@@ -19,11 +19,13 @@ use virtiofsd::oslib::ReadvFlags;
 
 use super::locks::{Locks, OpenFiles};
 use super::pages::Pages;
+use super::roots::Roots;
 
 /// A file system whose guest is not trusted.
 pub struct Guard<F, Reply> {
     inner: Arc<F>,
     pages: Pages,
+    roots: Roots,
     locks: Arc<Locks<Reply>>,
 }
 
@@ -47,7 +49,12 @@ impl<F: FileSystem> OpenFiles for Opened<F> {
 impl<F: FileSystem, Reply> Guard<F, Reply> {
     /// Guards a file system, and tells the guest's locks what becomes of its open files.
     pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>) -> Self {
-        Self { inner, pages: Pages::default(), locks }
+        Self { inner, pages: Pages::default(), roots: Roots::default(), locks }
+    }
+
+    fn forgotten(&self, inode: u64) {
+        self.pages.forget(inode);
+        self.roots.forget(inode);
     }
 
     /// What the guest may leave out for a file that it opens with these flags.
@@ -140,6 +147,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
         self.pages.clear();
+        self.roots.clear();
         self.locks.clear();
         let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
         Ok(self.inner.init(capable)? | (capable & locks))
@@ -150,15 +158,23 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         self.inner.destroy();
     }
 
+    fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> {
+        name(n)?;
+        let parent: u64 = parent.into();
+        let mut entry = self.inner.lookup(ctx, parent.into(), n)?;
+        self.roots.looked_up(parent, n, entry.inode, &mut entry.attr);
+        Ok(entry)
+    }
+
     fn forget(&self, ctx: Context, inode: F::Inode, count: u64) {
         let inode: u64 = inode.into();
-        self.pages.forget(inode);
+        self.forgotten(inode);
         self.inner.forget(ctx, inode.into(), count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>) {
         let forgotten = requests.into_iter().map(|(inode, count)| (inode.into(), count));
-        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.pages.forget(*inode));
+        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.forgotten(*inode));
         self.inner.batch_forget(ctx, requests.map(|(inode, count)| (inode.into(), count)).collect());
     }
 
@@ -207,7 +223,6 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     }
 
     pass! {
-        fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> where name(n);
         fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
             valid: SetattrValid) -> io::Result<(Attr, Duration)>;

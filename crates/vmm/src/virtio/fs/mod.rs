@@ -17,6 +17,7 @@ mod guard;
 mod locks;
 mod memory;
 mod pages;
+mod roots;
 mod worker;
 
 #[cfg(test)]
