@@ -200,6 +200,22 @@ fn share() -> List {
     listed = message(listed, 1, 1, b"link\0");
     listed = message(listed, 5, 2, &[]);
     listed = message(listed, 17, 1, &[]);
+    // Handle, owner, first and last byte, kind, process, flags.
+    let lock = |handle: u32, owner: u32, kind: u32, whole: u32| {
+        words(&[handle, 0, owner, 0, 0, 0, 9, 0, kind, 7, whole, 0])
+    };
+    let mut locked = start();
+    locked = message(locked, 1, 1, b"file\0");
+    locked = message(locked, 14, 2, &words(&[2, 0]));
+    locked = message(locked, 14, 2, &words(&[2, 0]));
+    locked = message(locked, 32, 2, &lock(0, 1, 1, 0));
+    locked = message(locked, 33, 2, &lock(1, 2, 0, 0));
+    locked = message(locked, 31, 2, &lock(1, 3, 1, 0));
+    locked = message(locked, 36, 0, &words(&[6, 0]));
+    locked = message(locked, 32, 2, &lock(0, 1, 1, 1));
+    locked = message(locked, 33, 2, &lock(1, 2, 1, 1));
+    locked = message(locked, 25, 2, &words(&[0, 0, 0, 0, 1, 0]));
+    locked = message(locked, 18, 2, &[0; 24]);
     let raw = Script::new(&[], 0)
         .chain(1, &[Bytes(&words(&[40, 26, 1, 0, 0, 0, 0, 0, 0, 0])), Room(8)])
         .chain(1, &[Bytes(&words(&[7, 3, 1])), Bytes(&[0; 9]), Room(200)])
@@ -211,6 +227,7 @@ fn share() -> List {
         ("made", made.bytes()),
         ("names", names.bytes()),
         ("listed", listed.bytes()),
+        ("locked", locked.bytes()),
         ("raw", raw.bytes()),
         ("hostile", hostile(&[], 1, &[Bytes(&[40, 0, 0, 0, 26]), Room(64)])),
     ]

@@ -25,6 +25,9 @@ pub const SHARE_TAG: &str = "share";
 /// Where the agent mounts the pod's share.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 
+/// A container's root file system in the share: `<container id>/rootfs`.
+pub const ROOT_DIR: &str = "rootfs";
+
 /// Directory of the share with the volumes that containers have, each under its number; `<container id>/mounts/<n>` is a link
 /// to one. The dot keeps it apart from containers' ids.
 pub const SHARED_VOLUMES: &str = ".volumes";

@@ -12,6 +12,9 @@
  *
  *     probe meet DIRECTORY   what passes by way of a directory from another container, in which this runs:
  *     probe hold DIRECTORY   says `holding` and goes on until it is killed
+ *     probe lock DIRECTORY   waits for a lock of each kind, says `locked` and has them until it is killed
+ *     probe try DIRECTORY    what becomes of locks that another `probe lock` has, or nobody
+ *     probe count FILE TIMES raises the number of 8 digits in a file so often, each time under a lock
  *     probe starve SECONDS   says `starving` and takes all of one processor, in real time and without the usual limit
  */
 #define _GNU_SOURCE
@@ -725,6 +728,75 @@ static int steps(const char *directory, int count)
     return 0;
 }
 
+static struct flock everything = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+static int open_for(const char *lock)
+{
+    return open(lock, O_RDWR | O_CREAT, 0666);
+}
+
+static int lock(const char *directory)
+{
+    int whole;
+    if (chdir(directory) < 0 || (whole = open(".", O_RDONLY)) < 0 || flock(open_for("flock"), LOCK_EX) < 0
+        || flock(whole, LOCK_EX) < 0 || fcntl(open_for("posix"), F_SETLKW, &everything) < 0
+        || fcntl(open_for("ofd"), F_OFD_SETLKW, &everything) < 0) {
+        perror(directory);
+        return 1;
+    }
+    puts("locked");
+    fflush(stdout);
+    for (;;)
+        pause();
+}
+
+static void nothing(int signal)
+{
+    (void)signal;
+}
+
+/* Waits for a lock until a signal comes. */
+static long interrupted(int kind)
+{
+    struct sigaction action = {.sa_handler = nothing};
+    sigaction(SIGALRM, &action, 0);
+    alarm(1);
+    return kind == 0 ? flock(open_for("flock"), LOCK_EX) : fcntl(open_for("posix"), F_SETLKW, &everything);
+}
+
+static int try(const char *directory)
+{
+    struct flock found = everything;
+    if (chdir(directory) < 0)
+        return 1;
+    TRY("flock", flock(open_for("flock"), LOCK_EX | LOCK_NB));
+    TRY("flock of a reader", flock(open("flock", O_RDONLY), LOCK_SH | LOCK_NB));
+    TRY("flock of a directory", flock(open(".", O_RDONLY), LOCK_SH | LOCK_NB));
+    TRY("POSIX lock", fcntl(open_for("posix"), F_SETLK, &everything));
+    TRY("open file description lock", fcntl(open_for("ofd"), F_OFD_SETLK, &everything));
+    say("who has the lock", fcntl(open_for("posix"), F_GETLK, &found));
+    printf("lock of type %d from %ld for %ld\n", found.l_type, (long)found.l_start, (long)found.l_len);
+    fflush(stdout);
+    TRY("flock that is waited for", interrupted(0));
+    TRY("POSIX lock that is waited for", interrupted(1));
+    return 0;
+}
+
+static int count(const char *file, int times)
+{
+    int fd = open(file, O_RDWR);
+    while (times-- > 0) {
+        char text[16] = {0};
+        struct flock unlock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+        if (fcntl(fd, F_SETLKW, &everything) < 0 || pread(fd, text, 8, 0) != 8)
+            return 1;
+        snprintf(text, sizeof text, "%08u", atoi(text) + 1u);
+        if (pwrite(fd, text, 8, 0) != 8 || fcntl(fd, F_SETLK, &unlock) < 0)
+            return 1;
+    }
+    return 0;
+}
+
 static int starve(unsigned int seconds)
 {
     FILE *limit = fopen("/proc/sys/kernel/sched_rt_runtime_us", "w");
@@ -760,6 +832,12 @@ int main(int argc, char **argv)
         return compare_clock(argv[2]);
     else if (argc == 4 && !strcmp(argv[1], "steps"))
         return steps(argv[2], atoi(argv[3]));
+    else if (argc == 3 && !strcmp(argv[1], "lock"))
+        return lock(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "try"))
+        return try(argv[2]);
+    else if (argc == 4 && !strcmp(argv[1], "count"))
+        return count(argv[2], atoi(argv[3]));
     else if (argc == 3 && !strcmp(argv[1], "starve"))
         return starve(atoi(argv[2]));
     else

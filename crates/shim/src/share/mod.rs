@@ -24,7 +24,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use bulkhead_protocol::guest::SHARED_VOLUMES;
+use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES};
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
@@ -68,7 +68,7 @@ impl Share {
 
     /// Mounts a container's root file system: what containerd describes, else the bundle's own directory.
     pub fn add_rootfs(&self, id: &str, mounts: &[Mount], prepared: &Path) -> Result<(), ShareError> {
-        let target = self.place.dir.join(id).join("rootfs");
+        let target = self.place.dir.join(id).join(ROOT_DIR);
         make_dir(&target).map_err(|error| ShareError::at("make", &target, error))?;
         let attach = |tree: Tree| self.place.attach(&tree, &target).map_err(|error| ShareError::attach(&target, error));
         if mounts.is_empty() {

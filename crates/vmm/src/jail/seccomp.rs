@@ -17,6 +17,11 @@ use seccompiler::{
 /// The exit status after a violation, as a shell reports a death by SIGSYS.
 const VIOLATION_STATUS: libc::c_int = 128 + libc::SIGSYS;
 
+/// The signal that ends a wait for a lock on a file; the one before it is the vCPUs'.
+pub fn lock_signal() -> libc::c_int {
+    vmm_sys_util::signal::SIGRTMIN() + 1
+}
+
 /// Kinds of threads.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Kind {
@@ -32,11 +37,14 @@ pub enum Kind {
     Memory,
     /// virtio-fs.
     FileServer,
+    /// Those that wait for locks on files.
+    Locks,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Main, Self::Vcpu, Self::Devices, Self::Disks, Self::Memory, Self::FileServer];
+    pub const ALL: [Self; 7] =
+        [Self::Main, Self::Vcpu, Self::Devices, Self::Disks, Self::Memory, Self::FileServer, Self::Locks];
 
     /// A name for people.
     pub fn name(self) -> &'static str {
@@ -47,6 +55,7 @@ impl Kind {
             Self::Disks => "disks",
             Self::Memory => "memory",
             Self::FileServer => "fs",
+            Self::Locks => "locks",
         }
     }
 
@@ -65,6 +74,7 @@ impl Kind {
             Self::Disks => &[WORKER, LOOP, DISKS],
             Self::Memory => &[WORKER, LOOP, MEMORY],
             Self::FileServer => &[WORKER, FILE_SERVER],
+            Self::Locks => &[LOCKS],
         };
         [COMMON].iter().chain(own).flat_map(|calls| calls.iter().copied()).collect()
     }
@@ -76,8 +86,18 @@ impl Kind {
             Self::Vcpu => &[KVM_RUN, libc::TUNSETOFFLOAD],
             Self::Devices => &[libc::FIONBIO],
             Self::Memory => &[KVM_SET_USER_MEMORY_REGION],
-            Self::Disks | Self::FileServer => &[],
+            Self::Disks | Self::FileServer | Self::Locks => &[],
         }
+    }
+
+    /// What it may do with descriptors that is no read, write or request.
+    fn descriptor_commands(self) -> Vec<libc::c_int> {
+        let own: &[libc::c_int] = match self {
+            Self::FileServer => &[libc::F_OFD_GETLK, libc::F_OFD_SETLK],
+            Self::Locks => &[libc::F_OFD_SETLKW],
+            _ => &[],
+        };
+        [&[libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL], own].concat()
     }
 
     fn rules(self) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
@@ -91,9 +111,10 @@ impl Kind {
             libc::SYS_ioctl => self.ioctls().iter().map(|number| one(equals(1, *number)?)).collect(),
             libc::SYS_mmap | libc::SYS_mprotect => Ok(vec![one(without(2, libc::PROT_EXEC)?)?]),
             libc::SYS_fcntl => {
-                let known = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
-                known.iter().map(|command| one(equals(1, number(*command))?)).collect()
+                self.descriptor_commands().into_iter().map(|command| one(equals(1, number(command))?)).collect()
             }
+            // To end a wait for a lock. The process has no other to send it to.
+            libc::SYS_tgkill if self == Self::FileServer => Ok(vec![one(equals(2, number(lock_signal()))?)?]),
             // On the sockets that it has, to nobody else. What could send descriptors too, sendmsg(2), is in no table.
             libc::SYS_sendto => Ok(vec![one(is_null(4)?)?]),
             // libcap-ng looks for the bounding set, and without /proc it asks for each capability.
@@ -210,6 +231,7 @@ const FILE_SERVER: &[Call] = calls![
     SYS_capset,
     SYS_copy_file_range,
     SYS_dup,
+    SYS_dup3,
     SYS_fallocate,
     SYS_fchdir,
     SYS_fchmod,
@@ -260,11 +282,15 @@ const FILE_SERVER: &[Call] = calls![
     SYS_statx,
     SYS_symlinkat,
     SYS_syncfs,
+    SYS_tgkill,
     SYS_umask,
     SYS_unlinkat,
     SYS_utimensat,
     SYS_writev,
 ];
+
+/// A wait for a lock.
+const LOCKS: &[Call] = calls![SYS_fcntl, SYS_flock];
 
 /// The filters of all kinds, ready to be installed.
 pub struct Filters(BTreeMap<Kind, BpfProgram>);

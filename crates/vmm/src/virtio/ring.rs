@@ -53,6 +53,11 @@ impl Ring {
         Ok(Self { index, queue, kick, memory, interrupt, staged: 0, unannounced: 0 })
     }
 
+    /// Which of the device's queues it is.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
     /// Readable when the driver has notified the queue; to be watched, and cleared with [`Self::clear_kick`].
     pub fn kick(&self) -> &EventFd {
         &self.kick

@@ -53,7 +53,7 @@ fn confined_threads(pid: u32) -> BTreeMap<String, BTreeMap<String, String>> {
     let limit = std::time::Instant::now() + std::time::Duration::from_secs(20);
     loop {
         let now = threads(pid);
-        let all = now.len() == 7 && now.values().all(|status| status["Seccomp"] == "2");
+        let all = now.len() == 8 && now.values().all(|status| status["Seccomp"] == "2");
         if all || std::time::Instant::now() > limit {
             return now;
         }
@@ -103,7 +103,7 @@ fn hostile_19_threads_keep_no_privilege_but_the_file_servers() {
         );
     }
     let names: Vec<_> = threads.keys().map(String::as_str).collect();
-    assert_eq!(names, ["bulkhead-vmm", "devices", "disks", "fs", "memory", "vcpu0", "vcpu1"]);
+    assert_eq!(names, ["bulkhead-vmm", "devices", "disks", "fs", "locks", "memory", "vcpu0", "vcpu1"]);
     assert!(vmm.end());
 }
 
@@ -205,7 +205,7 @@ fn hostile_19_filters_are_printed_with_their_size() {
         let words: Vec<_> = line.split(' ').collect();
         assert_eq!(words[1].parse::<usize>().unwrap(), words.len() - 2, "{line}");
     }
-    assert_eq!(text.lines().count(), 6, "{text}");
+    assert_eq!(text.lines().count(), 7, "{text}");
 }
 
 #[test]

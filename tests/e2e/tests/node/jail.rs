@@ -62,7 +62,7 @@ fn hostile_19_jail_of_a_pod_is_closed_and_check_says_so() {
             .filter(|line| line.contains(" system calls: "))
             .filter_map(|line| line.split_whitespace().nth(2));
         let kinds: BTreeSet<_> = threads.map(|name| name.trim_end_matches(|c: char| c.is_ascii_digit())).collect();
-        ensure!(kinds.into_iter().eq(["bulkhead-vmm", "devices", "disks", "fs", "memory", "vcpu"]), "{text}");
+        ensure!(kinds.into_iter().eq(["bulkhead-vmm", "devices", "disks", "fs", "locks", "memory", "vcpu"]), "{text}");
         let (of_vmm, of_shim) = text.split_once("\nshim, process ").context("no shim")?;
         // What containerd, or whoever started it, has open is not the VMM's: all that it has is known.
         let open = of_vmm.lines().find_map(|line| line.strip_prefix("  descriptors   ")).context("no descriptors")?;

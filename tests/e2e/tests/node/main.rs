@@ -20,6 +20,7 @@ mod jail;
 mod kernel;
 mod liar;
 mod lifecycle;
+mod locks;
 mod mounts;
 mod namespaces;
 mod network;

@@ -5,27 +5,56 @@
 //! the guest cannot change it any more. Device nodes and the host's security labels are refused too.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
     SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
-use virtiofsd::fuse::{Attr, SetattrIn};
+use virtiofsd::fuse::{Attr, InHeader, SetattrIn};
+use virtiofsd::oslib::ReadvFlags;
 
+use super::locks::{Locks, OpenFiles};
 use super::pages::Pages;
+use super::roots::Roots;
 
 /// A file system whose guest is not trusted.
-pub struct Guard<F> {
-    inner: F,
+pub struct Guard<F, Reply> {
+    inner: Arc<F>,
     pages: Pages,
+    roots: Roots,
+    locks: Arc<Locks<Reply>>,
 }
 
-impl<F: FileSystem> Guard<F> {
-    /// Guards a file system.
-    pub fn new(inner: F) -> Self {
-        Self { inner, pages: Pages::default() }
+/// The open files of a file system, for what it does not do itself.
+pub struct Opened<F>(pub Arc<F>);
+
+impl<F: FileSystem> OpenFiles for Opened<F> {
+    fn with(&self, node: u64, handle: u64, act: &mut dyn FnMut(&File) -> io::Result<()>) -> io::Result<()> {
+        // virtiofsd shows an open file to who reads from it, and to nobody else. This reads nothing.
+        struct Reader<'a>(&'a mut dyn FnMut(&File) -> io::Result<()>);
+        impl ZeroCopyWriter for Reader<'_> {
+            fn read_from_file_at(&mut self, f: &File, _: usize, _: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
+                (self.0)(f).map(|()| 0)
+            }
+        }
+        let nobody = Context::from(InHeader::default());
+        self.0.read(nobody, node.into(), handle.into(), Reader(act), 0, 0, None, 0).map(drop)
+    }
+}
+
+impl<F: FileSystem, Reply> Guard<F, Reply> {
+    /// Guards a file system, and tells the guest's locks what becomes of its open files.
+    pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>) -> Self {
+        Self { inner, pages: Pages::default(), roots: Roots::default(), locks }
+    }
+
+    fn forgotten(&self, inode: u64) {
+        self.pages.forget(inode);
+        self.roots.forget(inode);
     }
 
     /// What the guest may leave out for a file that it opens with these flags.
@@ -106,7 +135,7 @@ macro_rules! pass {
     };
 }
 
-impl<F: FileSystem> FileSystem for Guard<F> {
+impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     type Inode = F::Inode;
     type Handle = F::Handle;
     type DirIter = F::DirIter;
@@ -118,18 +147,34 @@ impl<F: FileSystem> FileSystem for Guard<F> {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
         self.pages.clear();
-        self.inner.init(capable)
+        self.roots.clear();
+        self.locks.clear();
+        let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
+        Ok(self.inner.init(capable)? | (capable & locks))
+    }
+
+    fn destroy(&self) {
+        self.locks.clear();
+        self.inner.destroy();
+    }
+
+    fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> {
+        name(n)?;
+        let parent: u64 = parent.into();
+        let mut entry = self.inner.lookup(ctx, parent.into(), n)?;
+        self.roots.looked_up(parent, n, entry.inode, &mut entry.attr);
+        Ok(entry)
     }
 
     fn forget(&self, ctx: Context, inode: F::Inode, count: u64) {
         let inode: u64 = inode.into();
-        self.pages.forget(inode);
+        self.forgotten(inode);
         self.inner.forget(ctx, inode.into(), count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>) {
         let forgotten = requests.into_iter().map(|(inode, count)| (inode.into(), count));
-        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.pages.forget(*inode));
+        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.forgotten(*inode));
         self.inner.batch_forget(ctx, requests.map(|(inode, count)| (inode.into(), count)).collect());
     }
 
@@ -146,9 +191,38 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         Ok((handle, options | shortcuts))
     }
 
+    fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()> {
+        let node: u64 = inode.into();
+        let flushed = self.inner.flush(ctx, node.into(), handle, owner);
+        // The file is closed whether all is written or not.
+        self.locks.closed_by(node, owner);
+        flushed
+    }
+
+    fn release(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        flags: u32,
+        handle: F::Handle,
+        flush: bool,
+        flock_release: bool,
+        owner: Option<u64>,
+    ) -> io::Result<()> {
+        let (node, open): (u64, u64) = (inode.into(), handle.into());
+        self.inner.release(ctx, node.into(), flags, open.into(), flush, flock_release, owner)?;
+        self.locks.closed(node, open);
+        Ok(())
+    }
+
+    fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()> {
+        let (node, open): (u64, u64) = (inode.into(), handle.into());
+        self.inner.releasedir(ctx, node.into(), flags, open.into())?;
+        self.locks.closed(node, open);
+        Ok(())
+    }
+
     pass! {
-        fn destroy(&self);
-        fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> where name(n);
         fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
             valid: SetattrValid) -> io::Result<(Attr, Duration)>;
@@ -171,12 +245,9 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, r: R, size: u32,
             offset: u64, owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>
             where range(offset, size);
-        fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()>;
         fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
         fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64)
             -> io::Result<()>;
-        fn release(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle, flush: bool,
-            flock_release: bool, owner: Option<u64>) -> io::Result<()>;
         fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
         fn setxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags)
             -> io::Result<()> where label(n);
@@ -187,7 +258,6 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
             -> io::Result<F::DirIter> where cookie(offset, size);
         fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
-        fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()>;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
         fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32)
             -> io::Result<u64>;

@@ -14,8 +14,10 @@
 //! or more, when the kernel finds that it has changed.
 
 mod guard;
+mod locks;
 mod memory;
 mod pages;
+mod roots;
 mod worker;
 
 #[cfg(test)]
@@ -35,6 +37,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
+use self::locks::Watches;
 use self::worker::{Stop, Worker};
 use crate::jail::{self, Kind};
 
@@ -57,7 +60,7 @@ const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 /// that many files.
 const MAX_GUEST_FDS: u64 = 256 * 1024;
 
-/// Descriptors that are not the guest's: devices, streams, and those that a request needs for itself.
+/// Descriptors that are not the guest's: devices, streams, locks, and those that a request needs for itself.
 const RESERVED_FDS: u64 = 2048;
 
 /// `trusted.*` takes a capability on the host that nobody here has, over the host as a whole. A guest keeps its own, which
@@ -110,9 +113,10 @@ impl Fs {
         let guest_fds = guest_fd_limit()?;
         let ids = ids.clone();
         let (orders, queue) = sync_channel(1);
+        let watches = Arc::new(Watches::start(locks::WATCHES, &root).map_err(FsError::Thread)?);
         thread::Builder::new()
             .name(Kind::FileServer.name().into())
-            .spawn(move || serve(&root, &ids, &queue))
+            .spawn(move || serve(&root, &ids, &queue, &watches))
             .map_err(FsError::Thread)?;
         Ok(Self { config, guest_fds, orders, running: None })
     }
@@ -142,14 +146,14 @@ impl Fs {
 }
 
 /// The thread: one order after the other, to the end of the device.
-fn serve(root: &OwnedFd, ids: &IdMaps, orders: &Receiver<Order>) {
+fn serve(root: &OwnedFd, ids: &IdMaps, orders: &Receiver<Order>, watches: &Arc<Watches>) {
     let own = worker::own_file_system_attributes();
     jail::confine_thread(Kind::FileServer);
     for Order { activation, guest_fds, stop, started, ended } in orders {
         let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
         let worker = entered
             .map_err(|source| ActivateError::Host { action: "enter the share", source })
-            .and_then(|()| Worker::new(activation, server_config(guest_fds, ids), stop));
+            .and_then(|()| Worker::new(activation, server_config(guest_fds, ids), Arc::clone(watches), stop));
         match worker {
             Ok(mut worker) => {
                 let _ = started.send(Ok(()));
@@ -212,7 +216,10 @@ impl Inline {
         worker::own_file_system_attributes()
             .and_then(|()| fchdir(root))
             .map_err(|error| ActivateError::Host { action: "enter the share", source: error.into() })?;
-        Worker::new(activation, server_config(guest_fds, &IdMaps::default()), Arc::new(Stop::new(event))).map(Self)
+        let watches =
+            Watches::start(0, root).map_err(|source| ActivateError::Host { action: "watch locks", source })?;
+        let stop = Arc::new(Stop::new(event));
+        Worker::new(activation, server_config(guest_fds, &IdMaps::default()), Arc::new(watches), stop).map(Self)
     }
 
     /// Serves what is in the queues now.
@@ -282,7 +289,7 @@ pub enum FsError {
     #[error("the virtiofs device's descriptor is no directory that can be exported")]
     Root(#[source] io::Error),
     /// No thread.
-    #[error("cannot start the file server's thread")]
+    #[error("cannot start the file server's threads")]
     Thread(#[source] io::Error),
     /// setrlimit(2).
     #[error("cannot raise the soft limit of open files to the hard limit")]

@@ -1,5 +1,6 @@
 mod attributes;
 mod hostile;
+mod locks;
 
 use std::ffi::CString;
 use std::fs;
@@ -32,13 +33,18 @@ mod opcode {
     pub const WRITE: u32 = 16;
     pub const RELEASE: u32 = 18;
     pub const SETXATTR: u32 = 21;
+    pub const FLUSH: u32 = 25;
     pub const GETXATTR: u32 = 22;
     pub const LISTXATTR: u32 = 23;
     pub const REMOVEXATTR: u32 = 24;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
+    pub const GETLK: u32 = 31;
+    pub const SETLK: u32 = 32;
+    pub const SETLKW: u32 = 33;
     pub const CREATE: u32 = 35;
+    pub const INTERRUPT: u32 = 36;
     pub const READDIRPLUS: u32 = 44;
     pub const TMPFILE: u32 = 51;
     pub const SETATTR: u32 = 4;

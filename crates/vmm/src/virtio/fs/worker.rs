@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // reason: unshare(2), and an event's descriptor to wait for
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,12 +11,14 @@ use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::fuse::{FileLock, InHeader, InterruptIn, LkIn, LkOut, Opcode, OutHeader};
 use virtiofsd::passthrough::{Config, PassthroughFs};
 use virtiofsd::server::Server;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::guard::Guard;
+use super::guard::{Guard, Opened};
+use super::locks::{How, Locks, Watches, Wish};
 use super::memory::ServerMemory;
 use crate::guest_log;
 use crate::virtio::ring::{Chain, Ring, RingError, Step};
@@ -70,12 +72,17 @@ pub struct Worker {
 
 impl Worker {
     /// To be called in the thread that will run it, whose working directory is the share.
-    pub fn new(mut activation: Activation, config: Config, stop: Arc<Stop>) -> Result<Self, ActivateError> {
+    pub fn new(
+        mut activation: Activation,
+        config: Config,
+        watches: Arc<Watches>,
+        stop: Arc<Stop>,
+    ) -> Result<Self, ActivateError> {
         let host = |action| move |source| ActivateError::Host { action, source };
         Ok(Self {
             hiprio: Ring::take(&mut activation, HIPRIO_QUEUE)?,
             requests: Ring::take(&mut activation, REQUEST_QUEUE)?,
-            server: Messages::new(&activation.memory, config).map_err(host("start the file server"))?,
+            server: Messages::new(&activation.memory, config, watches).map_err(host("start the file server"))?,
             interrupt: activation.interrupt,
             stop,
         })
@@ -94,14 +101,24 @@ impl Worker {
 
     fn serve(&mut self) -> Result<(), RingError> {
         loop {
-            let [stop, hiprio, requests] =
-                wait([fd(&self.stop.event), fd(self.hiprio.kick()), fd(self.requests.kick())]);
+            let [stop, hiprio, requests, watches] = wait([
+                fd(&self.stop.event),
+                fd(self.hiprio.kick()),
+                fd(self.requests.kick()),
+                fd(self.server.locks.watches().event()),
+            ]);
             if stop || self.stop.is_requested() {
                 return Ok(());
             }
             if hiprio {
                 self.hiprio.clear_kick();
                 drain(&mut self.hiprio, &self.server, &self.stop)?;
+            }
+            if watches {
+                self.server.locks.look_at_watches();
+            }
+            if hiprio || watches {
+                settle(&mut self.requests, &self.server)?;
             }
             if requests {
                 self.requests.clear_kick();
@@ -116,6 +133,7 @@ impl Worker {
     /// Serves both queues, whether they were kicked or not, up to the budget of each.
     pub fn serve_once(&mut self) -> Result<(), RingError> {
         drain(&mut self.hiprio, &self.server, &self.stop)?;
+        settle(&mut self.requests, &self.server)?;
         drain(&mut self.requests, &self.server, &self.stop)
     }
 }
@@ -127,16 +145,30 @@ fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingErro
         }
         let Some(chain) = ring.pop()? else { return Ok(Step::Empty) };
         let head = chain.head_index();
-        let written = server.handle(chain);
+        let is_request = ring.index() == REQUEST_QUEUE;
+        let written = server.handle(chain, is_request);
         if stop.is_requested() {
             // The driver may have taken the ring back while the request was in the host's kernel.
             return Ok(Step::Stop);
         }
-        ring.push(head, written)?;
+        if let Some(written) = written {
+            ring.push(head, written)?;
+        }
+        if is_request {
+            settle(ring, server)?;
+        }
         // A reply may be all that the guest waits for; the next request may take long.
         ring.notify()?;
         Ok(Step::Done)
     })
+}
+
+/// Answers the requests that have waited for a lock.
+fn settle(ring: &mut Ring, server: &Messages) -> Result<(), RingError> {
+    for (head, written) in server.settled() {
+        ring.push(head, written)?;
+    }
+    ring.notify()
 }
 
 fn fd(event: &EventFd) -> BorrowedFd<'_> {
@@ -151,26 +183,62 @@ fn wait<const N: usize>(fds: [BorrowedFd<'_>; N]) -> [bool; N] {
     polled.each_ref().map(|fd| !fd.revents().is_empty())
 }
 
-/// virtiofsd over guest memory.
+/// virtiofsd over guest memory, and the locks that it does not have.
 struct Messages {
     memory: ServerMemory,
-    server: Server<Guard<PassthroughFs>>,
+    server: Server<Guard<PassthroughFs, Waiting>>,
+    files: Opened<PassthroughFs>,
+    locks: Arc<Locks<Waiting>>,
     scratch: Scratch,
 }
 
+/// A request that waits for a lock.
+struct Waiting {
+    unique: u64,
+    chain: Chain,
+}
+
 impl Messages {
-    fn new(memory: &Memory, config: Config) -> io::Result<Self> {
+    fn new(memory: &Memory, mut config: Config, watches: Arc<Watches>) -> io::Result<Self> {
         let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
-        let server = Server::new(Guard::new(PassthroughFs::new(config)?));
-        Ok(Self { memory, server, scratch: Scratch::new()? })
+        let descriptors = match &config.proc_sfd_rawfd {
+            Some(descriptors) => descriptors.try_clone()?,
+            None => std::fs::File::open("/proc/self/fd")?,
+        };
+        config.proc_sfd_rawfd = Some(descriptors.try_clone()?);
+        let locks = Arc::new(Locks::new(watches, OwnedFd::from(descriptors)));
+        let files = Arc::new(PassthroughFs::new(config)?);
+        let server = Server::new(Guard::new(Arc::clone(&files), Arc::clone(&locks)));
+        Ok(Self { memory, server, files: Opened(files), locks, scratch: Scratch::new()? })
     }
 
-    /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none.
-    fn handle(&self, chain: Chain) -> usize {
+    /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none. `None` if
+    /// there will be a reply later, see [`Self::settled`].
+    fn handle(&self, chain: Chain, is_request: bool) -> Option<usize> {
         let memory = self.memory.get();
-        let (Ok(reader), Ok(writer)) = (Reader::new(memory, chain.clone()), Writer::new(memory, chain)) else {
-            return 0;
+        let (Ok(reader), Ok(writer)) = (Reader::new(memory, chain.clone()), Writer::new(memory, chain.clone())) else {
+            return Some(0);
         };
+        // What the guest makes of the header from here on is virtiofsd's to see, which knows no locks.
+        let mut message = reader.clone();
+        if let Ok(header) = message.read_obj::<InHeader>() {
+            match Opcode::try_from(header.opcode) {
+                Ok(opcode @ (Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw)) if is_request => {
+                    return self.lock(opcode, header, message, writer, chain);
+                }
+                Ok(Opcode::Interrupt) => {
+                    if let Ok(InterruptIn { unique }) = message.read_obj() {
+                        self.locks.interrupt(unique);
+                    }
+                    return Some(0);
+                }
+                _ => {}
+            }
+        }
+        Some(self.serve(reader, writer))
+    }
+
+    fn serve(&self, reader: Reader<'_>, writer: Writer<'_>) -> usize {
         // virtiofsd takes the header's room for granted. FORGET has no reply and brings none, but which request it is can
         // change until virtiofsd reads it, so all that bring none get some of ours.
         let room = writer.available_bytes();
@@ -185,6 +253,58 @@ impl Messages {
         }
         self.server.handle_message(reader, writer, None::<&mut ()>).unwrap_or(0)
     }
+
+    /// A request about a lock.
+    fn lock(
+        &self,
+        opcode: Opcode,
+        header: InHeader,
+        mut message: Reader<'_>,
+        mut writer: Writer<'_>,
+        chain: Chain,
+    ) -> Option<usize> {
+        let Ok(message) = message.read_obj::<LkIn>() else { return Some(0) };
+        let unique = header.unique;
+        let wish = match Wish::parse(header.nodeid, &message) {
+            Ok(wish) => wish,
+            Err(error) => return Some(reply(&mut writer, unique, Err(error))),
+        };
+        if matches!(opcode, Opcode::Getlk) {
+            let found = self.locks.conflict(&self.files, &wish).map(|found| match found {
+                Some((how, span, pid)) => FileLock { start: span.start, end: span.end, type_: how.number(), pid },
+                None => FileLock { type_: How::Unlock.number(), ..FileLock::default() },
+            });
+            return Some(reply(&mut writer, unique, found.map(|lk| Some(LkOut { lk }))));
+        }
+        if matches!(opcode, Opcode::Setlk) || wish.how == How::Unlock {
+            return Some(reply(&mut writer, unique, self.locks.set(&self.files, &wish).map(|()| None)));
+        }
+        let waiting = Waiting { unique, chain };
+        let (_, result) = self.locks.set_waiting(&self.files, wish, unique, waiting)?;
+        Some(reply(&mut writer, unique, result.map(|()| None)))
+    }
+
+    /// Heads of requests that have waited, with the lengths of their replies.
+    fn settled(&self) -> Vec<(u16, usize)> {
+        let answer = |(Waiting { unique, chain }, result): (Waiting, io::Result<()>)| {
+            let head = chain.head_index();
+            let writer = Writer::new(self.memory.get(), chain);
+            (head, writer.map_or(0, |mut writer| reply(&mut writer, unique, result.map(|()| None))))
+        };
+        self.locks.settled(&self.files).into_iter().map(answer).collect()
+    }
+}
+
+/// Writes a reply; its length, which is 0 if there is no room for it.
+fn reply(writer: &mut Writer<'_>, unique: u64, result: io::Result<Option<LkOut>>) -> usize {
+    let (error, body) = match result {
+        Ok(body) => (0, body),
+        Err(error) => (-error.raw_os_error().unwrap_or(libc::EIO), None),
+    };
+    let len = OUT_HEADER_LEN + body.map_or(0, |_| size_of::<LkOut>());
+    let header = OutHeader { len: u32::try_from(len).unwrap_or(0), error, unique };
+    let written = writer.write_obj(header).and_then(|()| body.map_or(Ok(()), |body| writer.write_obj(body)));
+    written.map_or(0, |()| len)
 }
 
 /// A reply buffer that nobody reads.

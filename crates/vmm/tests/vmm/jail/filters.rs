@@ -5,7 +5,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
 
-use bulkhead_vmm::jail::{self, Kind};
+use bulkhead_vmm::jail::{self, Kind, seccomp};
 
 use super::child::{self, CAME_THROUGH};
 
@@ -70,7 +70,7 @@ fn ioctls(kind: Kind) -> &'static [u64] {
         Kind::Vcpu => &[KVM_RUN, libc::TUNSETOFFLOAD],
         Kind::Devices => &[libc::FIONBIO],
         Kind::Memory => &[KVM_SET_USER_MEMORY_REGION],
-        Kind::Disks | Kind::FileServer => &[],
+        Kind::Disks | Kind::FileServer | Kind::Locks => &[],
     }
 }
 
@@ -226,9 +226,28 @@ fn hostile_19_message_to_an_address_ends_the_process() {
 #[test]
 fn hostile_19_fcntl_command_that_no_thread_needs_ends_the_process() {
     for kind in Kind::ALL.into_iter().filter(|kind| knows(*kind, "fcntl")) {
-        let never = [libc::F_DUPFD, libc::F_SETFD, libc::F_SETLK, libc::F_SETOWN, libc::F_ADD_SEALS];
+        let never = [
+            libc::F_DUPFD,
+            libc::F_SETFD,
+            libc::F_SETLK,
+            libc::F_SETLKW,
+            libc::F_SETOWN,
+            libc::F_ADD_SEALS,
+            libc::F_SETLEASE,
+        ];
         assert_ends(kind, never.map(fcntl));
+        let of_the_file_server = [libc::F_OFD_GETLK, libc::F_OFD_SETLK].map(fcntl);
+        assert_ends(kind, of_the_file_server.into_iter().filter(|_| kind != Kind::FileServer));
+        assert_ends(kind, [fcntl(libc::F_OFD_SETLKW)].into_iter().filter(|_| kind != Kind::Locks));
     }
+}
+
+/// It may end a wait, and nothing else.
+#[test]
+fn hostile_19_other_signal_of_the_file_server_ends_the_process() {
+    let signals =
+        [libc::SIGKILL, libc::SIGSTOP, libc::SIGSYS, seccomp::lock_signal() - 1, seccomp::lock_signal() + 1, 0];
+    assert_ends(Kind::FileServer, signals.map(|signal| (libc::SYS_tgkill, vec![NONE, NONE, number(signal)])));
 }
 
 #[test]
@@ -269,8 +288,12 @@ fn calls_that_a_thread_needs_pass() {
             Kind::Devices => vec![sendto(0), (libc::SYS_timerfd_settime, vec![NONE])],
             Kind::Disks => vec![(libc::SYS_pread64, vec![NONE]), (libc::SYS_fdatasync, vec![NONE])],
             Kind::Memory => vec![sendto(0)],
+            Kind::Locks => vec![(libc::SYS_flock, vec![NONE]), fcntl(libc::F_OFD_SETLKW)],
             Kind::FileServer => vec![
                 (libc::SYS_openat, vec![NONE]),
+                fcntl(libc::F_OFD_GETLK),
+                fcntl(libc::F_OFD_SETLK),
+                (libc::SYS_tgkill, vec![NONE, NONE, number(seccomp::lock_signal())]),
                 prctl(&[libc::PR_CAPBSET_READ]),
                 prctl(&[libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_IS_SET]),
             ],

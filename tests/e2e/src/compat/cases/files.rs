@@ -1,12 +1,13 @@
-//! What takes more than reading and writing: volumes within volumes, overlays, loop devices.
+//! What takes more than reading and writing: volumes within volumes, locks, overlays, loop devices.
 
 use std::fmt::Write;
-use std::fs::create_dir_all;
+use std::fs::{File, create_dir_all};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::Result;
 use bulkhead_cli::cri::v1;
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
 
 use crate::compat::Area::{Security, Volumes};
 use crate::compat::stage::Place;
@@ -14,13 +15,35 @@ use crate::compat::{Act, Stage, act, security, shell};
 
 /// In an ordinary container.
 pub fn acts() -> Vec<Act> {
-    vec![act!(Volumes, "volumes nested in a ConfigMap", |stage| {
-        let mut config = shell("nested", "exec sleep 1000");
-        config.mounts = nested(&stage.place)?;
-        let id = stage.run(config).await?;
-        let script = "cat /config/a; ls /config /config/more; cat /config/more/key; echo x > /config/data/x && echo written; touch /config/b; touch /config/more/x";
-        Ok(format!("{:?}", stage.shell(&id, script).await?))
-    })]
+    vec![
+        act!(Volumes, "volumes nested in a ConfigMap", |stage| {
+            let mut config = shell("nested", "exec sleep 1000");
+            config.mounts = nested(&stage.place)?;
+            let id = stage.run(config).await?;
+            let script = "cat /config/a; ls /config /config/more; cat /config/more/key; echo x > /config/data/x && echo written; touch /config/b; touch /config/more/x";
+            Ok(format!("{:?}", stage.shell(&id, script).await?))
+        }),
+        act!(Volumes, "locks that a process of the node has", |stage| {
+            let id = sharer(stage, "locked-out", "locks", "exec sleep 1000").await?.1;
+            let node = Locks::take(&stage.place, "locks")?;
+            let refused = stage.shell(&id, "probe try /locks").await?;
+            drop(node);
+            let granted = stage.shell(&id, "probe try /locks").await?;
+            Ok(format!("{refused:?}\n{granted:?}"))
+        }),
+        act!(Volumes, "locks that a container has, and waits for", |stage| {
+            let node = Locks::take(&stage.place, "waited")?;
+            let (config, id) = sharer(stage, "waits", "waited", "exec probe lock /locks").await?;
+            let said = stage.text(&id, "stdout").await?;
+            drop(node);
+            stage.wait_log(&config, "locked").await?;
+            let refused = Locks::take(&stage.place, "waited").err().map(|error| error.to_string());
+            // The end of a process lets go of all.
+            stage.remove_container(&id).await?;
+            Locks::take(&stage.place, "waited")?;
+            Ok(format!("{said:?} {refused:?}"))
+        }),
+    ]
 }
 
 /// In a privileged container.
@@ -69,6 +92,13 @@ async fn privileged(stage: &Stage, name: &str) -> Result<String> {
     stage.run(config).await
 }
 
+async fn sharer(stage: &Stage, name: &str, directory: &str, script: &str) -> Result<(v1::ContainerConfig, String)> {
+    let mut config = shell(name, script);
+    config.mounts = vec![stage.place.mount(directory, "/locks")];
+    let id = stage.run(config.clone()).await?;
+    Ok((config, id))
+}
+
 /// A ConfigMap with places for a Secret and an emptyDir in it, as the kubelet makes them.
 fn nested(place: &Place) -> Result<Vec<v1::Mount>> {
     let volumes = "nested/volumes";
@@ -89,4 +119,27 @@ fn nested(place: &Place) -> Result<Vec<v1::Mount>> {
     let read_only = |name: &str, at: &str| v1::Mount { readonly: true, ..place.mount(name, at) };
     let scratch = place.mount(&format!("{volumes}/kubernetes.io~empty-dir/scratch"), "/config/data");
     Ok(vec![read_only(&outer, "/config"), read_only(&inner, "/config/more"), scratch])
+}
+
+/// Locks of this process on the files that `probe lock` and `probe try` are about.
+struct Locks {
+    _files: Vec<File>,
+}
+
+impl Locks {
+    fn take(place: &Place, directory: &str) -> Result<Self> {
+        let directory = place.directory(directory);
+        let open = |name: &str| {
+            let path = directory.join(name);
+            File::options().read(true).write(true).create(true).truncate(false).open(path)
+        };
+        let files = vec![open("flock")?, File::open(&directory)?, open("posix")?, open("ofd")?];
+        for file in &files[..2] {
+            flock(file, FlockOperation::NonBlockingLockExclusive)?;
+        }
+        for file in &files[2..] {
+            fcntl_lock(file, FlockOperation::NonBlockingLockExclusive)?;
+        }
+        Ok(Self { _files: files })
+    }
 }

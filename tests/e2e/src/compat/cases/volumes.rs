@@ -34,7 +34,7 @@ fn bind() -> Probe {
         .case(Volumes, "volume's extended attributes and ACLs", "probe files /data | grep -E '^(user xattr|large user|ACL|mode with)'")
         .case(Volumes, "volume's security.capability", "probe files /data | grep -E '^(security.cap)'")
         .case(Volumes, "volume's less common features", "probe files /data | grep -E '^(O_TMPFILE|rename with whiteout|lease|immutable|trusted)'")
-        .differs("virtio-fs has no files without a name (O_TMPFILE) and no file flags")
+        .differs("virtio-fs has no files without a name (O_TMPFILE), no file flags, and no leases, of which an open elsewhere would have to be told")
         .case(Volumes, "device nodes on a volume", "probe files /data | grep -E '^(mknod|open of the device)'")
         .differs("a volume is a share of the host, on which a guest may not make device nodes; in a tmpfs it may")
         .case(Volumes, "mount of a volume", "awk '$5 == \"/data\" { print $5, $6 }' /proc/self/mountinfo | sed 's/nodev,//'; df /data | tail -1 | awk '{ print NF, $NF }'; stat -c '%a %u %g %F' /data")
