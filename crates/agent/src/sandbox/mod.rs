@@ -1,6 +1,7 @@
 //! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
 mod clock;
+pub mod memory;
 mod network;
 pub mod size;
 pub mod sysctl;
@@ -12,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest, SyncClockRequest,
-    SyncClockResponse,
+    AddNetworkRequest, CreateSandboxRequest, Demand, DemandRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
+    SyncClockRequest, SyncClockResponse,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -22,6 +23,7 @@ use crate::netns::Netns;
 use crate::{cgroup, power, sys};
 pub use clock::Clock;
 use clock::Offset;
+use memory::{Memory, MemoryError};
 pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
@@ -37,6 +39,7 @@ pub struct Sandbox {
     resizing: Mutex<()>,
     netns: Netns,
     clock: Arc<Clock>,
+    memory: Arc<Memory>,
 }
 
 impl Sandbox {
@@ -65,6 +68,7 @@ impl Sandbox {
                 .map_err(|errno| SandboxError::Hostname { name: request.domainname.clone(), source: errno.into() })?;
         }
         size::online_cpus(request.online_cpus)?;
+        self.memory.resize(request.memory_mib)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
         let (interfaces, routes, neighbours) = (request.interfaces, request.routes, request.neighbours);
@@ -101,7 +105,12 @@ impl Sandbox {
         let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         size::online_cpus(request.online_cpus)?;
         request.huge_pages.iter().try_for_each(size::reserve_huge_pages)?;
-        Ok(())
+        Ok(self.memory.resize(request.memory_mib)?)
+    }
+
+    /// Returns with what the pod needs next of memory.
+    pub async fn next_demand(&self, request: &DemandRequest) -> Result<Demand, SandboxError> {
+        Ok(self.memory.next(request).await?)
     }
 
     /// Makes a volume of huge pages. Waits for the kernel.
@@ -178,6 +187,9 @@ pub enum SandboxError {
     /// CPUs and huge pages.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// mount(2).
     #[error("cannot mount {kind} at {target}")]
     Mount { kind: &'static str, target: &'static str, source: io::Error },

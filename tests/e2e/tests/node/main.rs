@@ -13,6 +13,7 @@ mod escape;
 mod exec;
 mod failure;
 mod flood;
+mod growth;
 mod guest_hostile;
 mod jail;
 mod kernel;
