@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{
-    AgentClient, BlockDevice, ContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExitStatus,
-    ProcessRequest, Stats,
+    AgentClient, BlockDevice, ContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest, Empty, Event,
+    ExitStatus, ProcessRequest, Stats,
 };
 use bulkhead_shim::pod::error::{TaskError, chain};
 use bulkhead_shim::pod::process::Exit;
@@ -29,10 +29,10 @@ const MAX_METRICS: usize = 64 * 1024;
 /// The target. The first byte chooses what the rest is: one message, or all that the agent ever sends.
 pub fn agent_replies(data: &[u8]) {
     let (kind, bytes) = data.split_first().unwrap_or((&0, &[]));
-    match kind % 10 {
+    match kind % 11 {
         0 => Stats::parse_from_bytes(bytes).into_iter().for_each(pack),
         1 => ExitStatus::parse_from_bytes(bytes).iter().for_each(exit),
-        2 => drop(Event::parse_from_bytes(bytes)),
+        2 => drop((Event::parse_from_bytes(bytes), Demand::parse_from_bytes(bytes))),
         3 => drop(CreateSandboxResponse::parse_from_bytes(bytes)),
         4 => drop(BlockDevice::parse_from_bytes(bytes)),
         5 => {
@@ -79,6 +79,7 @@ async fn call(client: AgentClient, method: u8) {
         6 => client.get_stats(context, &ContainerRequest::new()).await.map(pack).err(),
         7 => client.wait_process(context, &ProcessRequest::new()).await.map(|status| exit(&status)).err(),
         8 => client.next_event(context, &Empty::new()).await.err(),
+        10 => client.next_demand(context, &DemandRequest::new()).await.err(),
         _ => client.create_sandbox(context, &CreateSandboxRequest::new()).await.err(),
     };
     if let Some(error) = failed {

@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, AddNetworkResponse, Agent, BlockDevice, ContainerRequest, CreateContainerRequest,
-    CreateSandboxRequest, CreateSandboxResponse, DeviceSlot, Empty, Event, ExecRequest, ExitStatus, HugePageVolume,
-    ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats, SyncClockRequest, SyncClockResponse,
-    UpdateContainerRequest, UpdateVolumeRequest,
+    CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest, DeviceSlot, Empty, Event, ExecRequest,
+    ExitStatus, HugePageVolume, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats,
+    SyncClockRequest, SyncClockResponse, UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -173,6 +173,10 @@ impl Agent for Service {
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
         let event = self.events.next().await;
         event.ok_or_else(|| get_rpc_status(Code::UNAVAILABLE, "the agent is ending"))
+    }
+
+    async fn next_demand(&self, _: &TtrpcContext, request: DemandRequest) -> ttrpc::Result<Demand> {
+        self.sandbox.next_demand(&request).await.map_err(status)
     }
 }
 

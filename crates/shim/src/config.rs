@@ -56,7 +56,7 @@ pub struct Config {
     pub default_vcpus: u8,
     /// Most vCPUs of a pod; the node's, unless the file says otherwise.
     pub max_vcpus: u8,
-    /// Memory in MiB that a pod gets beyond the sum of its limits: for the guest's kernel and for containers without one.
+    /// Memory in MiB that a pod begins with beyond the sum of its limits: for the guest's kernel and for containers without one.
     pub default_memory_mib: u64,
     /// Most memory of a pod in MiB.
     pub max_memory_mib: u64,

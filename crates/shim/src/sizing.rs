@@ -186,6 +186,25 @@ impl Plan {
     }
 }
 
+/// Memory for what has no limit: steps that the guest asks for, beyond what its containers' limits need.
+impl Plan {
+    /// What is plugged on demand after one step more: so much that there is twice as much as before for what has no limit, but no
+    /// more than `most_mib` in all with the `limits_mib` of the others. `None` if there is no more.
+    pub fn step_up(&self, on_demand_mib: u64, limits_mib: u64, most_mib: u64) -> Option<u64> {
+        let twice = self.boot_mib.saturating_add(on_demand_mib.saturating_mul(2));
+        let room = most_mib.saturating_sub(self.boot_mib).min(self.hotplug_mib).saturating_sub(limits_mib);
+        let whole = twice.next_multiple_of(HOTPLUG_UNIT_MIB).min(room / HOTPLUG_UNIT_MIB * HOTPLUG_UNIT_MIB);
+        (whole > on_demand_mib).then_some(whole)
+    }
+
+    /// What is plugged on demand after one step less: half of what there was. `None` if that is nothing.
+    pub fn step_down(&self, on_demand_mib: u64) -> Option<u64> {
+        let half = (self.boot_mib.saturating_add(on_demand_mib) / 2).saturating_sub(self.boot_mib);
+        let kept = half.next_multiple_of(HOTPLUG_UNIT_MIB);
+        (kept < on_demand_mib).then_some(kept)
+    }
+}
+
 /// A pod that is too large.
 #[derive(Debug, thiserror::Error)]
 pub enum SizeError {

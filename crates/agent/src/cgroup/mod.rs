@@ -57,9 +57,14 @@ pub fn prepare_hierarchy() -> Result<(), CgroupError> {
     write(&root.join(POD).join("cgroup.max.depth"), &(MAX_DEPTH + 1).to_string())
 }
 
+/// The group that holds the containers' groups.
+pub fn pod_dir() -> PathBuf {
+    Path::new(ROOT).join(POD)
+}
+
 /// Kills every process of every container and waits until they are gone.
 pub async fn kill_pod() -> Result<(), CgroupError> {
-    Cgroup { dir: Path::new(ROOT).join(POD), path: Path::new("/").join(POD) }.kill_and_wait().await
+    Cgroup { dir: pod_dir(), path: Path::new("/").join(POD) }.kill_and_wait().await
 }
 
 /// A container's group.

@@ -30,7 +30,7 @@ impl Cgroup {
 }
 
 /// The pairs of a flat keyed file, one to a line.
-pub(super) fn flat_keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
+pub(crate) fn flat_keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| line.split_once(' ')).filter_map(|(key, value)| Some((key, number(value)?)))
 }
 

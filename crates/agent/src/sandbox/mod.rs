@@ -1,6 +1,7 @@
 //! CreateSandbox: makes the guest, which until then is like every other (ARCHITECTURE.md, D7), a pod's.
 
 mod clock;
+pub mod memory;
 mod network;
 pub mod size;
 pub mod sysctl;
@@ -12,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::agent::{
-    AddNetworkRequest, AddNetworkResponse, CreateSandboxRequest, HugePageVolume, InterfaceStats, ResizeGuestRequest,
-    SyncClockRequest, SyncClockResponse,
+    AddNetworkRequest, AddNetworkResponse, CreateSandboxRequest, Demand, DemandRequest, HugePageVolume, InterfaceStats,
+    ResizeGuestRequest, SyncClockRequest, SyncClockResponse,
 };
 use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -22,6 +23,7 @@ use crate::netns::Netns;
 use crate::{cgroup, power, sys};
 pub use clock::Clock;
 use clock::Offset;
+use memory::{Memory, MemoryError};
 pub use network::NetworkError;
 pub use size::SizeError;
 use sysctl::SysctlError;
@@ -38,6 +40,7 @@ pub struct Sandbox {
     netns: Netns,
     clock: Arc<Clock>,
     links: network::Links,
+    memory: Arc<Memory>,
 }
 
 impl Sandbox {
@@ -57,6 +60,8 @@ impl Sandbox {
         // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
         request.node_sysctls.iter().for_each(|(name, value)| sysctl::follow(name, value));
+        // By default the kernel refuses what is more at once than the memory that there is, which grows here when it is used.
+        sysctl::follow("vm.overcommit_memory", "1");
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;
@@ -66,6 +71,7 @@ impl Sandbox {
                 .map_err(|errno| SandboxError::Hostname { name: request.domainname.clone(), source: errno.into() })?;
         }
         size::online_cpus(request.online_cpus)?;
+        self.memory.resize(request.memory_mib)?;
         mount_shm()?;
         mount_share(&request.share_tag)?;
         let answer = self.add_network(request.network.unwrap_or_default()).await?;
@@ -102,7 +108,12 @@ impl Sandbox {
         let _alone = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         size::online_cpus(request.online_cpus)?;
         request.huge_pages.iter().try_for_each(size::reserve_huge_pages)?;
-        Ok(())
+        Ok(self.memory.resize(request.memory_mib)?)
+    }
+
+    /// Returns with what the pod needs next of memory.
+    pub async fn next_demand(&self, request: &DemandRequest) -> Result<Demand, SandboxError> {
+        Ok(self.memory.next(request).await?)
     }
 
     /// Makes a volume of huge pages. Waits for the kernel.
@@ -179,6 +190,9 @@ pub enum SandboxError {
     /// CPUs and huge pages.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// mount(2).
     #[error("cannot mount {kind} at {target}")]
     Mount { kind: &'static str, target: &'static str, source: io::Error },

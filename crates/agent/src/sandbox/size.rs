@@ -1,5 +1,5 @@
 //! How much of the machine the guest uses: CPUs that are online, and pages that are set aside as huge ones. Memory needs
-//! nothing of the agent: virtio-mem's driver does as the device asks, and the kernel uses what comes at once.
+//! nothing of the agent to come: virtio-mem's driver does as the device asks, and the kernel uses what comes at once.
 
 use std::ffi::CString;
 use std::io;

@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::host_pid::Users;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, mounting, patience, removing};
+use crate::sandbox::{Sandbox, demand, mounting, patience, removing};
 use crate::share::ShareError;
 use crate::spec::{self, Asker, ConsoleSize, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
 
@@ -171,6 +171,7 @@ impl Pod {
         }
         *self.sandbox_slot() = Some(sandbox.clone());
         tokio::spawn(self.clone().listen(sandbox.agent.clone()));
+        tokio::spawn(demand::follow(sandbox.clone()));
         Ok(sandbox)
     }
 

@@ -1,5 +1,6 @@
 //! Calls to the agent. Every one has a deadline, and no more than what is left of the patience of containerd's call, because
-//! the guest may never answer; only waiting for a process, for an event and for numbers has none, and these end with the VM.
+//! the guest may never answer; only waiting for a process, for an event, for a demand and for numbers has none, and these end
+//! with the VM.
 
 use std::time::Duration;
 
@@ -150,7 +151,7 @@ impl Agent {
     }
 
     /// See `Agent.ResizeGuest`.
-    pub async fn resize_guest(&self, target: &Target) -> Result<(), AgentError> {
+    pub async fn resize_guest(&self, target: &Target, boot_mib: u64) -> Result<(), AgentError> {
         let pool = |(page_kib, pages): (&u64, &u64)| proto::HugePagePool {
             page_kib: *page_kib,
             pages: *pages,
@@ -161,6 +162,7 @@ impl Agent {
         let request = proto::ResizeGuestRequest {
             online_cpus: target.cpus.into(),
             huge_pages: wanted.map(pool).collect(),
+            memory_mib: boot_mib + target.plugged_mib,
             ..proto::ResizeGuestRequest::default()
         };
         within(DEADLINE, self.client.resize_guest(Context::default(), &request)).await.map(drop)
@@ -323,6 +325,12 @@ impl Agent {
     /// See `Agent.NextEvent`. Ends with an event or with the VM.
     pub async fn next_event(&self) -> Result<proto::Event, AgentError> {
         self.client.next_event(Context::default(), &proto::Empty::new()).await.map_err(AgentError::from)
+    }
+
+    /// See `Agent.NextDemand`. Ends with a demand or with the VM.
+    pub async fn next_demand(&self, refused: bool, may_shrink: bool) -> Result<proto::Demand, AgentError> {
+        let request = proto::DemandRequest { refused, may_shrink, ..proto::DemandRequest::default() };
+        self.client.next_demand(Context::default(), &request).await.map_err(AgentError::from)
     }
 }
 

@@ -92,6 +92,11 @@ impl FakeAgent {
         self.until(|state| (state.calls.iter().filter(|made| *made == call).count() >= times).then_some(())).await;
     }
 
+    /// How often a call has come.
+    pub fn calls(&self, call: &str) -> usize {
+        self.state().calls.iter().filter(|made| *made == call).count()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
@@ -148,6 +153,12 @@ impl proto::Agent for FakeAgent {
         let now = i64::try_from(UNIX_EPOCH.elapsed().unwrap().as_nanos()).unwrap();
         let realtime_ns = u64::try_from(now + ahead).unwrap();
         Ok(proto::SyncClockResponse { realtime_ns, ..proto::SyncClockResponse::default() })
+    }
+
+    async fn next_demand(&self, _: &TtrpcContext, r: proto::DemandRequest) -> ttrpc::Result<proto::Demand> {
+        // A test that holds "more" has it demand less as long as that is possible.
+        self.call("NextDemand", if r.refused { "again" } else { "" }).await?;
+        Ok(proto::Demand { less: r.may_shrink && self.state().held.contains("more"), ..proto::Demand::default() })
     }
 
     async fn create_container(

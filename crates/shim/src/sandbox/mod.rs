@@ -5,6 +5,7 @@ mod answers;
 mod cgroup;
 mod clock;
 mod console;
+pub mod demand;
 mod disks;
 #[cfg(test)]
 pub mod fake;
@@ -15,6 +16,7 @@ mod pid_namespace;
 mod pod_network;
 mod process;
 mod resize;
+mod room;
 mod sysctls;
 mod timeline;
 mod vm;
@@ -130,7 +132,7 @@ impl Sandbox {
         share.is_jail_of(vm.process()?);
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = patience::within(BEGIN, begin(&vm, &pod_network, request(&spec, network, plan.initial.cpus))).await;
+        let begun = patience::within(BEGIN, begin(&vm, &pod_network, request(&spec, network, &plan))).await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
@@ -343,7 +345,7 @@ where
     own_thread::run("bulkhead-remove", work).await.unwrap_or_else(|error| Err(ShareError::Thread(error).into()))
 }
 
-fn request(spec: &SandboxSpec, network: AddNetworkRequest, vcpus: u8) -> CreateSandboxRequest {
+fn request(spec: &SandboxSpec, network: AddNetworkRequest, plan: &Plan) -> CreateSandboxRequest {
     let mut entropy = vec![0; 64];
     let _ = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
     CreateSandboxRequest {
@@ -352,7 +354,8 @@ fn request(spec: &SandboxSpec, network: AddNetworkRequest, vcpus: u8) -> CreateS
         user_namespace: spec.user.clone().into(),
         network: Some(network).into(),
         sysctls: spec.sysctls.clone(),
-        online_cpus: u32::from(vcpus),
+        online_cpus: u32::from(plan.initial.cpus),
+        memory_mib: plan.boot_mib + plan.initial.plugged_mib,
         node_sysctls: sysctls::of_node(),
         entropy,
         share_tag: SHARE_TAG.to_owned(),

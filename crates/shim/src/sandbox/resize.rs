@@ -24,13 +24,15 @@ struct Size {
     asked: Target,
     /// MiB that the guest has plugged for sure.
     plugged_mib: u64,
+    /// MiB of what was asked for that the guest has asked for itself, beyond what the containers' limits come to.
+    on_demand_mib: u64,
 }
 
 impl Resizer {
     /// The size of a VM that has just booted.
     pub fn new(plan: Plan) -> Self {
         // The driver plugs what the annotations let expect by itself; whether it has is seen when it is needed.
-        let size = tokio::sync::Mutex::new(Size { asked: plan.initial.clone(), plugged_mib: 0 });
+        let size = tokio::sync::Mutex::new(Size { asked: plan.initial.clone(), plugged_mib: 0, on_demand_mib: 0 });
         Self { plan, containers: Mutex::default(), size }
     }
 
@@ -77,14 +79,56 @@ impl Resizer {
         self.containers().remove(id);
     }
 
-    fn target(&self) -> Result<Target, SizeError> {
+    fn needed(&self) -> Result<Target, SizeError> {
         self.plan.target(self.containers().values())
+    }
+
+    fn target(&self, on_demand_mib: u64) -> Result<Target, SizeError> {
+        let needed = self.needed()?;
+        let plugged_mib = needed.plugged_mib.saturating_add(on_demand_mib).min(self.plan.hotplug_mib);
+        Ok(Target { plugged_mib, ..needed })
+    }
+
+    /// Whether the VM can grow at all.
+    pub fn can_grow(&self) -> bool {
+        self.plan.hotplug_mib > 0
+    }
+
+    /// Whether the VM has grown on demand.
+    pub async fn has_grown(&self) -> bool {
+        self.size.lock().await.on_demand_mib > 0
+    }
+
+    /// Gives the guest more memory, one step and no more than `most_mib` in all; `false` if there is none.
+    pub async fn grow_on_demand(&self, vm: &Vm, agent: &Agent, most_mib: u64) -> Result<bool, ResizeError> {
+        let mut size = self.size.lock().await;
+        let before = size.on_demand_mib;
+        let Some(next) = self.plan.step_up(before, self.needed()?.plugged_mib, most_mib) else { return Ok(false) };
+        size.on_demand_mib = next;
+        let grown = self.grow_to(&mut size, vm, agent).await;
+        if grown.is_err() {
+            size.on_demand_mib = before;
+        }
+        grown.map(|()| true)
+    }
+
+    /// Takes back one step of what the guest has asked for.
+    pub async fn shrink_on_demand(&self, vm: &Vm, agent: &Agent) {
+        let mut size = self.size.lock().await;
+        if let Some(next) = self.plan.step_down(size.on_demand_mib) {
+            size.on_demand_mib = next;
+            self.shrink_to(&mut size, vm, agent).await;
+        }
     }
 
     /// Makes the VM at least as large as the containers need; returns when it is.
     pub async fn grow(&self, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
-        let mut size = self.size.lock().await;
-        let wanted = size.asked.larger(&self.target()?);
+        self.grow_to(&mut *self.size.lock().await, vm, agent).await
+    }
+
+    async fn grow_to(&self, size: &mut Size, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
+        let wanted = size.asked.larger(&self.target(size.on_demand_mib)?);
+        let known = size.asked.clone();
         if wanted.plugged_mib > size.plugged_mib {
             if let Err(error) = vm.grow_memory(wanted.plugged_mib).await {
                 // What cannot be had is not asked for any longer.
@@ -94,8 +138,8 @@ impl Resizer {
             size.plugged_mib = wanted.plugged_mib;
             size.asked.plugged_mib = wanted.plugged_mib;
         }
-        if wanted != size.asked {
-            agent.resize_guest(&wanted).await?;
+        if wanted != known {
+            agent.resize_guest(&wanted, self.plan.boot_mib).await?;
             size.asked = wanted;
         }
         Ok(())
@@ -103,18 +147,20 @@ impl Resizer {
 
     /// Makes the VM as small as the containers allow. Memory is given back as soon as the guest can; nobody waits for it.
     pub async fn shrink(&self, vm: &Vm, agent: &Agent) {
-        let mut size = self.size.lock().await;
+        self.shrink_to(&mut *self.size.lock().await, vm, agent).await;
+    }
+
+    async fn shrink_to(&self, size: &mut Size, vm: &Vm, agent: &Agent) {
         // It has been possible before, and fewer containers need no more.
-        let Ok(mut wanted) = self.target() else { return };
+        let Ok(mut wanted) = self.target(size.on_demand_mib) else { return };
         for kib in size.asked.huge_pages.keys() {
             wanted.huge_pages.entry(*kib).or_default();
         }
         if wanted == size.asked || vm.has_ended() {
             return;
         }
-        if (wanted.cpus, &wanted.huge_pages) != (size.asked.cpus, &size.asked.huge_pages)
-            && let Err(error) = agent.resize_guest(&wanted).await
-        {
+        // It keeps its containers from using what is about to go.
+        if let Err(error) = agent.resize_guest(&wanted, self.plan.boot_mib).await {
             tracing::warn!(%error, "the guest does not shrink");
             return;
         }

@@ -8,9 +8,10 @@ use std::path::Path;
 const MAX_VALUE: usize = 32;
 
 /// Parameters that bound or allow what the pod does to itself alone. Left out are those that follow from the size of memory
-/// and reserve it (`vm.min_free_kbytes`, `net.ipv4.tcp_mem`, huge pages), that name something of the host (`kernel.core_pattern`),
+/// and reserve it, or judge by it what a guest that grows can have (`vm.min_free_kbytes`, `net.ipv4.tcp_mem`, huge pages,
+/// `vm.overcommit_memory`, which the agent sets), that name something of the host (`kernel.core_pattern`),
 /// or that are about what a guest does not have (swap, disks, power).
-const FOLLOWED: [&str; 28] = [
+const FOLLOWED: [&str; 27] = [
     "fs.aio-max-nr",
     "fs.epoll.max_user_watches",
     "fs.file-max",
@@ -38,7 +39,6 @@ const FOLLOWED: [&str; 28] = [
     "net.core.wmem_max",
     "net.netfilter.nf_conntrack_max",
     "vm.max_map_count",
-    "vm.overcommit_memory",
 ];
 
 /// What the node has of them. One that its kernel does not have is left to the guest's.
@@ -50,15 +50,9 @@ fn read(root: &Path) -> HashMap<String, String> {
     let value = |name: &&str| {
         let value = std::fs::read_to_string(root.join(name.replace('.', "/"))).ok()?;
         let value = value.trim();
-        (!value.is_empty() && value.len() <= MAX_VALUE && fits(name, value))
-            .then(|| (name.to_string(), value.to_owned()))
+        (!value.is_empty() && value.len() <= MAX_VALUE).then(|| (name.to_string(), value.to_owned()))
     };
     FOLLOWED.iter().filter_map(value).collect()
-}
-
-/// Strict accounting (2) goes by a share of all memory, which a guest that grows does not have yet.
-fn fits(name: &str, value: &str) -> bool {
-    name != "vm.overcommit_memory" || value != "2"
 }
 
 #[cfg(test)]
@@ -76,11 +70,8 @@ mod tests {
         write("vm/max_map_count", "262144\n");
         write("fs/pipe-max-size", "1048576\n");
         write("fs/file-max", &"9".repeat(100));
-        write("vm/overcommit_memory", "2\n");
         write("vm/swappiness", "60\n");
         let wanted = [("vm.max_map_count", "262144"), ("fs.pipe-max-size", "1048576")];
         assert_eq!(read(dir.path()), wanted.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
-        write("vm/overcommit_memory", "1\n");
-        assert_eq!(read(dir.path()).get("vm.overcommit_memory").map(String::as_str), Some("1"));
     }
 }

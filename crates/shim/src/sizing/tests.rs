@@ -94,6 +94,29 @@ fn ceiling_that_the_operator_set_is_an_error_and_the_nodes_own_is_not() {
 }
 
 #[test]
+fn memory_without_a_limit_doubles_and_is_halved_within_what_the_host_and_the_operator_have() {
+    let steps = |plan: &Plan, limits_mib, most_mib| {
+        let mut steps = vec![0];
+        while let Some(next) = plan.step_up(*steps.last().unwrap(), limits_mib, most_mib) {
+            steps.push(next);
+        }
+        steps
+    };
+    let plan = plan("max_memory_mib = 4096", Request::default()).unwrap();
+    let all = [0, 256, 768, 1792, 3840];
+    assert_eq!(steps(&plan, 0, u64::MAX), all);
+    assert_eq!(steps(&plan, 0, 1000), [0, 256, 640], "whole blocks of what the host has");
+    assert_eq!(steps(&plan, 1000, u64::MAX), [0, 256, 768, 1792, 2816], "what has a limit keeps it");
+    assert_eq!(steps(&plan, 0, 256), [0]);
+    assert_eq!(steps(&plan, u64::MAX, 0), [0]);
+    let down: Vec<_> = std::iter::successors(Some(3840), |now| plan.step_down(*now)).collect();
+    assert_eq!(down, all.iter().rev().copied().collect::<Vec<_>>());
+    assert_eq!(plan.step_down(128), Some(0));
+    let fixed = self::plan("", Request { own_memory_mib: Some(512), ..Request::default() }).unwrap();
+    assert_eq!(steps(&fixed, 0, u64::MAX), [0]);
+}
+
+#[test]
 fn update_changes_what_it_names() {
     let mut limits = limits(json!({"cpu": {"quota": 50_000, "period": 100_000}, "memory": {"limit": 1 << 20}}));
     let before = limits.clone();

@@ -182,6 +182,9 @@ fn tell(guest: &Guest, call: &Call, lie: &str) -> Result<Next> {
             let status = proto::ExitStatus { code: u32::MAX, ..Default::default() };
             return Ok(Next::Other(Ok(status.write_to_bytes()?)));
         }
+        // Demands, as fast as they are taken.
+        "more" => return Ok(Next::Other(Ok(Vec::new()))),
+        "less" => return Ok(Next::Other(Ok(vec![8, 1]))),
         // Events, as fast as they are taken.
         "oom-of-nobody" => return Ok(Next::Other(Ok(oom("../nobody\u{1b}".to_owned())?))),
         "oom-of-many" => return Ok(Next::Other(Ok(oom("x".repeat(20_000))?))),
@@ -279,7 +282,7 @@ fn honest(guest: &Guest, call: &Call) -> Result<std::result::Result<Vec<u8>, ttr
         }
         "DestroySandbox" => std::process::exit(0),
         // There is none.
-        "NextEvent" => forever(),
+        "NextEvent" | "NextDemand" => forever(),
         _ => {}
     }
     // What is not set is as good as empty.

@@ -191,6 +191,17 @@ fn hostile_21_events_of_others_are_not_passed_on_and_a_flood_of_own_ones_drowns_
 }
 
 #[test]
+fn hostile_21_demands_for_memory_without_end_hold_up_no_call() {
+    stories(async |stage| {
+        for lie in ["more", "less", "nonsense"] {
+            let story = stage.life(&format!("NextDemand:{lie}")).await?;
+            ensure!(story.value("boot").is_ok() && story.value("wait")? == 137, "{lie}: {story:#?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn hostile_21_agent_that_never_answers_is_waited_for_in_bounded_time() {
     stories(async |stage| {
         let story = stage.life("GetStats:silent,WaitProcess:silent,SignalProcess:silent").await?;

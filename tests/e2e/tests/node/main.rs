@@ -15,6 +15,7 @@ mod exec;
 mod failure;
 mod firewall;
 mod flood;
+mod growth;
 mod guest_hostile;
 mod jail;
 mod kernel;

@@ -1,17 +1,51 @@
 //! Pods with a configuration of their own: sysctls, names, shared pids, user, privileges.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use bulkhead_cli::cri::v1;
 
 use super::plain::STATUS;
-use crate::compat::Area::{Network, Security};
+use crate::compat::Area::{Lifecycle, Network, Security};
+use crate::compat::stage::ending;
 use crate::compat::{Act, Group, Probe, Stage, act, pod_security, security, shell};
 
 /// One pod for each configuration.
 pub fn groups() -> Vec<Group> {
-    vec![configured(), shared_pids(), privileged()]
+    vec![configured(), shared_pids(), privileged(), crowded()]
+}
+
+/// A cgroup on the node for a pod with this place.
+fn own_cgroup(place: &Path) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(place.file_name().unwrap_or_default())
+}
+
+/// A pod whose cgroup has less than what its containers, which have no limit, want: as it is with that of all pods.
+fn crowded() -> Group {
+    Group::new("crowded")
+        .pod(|config, place| {
+            let group = own_cgroup(place.root());
+            // A failure shows in the case.
+            let _ = std::fs::create_dir_all(&group);
+            let _ = std::fs::write(group.join("memory.max"), "700M");
+            let name = group.file_name().unwrap_or_default();
+            config.linux.get_or_insert_default().cgroup_parent = format!("/{}", name.display());
+        })
+        .acts(vec![act!(Lifecycle, "processes that take memory without end, and no limit but the pod's", |stage| {
+            let group = own_cgroup(stage.place.root());
+            let sibling = stage.sleeper().await?;
+            let fill = "tail -c 2000000000 /dev/zero";
+            let bomb = shell("bomb", &format!("for i in 1 2 3; do {fill} & done; exec {fill}"));
+            let bomb = stage.run(bomb).await?;
+            let ended = ending(&stage.wait_exit(&bomb, 2 * crate::PATIENCE).await?);
+            let alive = stage.shell(&sibling, "echo alive").await?;
+            let limit = std::fs::read_to_string(group.join("memory.max"))?;
+            // The group is nobody's but this case's, and must be gone with the pod.
+            stage.cri().remove_pod(&stage.id).await?;
+            std::fs::remove_dir(group)?;
+            Ok(format!("{limit}{ended}{alive:?}"))
+        })])
 }
 
 fn configured() -> Group {
