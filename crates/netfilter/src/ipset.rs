@@ -135,6 +135,8 @@ pub fn replay(sets: &[IpSet]) -> io::Result<Vec<(usize, i32)>> {
     let (mut failures, mut fillers) = (Vec::new(), Vec::new());
     let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EPROTO);
     for (place, set) in sets.iter().enumerate() {
+        // One of an earlier try that was given up.
+        let _ = request(&mut socket, CMD_DESTROY, ACK, &begin(&set.name));
         if let Err(error) = make(&mut socket, set, &mut fillers) {
             failures.push((place, errno(error)));
         }

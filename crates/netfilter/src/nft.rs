@@ -81,6 +81,8 @@ pub mod elements {
     pub const SET: u16 = 2;
     pub const LIST: u16 = 3;
     pub const DATA: u16 = 2;
+    /// `NFTA_SET_ELEM_KEY`, `DATA`, `FLAGS`, `TIMEOUT`, `USERDATA`, `OBJREF` and `KEY_END`: no expirations and counts.
+    pub const STEADY: [u16; 7] = [1, DATA, 3, 4, 6, 9, 10];
 }
 
 /// `NFTA_OBJ_*`.
@@ -88,6 +90,8 @@ pub mod object {
     pub const TABLE: u16 = 1;
     pub const NAME: u16 = 2;
     pub const TAKEN: [u16; 5] = [TABLE, NAME, 3, 4, 8];
+    /// Without `NFTA_OBJ_DATA`, which counts.
+    pub const STEADY: [u16; 4] = [TABLE, NAME, 3, 8];
 }
 
 /// `NFTA_FLOWTABLE_*`.

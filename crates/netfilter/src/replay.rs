@@ -1,9 +1,9 @@
 //! Puts rules into the calling thread's network namespace.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 
-use bulkhead_protocol::agent::{Firewall, FirewallFailure, NftMessage};
+use bulkhead_protocol::agent::{Firewall, FirewallFailure, NftMessage, XtTable};
 
 use crate::attributes::put_text;
 use crate::netlink::{APPEND, CREATE, Objection, REQUEST, Socket, put_message};
@@ -34,19 +34,33 @@ pub fn replay(firewall: &Firewall) -> Result<Vec<FirewallFailure>, ReplayError> 
     Ok(failures)
 }
 
-/// What makes one firewall of another: tables of nf_tables go and come as a whole, in one batch.
+/// What makes one firewall of another: tables that differ go and come as a whole, those of nf_tables in one batch. It may be
+/// put in twice. Sets of ipset come with the first firewall alone.
 pub fn replacing(old: &Firewall, new: &Firewall) -> Firewall {
-    let mut seen = HashSet::new();
-    let gone = old.nft.iter().map(tables::key).filter(|key| seen.insert(key.clone()));
-    let destroy = |(family, name): tables::Key| {
-        let mut attributes = Vec::new();
-        put_text(&mut attributes, nft::table::NAME, &name);
-        NftMessage { kind: u32::from(message::DESTROY_TABLE), family, attributes, ..NftMessage::default() }
+    let steady = |firewall: &Firewall| {
+        let mut tables: BTreeMap<tables::Key, Vec<NftMessage>> = BTreeMap::new();
+        for one in &firewall.nft {
+            tables.entry(tables::key(one)).or_default().push(tables::steady(one));
+        }
+        tables
     };
-    let changed = new.xtables.iter().filter(|table| !old.xtables.contains(table));
+    let (had, has) = (steady(old), steady(new));
+    let changed: BTreeSet<_> = had.keys().chain(has.keys()).filter(|key| had.get(*key) != has.get(*key)).collect();
+    let destroy = |(family, name): &tables::Key| {
+        let mut attributes = Vec::new();
+        put_text(&mut attributes, nft::table::NAME, name);
+        NftMessage { kind: u32::from(message::DESTROY_TABLE), family: *family, attributes, ..NftMessage::default() }
+    };
+    let made = new.nft.iter().filter(|one| changed.contains(&tables::key(one))).cloned();
+    let before = |table: &XtTable| old.xtables.iter().find(|one| (one.ipv6, &one.name) == (table.ipv6, &table.name));
+    let differs = |table: &&XtTable| match before(table) {
+        Some(before) => xtables::steady(before) != xtables::steady(table),
+        None => !xtables::is_empty(table),
+    };
     Firewall {
-        nft: gone.map(destroy).chain(new.nft.iter().cloned()).collect(),
-        xtables: changed.cloned().collect(),
+        nft: changed.iter().copied().map(destroy).chain(made).collect(),
+        xtables: new.xtables.iter().filter(differs).cloned().collect(),
+        sets: if *old == Firewall::default() { new.sets.clone() } else { Vec::new() },
         ..Firewall::default()
     }
 }

@@ -1,7 +1,7 @@
 //! What has to be known of a rule of nf_tables: whether it means the same in another namespace, what it refers to, and
 //! whether it does more than count and mark.
 
-use crate::attributes::{self, all, find, number, put, put_nested, put_number, put_text, text};
+use crate::attributes::{self, all, find, keep, number, put, put_nested, put_number, put_text, text};
 use crate::nft::{LIST_ELEMENT, data, expression, rule};
 
 /// Targets of x_tables that let a packet through as it is, but for marks and header fields that routing does not look at.
@@ -82,6 +82,24 @@ pub fn expressions(attributes: &[u8]) -> Vec<Expression<'_>> {
         end: base + element.offset + attributes::HEADER + element.value.len(),
     });
     parsed.collect()
+}
+
+/// A rule without what its expressions count.
+pub fn steady(rule: &[u8]) -> Vec<u8> {
+    let kept = |one: &[u8]| match text(one, expression::NAME).as_deref() {
+        Some("counter" | "last") => keep(one, &[expression::NAME]),
+        // NFTA_QUOTA_BYTES and _FLAGS, without what is consumed.
+        Some("quota") => {
+            let mut quota = keep(one, &[expression::NAME]);
+            put_nested(&mut quota, expression::DATA, &keep(find(one, expression::DATA).unwrap_or(&[]), &[1, 2]));
+            quota
+        }
+        _ => one.to_vec(),
+    };
+    attributes::map(rule, |raw, value| match raw & !attributes::NESTED {
+        rule::EXPRESSIONS => (raw, attributes::map(value, |raw, one| (raw, kept(one)))),
+        _ => (raw, value.to_vec()),
+    })
 }
 
 /// The chains that a rule leads to.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use bulkhead_protocol::agent::NftMessage;
 
-use crate::attributes::{Attribute, all, find, keep, number, put, put_nested, put_number, text};
+use crate::attributes::{self, Attribute, all, find, keep, map, number, put, put_nested, put_number, text};
 use crate::netlink::Message;
 use crate::nft::{self, chain, data, elements, flowtable, message, object, rule, set, table};
 use crate::{Uncarried, describe, rules};
@@ -58,6 +58,20 @@ pub type Key = (u32, String);
 /// The table that a message is about.
 pub fn key(message: &NftMessage) -> Key {
     (message.family, text(&message.attributes, table::NAME).unwrap_or_default())
+}
+
+/// A message without what changes by itself: counts, and times that pass.
+pub fn steady(one: &NftMessage) -> NftMessage {
+    let attributes = match u8::try_from(one.kind) {
+        Ok(message::NEW_RULE) => rules::steady(&one.attributes),
+        Ok(message::NEW_OBJECT) => keep(&one.attributes, &object::STEADY),
+        Ok(message::NEW_ELEMENTS) => map(&one.attributes, |raw, value| match raw & !attributes::NESTED {
+            elements::LIST => (raw, map(value, |raw, element| (raw, keep(element, &elements::STEADY)))),
+            _ => (raw, value.to_vec()),
+        }),
+        _ => return one.clone(),
+    };
+    NftMessage { attributes, ..one.clone() }
 }
 
 /// Those tables that drop, redirect or rewrite traffic.

@@ -191,9 +191,44 @@ fn namespace_without_rules_has_nothing_to_carry_and_gets_nothing_by_looking() {
     netns.run(&["iptables-legacy", "-w", "-t", "filter", "-L"], "");
     let before = netns.enter(|| std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap());
     let dump = netns.dump();
-    assert_eq!((dump.firewall, dump.uncarried), (Firewall::default(), Vec::new()));
+    let carried = replacing(&Firewall::default(), &dump.firewall);
+    assert_eq!((carried, dump.uncarried), (Firewall::default(), Vec::new()));
     let after = netns.enter(|| std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap());
     assert_eq!(before, after);
+}
+
+#[test]
+fn counts_are_no_change_and_a_table_that_is_emptied_is_one() {
+    let netns = Netns::new("counts");
+    let rules = "table inet counting {
+        quota some { over 9000 bytes used 0 bytes }
+        set seen { type ipv4_addr; flags dynamic,timeout; timeout 1h; }
+        chain c {
+            type filter hook output priority 0
+            ip daddr 127.0.0.1 counter quota 8000 bytes update @seen { ip daddr counter } accept
+        }
+    }
+    table inet other { chain c { type filter hook input priority 0; tcp dport 9 drop; }; }";
+    netns.run(&["nft", "-f", "-"], rules);
+    netns.run(&["iptables-legacy", "-w", "-A", "OUTPUT", "-d", "127.0.0.1", "-j", "ACCEPT"], "");
+    netns.run(&["ip", "link", "set", "lo", "up"], "");
+    netns.run(&["ping", "-q", "-c", "1", "127.0.0.1"], "");
+    let before = netns.dump().firewall;
+    netns.run(&["ping", "-q", "-c", "1", "127.0.0.1"], "");
+    let after = netns.dump().firewall;
+    assert_ne!(before, after, "nothing has counted");
+    assert_eq!(replacing(&before, &after), Firewall::default());
+
+    netns.run(&["nft", "add rule inet other c tcp dport 10 drop"], "");
+    netns.run(&["iptables-legacy", "-w", "-F", "OUTPUT"], "");
+    let change = replacing(&after, &netns.dump().firewall);
+    assert!(change.nft.iter().all(|one| crate::tables::key(one) == (1, "other".to_owned())), "{:?}", change.nft);
+    assert_eq!(
+        (change.nft.len(), change.xtables.len()),
+        (5, 1),
+        "the old one goes, and table, chain and two rules come"
+    );
+    assert!(crate::xtables::is_empty(&change.xtables[0]));
 }
 
 #[test]

@@ -79,7 +79,7 @@ const IPV6: Family = Family {
 /// The table of arptables, for which there is no use in a pod but filtering.
 const ARP_NAMES: &str = "/proc/thread-self/net/arp_tables_names";
 
-/// The tables that the namespace has, those that do nothing left out. A table that is asked for is made, and its module loaded: only those
+/// The tables that the namespace has. A table that is asked for is made, and its module loaded: only those
 /// that are there already are asked for.
 pub fn dump() -> io::Result<(Vec<XtTable>, Vec<Uncarried>)> {
     let mut tables = Vec::new();
@@ -91,10 +91,7 @@ pub fn dump() -> io::Result<(Vec<XtTable>, Vec<Uncarried>)> {
         let socket = open(&family)?;
         // The one made last is the first.
         for name in names.lines().rev() {
-            let table = read(&socket, &family, name)?;
-            if !is_empty(&family, &table) {
-                tables.push(table);
-            }
+            tables.push(read(&socket, &family, name)?);
         }
     }
     let arp = std::fs::read_to_string(ARP_NAMES).unwrap_or_default();
@@ -220,10 +217,26 @@ fn family(table: &XtTable) -> Family {
 }
 
 /// Whether a table lets everything pass: an entry that accepts for each of its hooks, and one that marks the end.
-fn is_empty(family: &Family, table: &XtTable) -> bool {
+pub fn is_empty(table: &XtTable) -> bool {
     let hooks = table.valid_hooks.count_ones();
     table.count == hooks + 1
-        && extensions(family, &table.entries).iter().all(|one| one.name == "ERROR" || one.verdict == VERDICT_ACCEPT)
+        && extensions(&family(table), &table.entries)
+            .iter()
+            .all(|one| one.name == "ERROR" || one.verdict == VERDICT_ACCEPT)
+}
+
+/// A table without the counts of its entries, with which the fixed part of each ends.
+pub fn steady(table: &XtTable) -> XtTable {
+    const COUNTERS: usize = 16;
+    let (family, mut steady, mut start) = (family(table), table.clone(), 0);
+    while let Some(entry) = steady.entries.get_mut(start..).filter(|entry| entry.len() >= family.entry) {
+        let next = half(entry, family.target_offset + 2);
+        if let Some(counters) = entry.get_mut(family.entry - COUNTERS..family.entry) {
+            counters.fill(0);
+        }
+        start += next.max(family.entry);
+    }
+    steady
 }
 
 fn acts(table: &XtTable) -> bool {

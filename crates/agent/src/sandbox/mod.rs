@@ -6,12 +6,14 @@ mod network;
 pub mod size;
 pub mod sysctl;
 
+use std::collections::HashSet;
 use std::ffi::CString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use bulkhead_protocol::agent::network_step::Step;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, AddNetworkResponse, CreateSandboxRequest, Demand, DemandRequest, HugePageVolume, InterfaceStats,
     ResizeGuestRequest, SyncClockRequest, SyncClockResponse,
@@ -40,6 +42,8 @@ pub struct Sandbox {
     netns: Netns,
     clock: Arc<Clock>,
     links: network::Links,
+    /// The files of the parameters that the pod has asked for.
+    sysctls: OnceLock<HashSet<PathBuf>>,
     memory: Arc<Memory>,
 }
 
@@ -75,9 +79,11 @@ impl Sandbox {
         mount_shm()?;
         mount_share(&request.share_tag)?;
         let answer = self.add_network(request.network.unwrap_or_default()).await?;
+        let own = request.sysctls.keys().filter_map(|name| sysctl::path_of(name)).collect();
         // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
+        let _ = self.sysctls.set(own);
         let clock = Arc::clone(&self.clock);
         tokio::spawn(async move { clock.follow().await });
         Ok(answer)
@@ -85,8 +91,19 @@ impl Sandbox {
 
     /// Changes the pod's network; devices are there. Answers with what the kernel did not take: whether the pod can do without
     /// is not the guest's to say.
-    pub async fn add_network(&self, request: AddNetworkRequest) -> Result<AddNetworkResponse, SandboxError> {
+    pub async fn add_network(&self, mut request: AddNetworkRequest) -> Result<AddNetworkResponse, SandboxError> {
+        // The pod's own come before those of a namespace that is carried later.
+        for step in &mut request.steps {
+            if let Some(Step::Sysctls(sysctls)) = &mut step.step {
+                let of_pod = |name: &str| sysctl::path_of(name).is_some_and(|path| self.is_of_pod(&path));
+                sysctls.sysctls.retain(|sysctl| !of_pod(&sysctl.name));
+            }
+        }
         Ok(self.links.change(&self.netns, request).await?)
+    }
+
+    fn is_of_pod(&self, sysctl: &Path) -> bool {
+        self.sysctls.get().is_some_and(|own| own.contains(sysctl))
     }
 
     /// Corrects the guest's clock by what the host has found out, and answers with what it is then.
@@ -210,9 +227,6 @@ pub enum SandboxError {
 impl SandboxError {
     /// Whether the request, rather than the guest, is at fault.
     pub fn is_bad_request(&self) -> bool {
-        match self {
-            Self::Sysctl(SysctlError::Name { .. }) => true,
-            _ => false,
-        }
+        matches!(self, Self::Sysctl(SysctlError::Name { .. }))
     }
 }

@@ -23,7 +23,7 @@ pub fn read(name: &str) -> Option<String> {
 
 /// The parameter's file. A name may be written with slashes too, and whichever comes first is the separator: the other one
 /// is part of a word, for interfaces with a dot in their name.
-fn path_of(name: &str) -> Option<PathBuf> {
+pub fn path_of(name: &str) -> Option<PathBuf> {
     let separator = name.chars().find(|c| matches!(c, '.' | '/'))?;
     let words = name.split(separator).map(|word| match separator {
         '.' => word.replace('/', "."),

@@ -20,6 +20,9 @@ mod ifa {
     pub const LOCAL: u16 = 2;
     pub const CACHEINFO: u16 = 6;
     pub const FLAGS: u16 = 8;
+    pub const PROTO: u16 = 11;
+    /// `IFAPROT_KERNEL_RA`.
+    pub const PROTO_RA: u8 = 2;
     pub const F_TEMPORARY: u32 = 0x01;
     pub const F_NODAD: u32 = 0x02;
     pub const F_NOPREFIXROUTE: u32 = 0x200;
@@ -95,12 +98,19 @@ pub struct Entry {
     pub steady: Message,
     /// `NLM_F_*` with which it is made.
     pub flags: u16,
+    /// A router has told it. The guest hears routers and keeps it, while here it ends when its time has passed.
+    pub ages: bool,
 }
 
 impl Entry {
     fn new(message: Message, flags: u16) -> Self {
         let identity = Message { kind: message.kind + 1, ..message.clone() };
-        Self { steady: message.clone(), message, identity, flags: flags | NLM_F_CREATE }
+        Self { steady: message.clone(), message, identity, flags: flags | NLM_F_CREATE, ages: false }
+    }
+
+    /// Whether it is a route of IPv6.
+    pub fn is_v6_route(&self) -> bool {
+        self.message.kind == NEW_ROUTE && self.message.payload.first() == Some(&AF_INET6)
     }
 
     /// Whether it is an address, with which routes go.
@@ -154,7 +164,11 @@ pub fn address(told: &Message, loopback: bool) -> Option<Entry> {
     }
     message.push(ifa::FLAGS, &flags.to_ne_bytes());
     steady.push(ifa::FLAGS, &flags.to_ne_bytes());
-    Some(Entry { message, identity, steady, flags: NLM_F_CREATE | NLM_F_REPLACE })
+    let ages = told.attribute(ifa::PROTO) == Some(&[ifa::PROTO_RA]);
+    if ages {
+        steady = identity.clone();
+    }
+    Some(Entry { message, identity, steady, flags: NLM_F_CREATE | NLM_F_REPLACE, ages })
 }
 
 /// `struct ifa_cacheinfo` without the times that pass: those of an address that stays are as good as none.
@@ -269,6 +283,7 @@ pub fn route(told: &Message, unsupported: &mut Vec<Unsupported>) -> Option<Entry
     let expires = told.attribute(rta::CACHEINFO).and_then(|info| rtnl::u32_at(info, 8)).filter(|ticks| *ticks != 0);
     if let Some(ticks) = expires {
         entry.message.push(rta::EXPIRES, &(ticks / TICKS).max(1).to_ne_bytes());
+        entry.ages = family == AF_INET6 && protocol == RTPROT_KERNEL;
     }
     Some(entry)
 }

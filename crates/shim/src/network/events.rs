@@ -63,14 +63,19 @@ pub struct Watched {
 
 impl Watched {
     /// Waits until something has changed, and until it is done: who changes something makes many changes one after the other.
-    pub async fn next(&self) -> io::Result<()> {
-        self.changed().await?;
-        let quiet = async { while tokio::time::timeout(QUIET, self.changed()).await.is_ok() {} };
+    /// Answers whether rules have, which are told apart: their counts change all the time.
+    pub async fn next(&self) -> io::Result<bool> {
+        let mut rules = self.changed().await?;
+        let quiet = async {
+            while let Ok(told) = tokio::time::timeout(QUIET, self.changed()).await {
+                rules |= told.unwrap_or(false);
+            }
+        };
         let _ = tokio::time::timeout(LATEST, quiet).await;
-        Ok(())
+        Ok(rules)
     }
 
-    async fn changed(&self) -> io::Result<()> {
+    async fn changed(&self) -> io::Result<bool> {
         let rules = async {
             match &self.rules {
                 Some(rules) => changed(rules).await,
@@ -78,8 +83,8 @@ impl Watched {
             }
         };
         tokio::select! {
-            told = changed(&self.network) => told,
-            told = rules => told,
+            told = changed(&self.network) => told.map(|()| false),
+            told = rules => told.map(|()| true),
         }
     }
 }

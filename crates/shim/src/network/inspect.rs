@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use bulkhead_protocol::rtnl::{Message, NEW_ADDRESS, NEW_ROUTE, NEW_RULE, Socket, u32_at};
 
+use bulkhead_netfilter::replacing;
 use bulkhead_protocol::agent::Firewall;
 
 use super::NetworkError;
@@ -19,8 +20,8 @@ pub struct State {
     pub links: Vec<Link>,
     /// Addresses, neighbours, routes and rules of what the guest has of its links. Routes without a gateway come first.
     pub entries: Vec<Entry>,
-    /// Rules of the packet filter.
-    pub firewall: Firewall,
+    /// Rules of the packet filter, if they are known.
+    pub firewall: Option<Firewall>,
     /// What the guest cannot have.
     pub unsupported: Vec<Unsupported>,
 }
@@ -68,7 +69,7 @@ impl State {
     pub fn is_empty(&self) -> bool {
         self.carried().all(|link| link.role == Role::Loopback)
             && self.entries.iter().all(entries::is_a_first_rule)
-            && self.firewall == Firewall::default()
+            && self.firewall.as_ref().is_some_and(|rules| replacing(&Firewall::default(), rules) == Firewall::default())
             && self.unsupported.is_empty()
     }
 

@@ -98,11 +98,14 @@ pub async fn attach(netns: PathBuf, take: Take, policy: Policy) -> Result<Networ
     netns::run_in(&netns, move || attach_here(take, policy)).await?
 }
 
-/// The namespace's network as it is now, and taps for interfaces that are not among those with the indexes in `known`. One
-/// that cannot have a tap is told in the log, and left for the next time.
-pub async fn look(netns: &Path, known: HashSet<u32>, take: Take) -> Result<(State, Vec<NetDevice>), NetworkError> {
+/// The namespace's network as it is now, and taps for interfaces that are not among those with the indexes in `known`; or
+/// which one can have none.
+pub async fn look(netns: &Path, known: HashSet<u32>, take: Take) -> Result<(State, Vec<Come>), NetworkError> {
     netns::run_in(netns, move || look_here(known, take)).await?
 }
+
+/// An interface that has come, or the index of one that cannot.
+pub type Come = Result<NetDevice, (u32, NetworkError)>;
 
 /// What the agent has to do for a network that was as `old` to be as `new`, if anything. Devices that have come are in the
 /// guest already.
@@ -111,10 +114,15 @@ pub async fn changes(netns: &Path, old: State, new: State) -> Result<Option<AddN
         let had = |link: &Link| old.link(link.index).is_some_and(Link::is_carried);
         let come: Vec<&Link> = new.carried().filter(|link| !had(link)).collect();
         let steps = steps::change(&old, &new, sysctls::read(&come, false));
-        let rules = (old.firewall != new.firewall).then(|| bulkhead_netfilter::replacing(&old.firewall, &new.firewall));
-        (!steps.is_empty() || rules.is_some()).then(|| request(steps, rules))
+        steps::fit(&steps)?;
+        let rules = match (&old.firewall, &new.firewall) {
+            (Some(old), Some(new)) => Some(bulkhead_netfilter::replacing(old, new)),
+            _ => None,
+        };
+        let rules = rules.filter(|rules| *rules != Firewall::default());
+        Ok((!steps.is_empty() || rules.is_some()).then(|| request(steps, rules)))
     };
-    Ok(netns::run_in(netns, read).await?)
+    netns::run_in(netns, read).await?
 }
 
 fn request(steps: Vec<NetworkStep>, firewall: Option<Firewall>) -> AddNetworkRequest {
@@ -155,7 +163,8 @@ async fn attach_here(take: Take, policy: Policy) -> Result<Network, NetworkError
         return Err(NetworkError::TooMany(links.len()));
     }
     let carried: Vec<&Link> = state.carried().collect();
-    let steps = steps::first(&state, sysctls::read(&carried, true));
+    // A container that runs has set its own, which are not those of a namespace that is connected later.
+    let steps = steps::first(&state, sysctls::read(&carried, take == Take::All));
     steps::fit(&steps)?;
     let mut devices = Vec::new();
     for link in links {
@@ -170,7 +179,8 @@ async fn attach_here(take: Take, policy: Policy) -> Result<Network, NetworkError
             }
         }
     }
-    let request = request(steps, Some(state.firewall.clone()));
+    let rules = state.firewall.as_ref().map(|rules| bulkhead_netfilter::replacing(&Firewall::default(), rules));
+    let request = request(steps, rules.filter(|rules| *rules != Firewall::default()));
     Ok(Network { devices, request, state, events })
 }
 
@@ -184,17 +194,18 @@ async fn read_here(handle: &rtnetlink::Handle) -> Result<State, NetworkError> {
     Ok(state)
 }
 
-async fn look_here(known: HashSet<u32>, take: Take) -> Result<(State, Vec<NetDevice>), NetworkError> {
+async fn look_here(known: HashSet<u32>, take: Take) -> Result<(State, Vec<Come>), NetworkError> {
     let handle = netns::connect()?;
     let state = read_here(&handle).await?;
-    let mut devices = Vec::new();
+    let (mut come, count) = (Vec::new(), state.devices().count());
     for link in state.devices().filter(|link| take.takes(link) && !known.contains(&link.index)) {
-        match attach_link(&handle, link).await {
-            Ok(device) => devices.push(device),
-            Err(error) => tracing::warn!("the guest does not get interface {}: {}", link.name, chain(&error)),
-        }
+        let device = match known.len() + come.len() {
+            MAX_INTERFACES.. => Err(NetworkError::TooMany(count)),
+            _ => attach_link(&handle, link).await,
+        };
+        come.push(device.map_err(|error| (link.index, error)));
     }
-    Ok((state, devices))
+    Ok((state, come))
 }
 
 async fn attach_link(handle: &rtnetlink::Handle, link: &Link) -> Result<NetDevice, NetworkError> {

@@ -47,13 +47,16 @@ pub fn change(old: &State, new: &State, sysctls: Sysctls) -> Vec<NetworkStep> {
         }
     }
     let had: HashSet<_> = old.entries.iter().map(|entry| &entry.steady).collect();
-    steps.extend(new.entries.iter().filter(|entry| !had.contains(&entry.steady)).map(|entry| add(new, entry)));
     let has: HashSet<_> = new.entries.iter().map(|entry| &entry.identity).collect();
     // With a link, the kernel removes what is its own.
     let stays = |entry: &&Entry| entry.identity.links().iter().all(|index| new.link(*index).is_some());
-    let gone = old.entries.iter().filter(|entry| !has.contains(&entry.identity));
+    let gone = old.entries.iter().filter(|entry| !has.contains(&entry.identity) && !entry.ages);
     let removed: Vec<_> = gone.filter(stays).collect();
-    steps.extend(removed.iter().rev().map(|entry| remove(old, entry)));
+    // A route of IPv6 with other metrics is the same one for the kernel: it is not added, and removed with the old one.
+    let (first, last): (Vec<_>, Vec<_>) = removed.iter().rev().partition(|entry| entry.is_v6_route());
+    steps.extend(first.into_iter().map(|entry| remove(old, entry)));
+    steps.extend(new.entries.iter().filter(|entry| !had.contains(&entry.steady)).map(|entry| add(new, entry)));
+    steps.extend(last.into_iter().map(|entry| remove(old, entry)));
     // The kernel removes more along with an address, or with a link that goes down, than the namespace's has removed.
     if removed.iter().any(|entry| entry.is_address()) || went_down(old, new) {
         steps.extend(new.entries.iter().map(|entry| add(new, entry)));

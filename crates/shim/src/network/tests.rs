@@ -208,6 +208,7 @@ async fn all_that_is_set_up_in_a_namespace_is_made_again() {
     // What changes is told, and nothing else.
     for line in [
         "route replace default via 10.22.0.4",
+        "-6 route replace default via fd22::1 mtu 1400 pref high",
         "addr del 10.22.0.5/24 dev eth0",
         "addr add 10.22.0.6/24 dev eth0",
         "route add 10.22.0.0/24 dev eth0 src 10.22.0.6 metric 9",

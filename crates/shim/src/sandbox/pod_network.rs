@@ -13,17 +13,25 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse};
 use tokio::sync::Mutex;
 
 use super::agent::Agent;
 use super::vm::Vm;
-use super::{Sandbox, SandboxError};
+use super::{Sandbox, SandboxError, patience};
 use crate::network::policy::Policy;
 use crate::network::{self, Events, Handover, NetDevice, Network, NetworkError, State, Take, netns};
 use crate::pod::error::chain;
 use crate::spec::Netns;
+
+/// How long one change may take in all. A guest answers in milliseconds, and each question that it is asked has a bound as well.
+const UPDATED: Duration = Duration::from_secs(40);
+
+/// How long after a failure a change is tried again, at first and at most: a guest that refuses it shall not keep the node busy.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(60);
 
 /// A pod's network namespace. It is held: it exists, and its path in /proc is its own, whatever becomes of the path that CNI
 /// has given.
@@ -43,6 +51,10 @@ pub struct PodNetwork {
 struct Carried {
     /// The interfaces that are tied to taps, by their indexes, with the slots of their devices.
     slots: HashMap<u32, Option<u8>>,
+    /// Devices of which the agent has not been told yet: a request has failed.
+    unnamed: Vec<(u8, u32)>,
+    /// Interfaces that cannot be carried, as long as they are there. Trying makes a change of its own.
+    refused: HashSet<u32>,
     /// The namespace as the guest has it, once it has anything of it.
     state: Option<State>,
     /// Where changes since are told, until somebody follows them.
@@ -127,8 +139,11 @@ impl PodNetwork {
 
     /// Carries the network of a namespace of the sandbox's own into the guest, once there is something, and its localhost.
     async fn attach(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+        if self.prepared.is_some() {
+            return Ok(());
+        }
         let mut carried = self.carried.lock().await;
-        if self.prepared.is_some() || carried.state.is_some() {
+        if carried.state.is_some() {
             return Ok(());
         }
         self.carry(vm, agent, &mut carried, Take::All).await?;
@@ -147,12 +162,12 @@ impl PodNetwork {
         }
     }
 
-    /// Makes the guest's network that of the namespace.
-    async fn update(&self, vm: &Vm, agent: &Agent, take: Take) -> Result<(), SandboxError> {
+    /// Makes the guest's network that of the namespace; its rules only if they are said to have changed.
+    async fn update(&self, vm: &Vm, agent: &Agent, take: Take, rules: bool) -> Result<(), SandboxError> {
         let mut carried = self.carried.lock().await;
         match carried.state.clone() {
             None => self.carry(vm, agent, &mut carried, take).await,
-            Some(old) => self.change(vm, agent, &mut carried, old, take).await,
+            Some(old) => self.change(vm, agent, &mut carried, old, take, rules).await,
         }
     }
 
@@ -176,6 +191,7 @@ impl PodNetwork {
         };
         if let Err(error) = added.await {
             for (slot, _) in slots {
+                let _ = agent.unbind_device(slot).await;
                 let _ = vm.remove_device(slot).await;
             }
             network::detach(&self.path(), links).await?;
@@ -194,27 +210,37 @@ impl PodNetwork {
         carried: &mut Carried,
         old: State,
         take: Take,
+        rules: bool,
     ) -> Result<(), SandboxError> {
-        let known: HashSet<u32> = carried.slots.keys().copied().collect();
+        let known: HashSet<u32> = carried.slots.keys().chain(&carried.refused).copied().collect();
         let (mut now, come) = network::look(&self.path(), known, take).await?;
-        let mut slots = Vec::new();
+        carried.refused.retain(|link| now.link(*link).is_some());
         for device in come {
-            let link = device.link;
-            match vm.add_net(device).await {
-                Ok(slot) => {
-                    carried.slots.insert(link, Some(slot));
-                    slots.push((slot, link));
+            let (link, error) = match device {
+                Ok(device) => {
+                    let link = device.link;
+                    match vm.add_net(device).await {
+                        Ok(slot) => {
+                            carried.slots.insert(link, Some(slot));
+                            carried.unnamed.push((slot, link));
+                            continue;
+                        }
+                        Err(error) => {
+                            network::detach(&self.path(), vec![link]).await?;
+                            (link, chain(&error))
+                        }
+                    }
                 }
-                Err(error) => {
-                    let name = now.link(link).map(|link| link.name.as_str()).unwrap_or_default();
-                    tracing::warn!("the guest does not get interface {name}: {}", chain(&error));
-                    network::detach(&self.path(), vec![link]).await?;
-                }
-            }
+                Err((link, error)) => (link, chain(&error)),
+            };
+            carried.refused.insert(link);
+            let name = now.link(link).map(|link| link.name.as_str()).unwrap_or_default();
+            tracing::warn!("the guest does not get interface {name}: {error}");
         }
         let gone: Vec<u32> = carried.slots.keys().copied().filter(|link| now.link(*link).is_none()).collect();
         for link in gone {
             if let Some(Some(slot)) = carried.slots.remove(&link) {
+                carried.unnamed.retain(|(_, unnamed)| *unnamed != link);
                 let unbound = agent.unbind_device(slot).await.map_err(|error| chain(&error));
                 let removed = vm.remove_device(slot).await.map_err(|error| chain(&error));
                 if let Err(error) = unbound.and(removed) {
@@ -224,20 +250,26 @@ impl PodNetwork {
         }
         // A device that the guest does not have is not missing because of what it has.
         now.leave(|link| !carried.slots.contains_key(&link.index));
+        // The guest keeps the rules that it has as long as nobody knows others.
+        if !rules || now.firewall.is_none() {
+            now.firewall.clone_from(&old.firewall);
+        }
         // The pod runs already: all that can be done is to tell.
         let unsupported = now.unsupported.iter().filter(|one| !old.unsupported.contains(one)).cloned();
         let _ = Policy::Warn.check(&unsupported.collect::<Vec<_>>());
-        if let Some(mut request) = network::changes(&self.path(), old, now.clone()).await? {
-            network::name_devices(&mut request, &slots);
+        let request = network::changes(&self.path(), old, now.clone()).await?;
+        if request.is_some() || !carried.unnamed.is_empty() {
+            let mut request = request.unwrap_or_default();
+            network::name_devices(&mut request, &carried.unnamed);
             let answer = agent.add_network(&request).await?;
+            carried.unnamed.clear();
             let _ = network::check(&request, &answer, Policy::Warn);
         }
         carried.state = Some(now);
         Ok(())
     }
 
-    /// Follows the namespace to the VM's end, unless somebody does. What fails is tried again with the next change. `hands_over`
-    /// says whether servers for the container may listen in the namespace.
+    /// Follows the namespace to the VM's end, unless somebody does. What fails is tried again after a pause. `hands_over` says whether servers for the container may listen in the namespace.
     async fn follow(self: &Arc<Self>, vm: &Vm, agent: &Agent, hands_over: bool) {
         let events = {
             let mut carried = self.carried.lock().await;
@@ -253,14 +285,34 @@ impl PodNetwork {
         };
         tokio::spawn(async move {
             let following = async {
-                while events.next().await.is_ok() {
-                    let mut updated = network.update(&vm, &agent, Take::Raised).await;
+                let (mut pause, mut rules) = (None, false);
+                loop {
+                    match pause {
+                        None => match events.next().await {
+                            Ok(told) => rules |= told,
+                            Err(_) => break,
+                        },
+                        // What is told meanwhile is read with the next change; rules may be among it.
+                        Some(pause) => {
+                            tokio::time::sleep(pause).await;
+                            rules = true;
+                        }
+                    }
+                    let updating = network.update(&vm, &agent, Take::Raised, rules);
+                    let mut updated = patience::within(UPDATED, updating).await;
                     if hands_over && updated.is_ok() {
                         updated = network.hand_over(&agent).await;
                     }
-                    if let Err(error) = updated {
-                        tracing::warn!("a change of the network is not in the guest: {}", chain(&error));
-                    }
+                    let failed = updated.inspect_err(|error| {
+                        tracing::warn!("a change of the network is not in the guest yet: {}", chain(error));
+                    });
+                    pause = match failed {
+                        Ok(()) => {
+                            rules = false;
+                            None
+                        }
+                        Err(_) => Some(pause.map_or(FIRST_PAUSE, |pause: Duration| (pause * 2).min(LAST_PAUSE))),
+                    };
                 }
             };
             tokio::select! {
@@ -289,7 +341,7 @@ impl Sandbox {
         if self.network.prepared.is_some() {
             return Ok(());
         }
-        self.network.update(&self.vm, &self.agent, Take::All).await?;
+        self.network.update(&self.vm, &self.agent, Take::All, true).await?;
         self.network.hand_over(&self.agent).await?;
         self.network.follow(&self.vm, &self.agent, true).await;
         Ok(())
