@@ -245,20 +245,12 @@ mod tests {
             Self { handover: Handover::new(Netns::default()) }
         }
 
-        fn connect(&self, kind: u8) -> DuplexStream {
+        async fn connect(&self, kind: u8) -> DuplexStream {
             let (mut host, guest) = tokio::io::duplex(64 << 10);
-            let handover = self.handover.clone();
-            tokio::spawn(async move {
-                let _ = host_byte(&handover, guest).await;
-            });
-            let _ = futures::FutureExt::now_or_never(host.write_u8(kind));
+            tokio::spawn(self.handover.clone().connection(guest));
+            host.write_u8(kind).await.unwrap();
             host
         }
-    }
-
-    async fn host_byte(handover: &Handover<DuplexStream>, guest: DuplexStream) -> io::Result<()> {
-        handover.clone().connection(guest).await;
-        Ok(())
     }
 
     /// An endpoint that nobody has.
@@ -268,7 +260,7 @@ mod tests {
     }
 
     async fn listen(parts: &Parts, list: &[Endpoint]) -> DuplexStream {
-        let mut host = parts.connect(LISTEN);
+        let mut host = parts.connect(LISTEN).await;
         host.write_u8(u8::try_from(list.len()).unwrap()).await.unwrap();
         for endpoint in list {
             host.write_all(&endpoint.encode()).await.unwrap();
@@ -295,7 +287,7 @@ mod tests {
     async fn connection_is_handed_over_with_its_endpoint_and_its_bytes() {
         let (parts, wanted) = (Parts::new(), endpoint(Protocol::Tcp));
         let list = listen(&parts, &[wanted]).await;
-        let mut host = parts.connect(CARRY);
+        let mut host = parts.connect(CARRY).await;
         let mut client = connect(wanted.address).await;
         assert_eq!(dialled(&mut host).await, wanted);
         host.write_all(&[CONNECTED, b'h', b'i']).await.unwrap();
@@ -313,7 +305,7 @@ mod tests {
     async fn refusal_of_the_host_is_one_for_the_dialler() {
         let (parts, wanted) = (Parts::new(), endpoint(Protocol::Tcp));
         let _list = listen(&parts, &[wanted]).await;
-        let mut host = parts.connect(CARRY);
+        let mut host = parts.connect(CARRY).await;
         let mut client = connect(wanted.address).await;
         dialled(&mut host).await;
         host.write_u8(bulkhead_protocol::handover::REFUSED).await.unwrap();
@@ -326,7 +318,7 @@ mod tests {
         let _list = listen(&parts, &[wanted]).await;
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         client.connect(wanted.address).await.unwrap();
-        let mut host = parts.connect(CARRY);
+        let mut host = parts.connect(CARRY).await;
         // Until it listens, datagrams to it are refused.
         let mut answer = [0; 8];
         let asked = async {
@@ -358,7 +350,7 @@ mod tests {
         let taken = Endpoint { protocol: Protocol::Tcp, address: own.local_addr().unwrap() };
         let other = endpoint(Protocol::Tcp);
         let _list = listen(&parts, &[taken, other]).await;
-        let mut host = parts.connect(CARRY);
+        let mut host = parts.connect(CARRY).await;
         let _client = connect(other.address).await;
         assert_eq!(dialled(&mut host).await, other);
         let _mine = TcpStream::connect(taken.address).await.unwrap();
