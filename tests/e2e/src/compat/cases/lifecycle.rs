@@ -273,14 +273,6 @@ fn memory() -> Vec<Act> {
             let (_, status) = stage.run_to_end(limited("oom", &format!("exec {FILL}"))).await?;
             Ok(ending(&status))
         }),
-        act!(Lifecycle, "400 MiB and 2 GiB in a container without a limit", |stage| {
-            let fill = "dd if=/dev/zero of=/dev/null count=1 2> /dev/null bs=";
-            let script =
-                format!("{fill}400M; echo $?; {fill}2000M; echo $?; grep -c 'oom_kill 0' /sys/fs/cgroup/memory.events");
-            let id = stage.run(shell("roomy", &script)).await?;
-            let status = stage.wait_exit(&id, 2 * crate::PATIENCE).await?;
-            Ok(ending(&status) + &stage.text(&id, "stdout").await?)
-        }),
         act!(Lifecycle, "out of memory in a child only", |stage| {
             // Containers of Kubernetes are killed as a whole only with cgroup v2 and a newer kubelet than containerd 1.6.
             let script = format!("{FILL}; echo child $?; grep oom_kill /sys/fs/cgroup/memory.events; exit 7");

@@ -13,12 +13,24 @@ use crate::compat::{Act, Group, Probe, Stage, act, pod_security, security, shell
 
 /// One pod for each configuration.
 pub fn groups() -> Vec<Group> {
-    vec![configured(), shared_pids(), privileged(), crowded()]
+    vec![configured(), shared_pids(), privileged(), unlimited(), crowded()]
 }
 
 /// A cgroup on the node for a pod with this place.
 fn own_cgroup(place: &Path) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(place.file_name().unwrap_or_default())
+}
+
+/// A pod that takes much of the node, for which the others' cases would have to wait.
+fn unlimited() -> Group {
+    Group::new("unlimited").acts(vec![act!(Lifecycle, "400 MiB and 2 GiB in a container without a limit", |stage| {
+        let fill = "dd if=/dev/zero of=/dev/null count=1 2> /dev/null bs=";
+        let script =
+            format!("{fill}400M; echo $?; {fill}2000M; echo $?; grep -c 'oom_kill 0' /sys/fs/cgroup/memory.events");
+        let id = stage.run(shell("roomy", &script)).await?;
+        let status = stage.wait_exit(&id, 2 * crate::PATIENCE).await?;
+        Ok(ending(&status) + &stage.text(&id, "stdout").await?)
+    })])
 }
 
 /// A pod whose cgroup has less than what its containers, which have no limit, want: as it is with that of all pods.
