@@ -59,6 +59,9 @@ const GEN_MODE_NONE: u8 = 1;
 const MAX_SIZE: u32 = 65536;
 const MAX_SEGS: u32 = 65535;
 
+/// `DEFAULT_TX_QUEUE_LEN` of net/pkt_sched.h.
+const QUEUE_LENGTH: u32 = 1000;
+
 /// Kinds of links that need nothing but what their message says, so that the guest's kernel can make them again.
 const MADE_AGAIN: [&str; 25] = [
     "bond",
@@ -280,8 +283,10 @@ impl Link {
     /// The message with what a pod can do without.
     pub fn tune(&self) -> Message {
         let mut message = header(self.index, 0, 0);
-        if let Some(length) = self.message.attribute(ifla::TXQLEN) {
-            message.push(ifla::TXQLEN, length);
+        if let Some(length) = self.number(ifla::TXQLEN) {
+            // The kernel gives a device without a queue the usual length when its frames are redirected.
+            let length = if length == 0 && self.role == Role::Device { QUEUE_LENGTH } else { length };
+            message.push(ifla::TXQLEN, &length.to_ne_bytes());
         }
         if let Some(alias) = self.message.attribute(ifla::IFALIAS) {
             message.push(ifla::IFALIAS, alias);
@@ -468,6 +473,13 @@ mod tests {
         assert_eq!(role("wireguard", 65534, &[]), Role::Unsupported);
         assert_eq!(role("macsec", 1, &[lower]), Role::Unsupported);
         assert_eq!(link("tap-7", "tun", 1, &[], &[]).role, Role::None);
+    }
+
+    #[test]
+    fn redirect_of_a_device_without_a_queue_is_no_change() {
+        let with = |length: u32| link("eth0", "", 1, &[], &[(ifla::TXQLEN, &length.to_ne_bytes())]).tune();
+        assert_eq!(with(0), with(QUEUE_LENGTH));
+        assert_ne!(with(0), with(77));
     }
 
     #[test]

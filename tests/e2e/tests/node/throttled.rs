@@ -35,6 +35,7 @@ fn pod_with_a_fifth_of_a_cpu_becomes_ready_answers_probes_and_ends_in_order() {
                 ensure!(pod.sh(&sidecar, "echo alive").await? == "alive", "the sidecar has ended with it");
             }
         }
+        pod.cri().remove_pod(&pod.id).await?;
         ensure!(throttled(&group)? > Duration::from_secs(1), "nothing was throttled: {:?}", throttled(&group)?);
         Ok(())
     });
