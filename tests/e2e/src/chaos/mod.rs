@@ -367,11 +367,11 @@ impl Case<'_> {
         parts.stop_vmm()?;
         let strike = async {
             moment::request_waits(parts.vmm).await?;
-            signal(containerd, Signal::STOP)?;
+            let stopped = Stopped::new(containerd)?;
             parts.continue_vmm()?;
             created(&shim, &container).await?;
             parts.stop_vmm()?;
-            signal(containerd, Signal::CONT)?;
+            drop(stopped);
             moment::request_waits(parts.vmm).await?;
             self.strike(parts, Agent::Asked).await
         };
@@ -408,6 +408,22 @@ fn wake(netns: &str) -> Result<()> {
 }
 
 /// Returns when the shim has created a container and the guest has read everything that goes with it.
+/// A process that is stopped, and goes on with the end of this, also when a test gives up.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(process: u32) -> Result<Self> {
+        signal(process, Signal::STOP)?;
+        Ok(Self(process))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = signal(self.0, Signal::CONT);
+    }
+}
+
 async fn created(shim: &Shim, id: &str) -> Result<()> {
     let begin = Instant::now();
     let state = api::StateRequest { id: id.to_owned(), ..Default::default() };
