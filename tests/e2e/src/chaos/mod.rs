@@ -407,7 +407,6 @@ fn wake(netns: &str) -> Result<()> {
     node_command("nsenter", &[&format!("--net={netns}"), "sh", "-c", connect]).map(drop)
 }
 
-/// Returns when the shim has created a container and the guest has read everything that goes with it.
 /// A process that is stopped, and goes on with the end of this, also when a test gives up.
 struct Stopped(u32);
 
@@ -424,6 +423,7 @@ impl Drop for Stopped {
     }
 }
 
+/// Returns when the shim has created a container and the guest has read everything that goes with it.
 async fn created(shim: &Shim, id: &str) -> Result<()> {
     let begin = Instant::now();
     let state = api::StateRequest { id: id.to_owned(), ..Default::default() };
