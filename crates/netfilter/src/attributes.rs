@@ -1,5 +1,7 @@
 //! Attributes of netlink messages: type, length, value (Linux: include/uapi/linux/netlink.h, struct nlattr).
 
+pub use bulkhead_protocol::rtnl::push as put;
+
 /// Bits of the type that say how the value is to be read.
 const FLAGS: u16 = 0xc000;
 
@@ -58,15 +60,6 @@ pub fn text(bytes: &[u8], kind: u16) -> Option<String> {
     let value = find(bytes, kind)?;
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
     Some(String::from_utf8_lossy(value.get(..end)?).into_owned())
-}
-
-/// Appends an attribute. A value that is too long for one makes none.
-pub fn put(to: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let Ok(length) = u16::try_from(HEADER + value.len()) else { return };
-    to.extend_from_slice(&length.to_ne_bytes());
-    to.extend_from_slice(&kind.to_ne_bytes());
-    to.extend_from_slice(value);
-    to.resize(aligned(to.len()), 0);
 }
 
 /// Appends a number in network order.

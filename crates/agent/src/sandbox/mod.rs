@@ -93,17 +93,15 @@ impl Sandbox {
     /// is not the guest's to say.
     pub async fn add_network(&self, mut request: AddNetworkRequest) -> Result<AddNetworkResponse, SandboxError> {
         // The pod's own come before those of a namespace that is carried later.
-        for step in &mut request.steps {
-            if let Some(Step::Sysctls(sysctls)) = &mut step.step {
-                let of_pod = |name: &str| sysctl::path_of(name).is_some_and(|path| self.is_of_pod(&path));
-                sysctls.sysctls.retain(|sysctl| !of_pod(&sysctl.name));
+        if let Some(own) = self.sysctls.get() {
+            let of_pod = |name: &str| sysctl::path_of(name).is_some_and(|path| own.contains(&path));
+            for step in &mut request.steps {
+                if let Some(Step::Sysctls(sysctls)) = &mut step.step {
+                    sysctls.sysctls.retain(|sysctl| !of_pod(&sysctl.name));
+                }
             }
         }
         Ok(self.links.change(&self.netns, request).await?)
-    }
-
-    fn is_of_pod(&self, sysctl: &Path) -> bool {
-        self.sysctls.get().is_some_and(|own| own.contains(sysctl))
     }
 
     /// Corrects the guest's clock by what the host has found out, and answers with what it is then.

@@ -20,6 +20,12 @@ pub fn read() -> (Option<Firewall>, Vec<Unsupported>) {
     }
 }
 
+/// What makes rules of others, if they differ and both are known.
+pub fn difference(old: Option<&Firewall>, new: Option<&Firewall>) -> Option<Firewall> {
+    let difference = bulkhead_netfilter::replacing(old?, new?);
+    Some(difference).filter(|difference| *difference != Firewall::default())
+}
+
 /// What the guest says that it has not taken. It may say anything; a message that is none of ours is left out.
 pub fn not_taken(firewall: &Firewall, failures: &[FirewallFailure]) -> Vec<Unsupported> {
     let known = failures.iter().take(MAX_FAILURES).filter_map(|one| bulkhead_netfilter::failure(firewall, one));

@@ -2,10 +2,8 @@
 
 use std::collections::HashSet;
 
-use bulkhead_protocol::rtnl::{Message, NEW_ADDRESS, NEW_ROUTE, NEW_RULE, Socket, u32_at};
-
-use bulkhead_netfilter::replacing;
 use bulkhead_protocol::agent::Firewall;
+use bulkhead_protocol::rtnl::{Message, NEW_ADDRESS, NEW_ROUTE, NEW_RULE, Socket, u32_at};
 
 use super::NetworkError;
 use super::entries::{self, Entry};
@@ -69,7 +67,7 @@ impl State {
     pub fn is_empty(&self) -> bool {
         self.carried().all(|link| link.role == Role::Loopback)
             && self.entries.iter().all(entries::is_a_first_rule)
-            && self.firewall.as_ref().is_some_and(|rules| replacing(&Firewall::default(), rules) == Firewall::default())
+            && firewall::difference(Some(&Firewall::default()), self.firewall.as_ref()).is_none()
             && self.unsupported.is_empty()
     }
 

@@ -115,11 +115,7 @@ pub async fn changes(netns: &Path, old: State, new: State) -> Result<Option<AddN
         let come: Vec<&Link> = new.carried().filter(|link| !had(link)).collect();
         let steps = steps::change(&old, &new, sysctls::read(&come, false));
         steps::fit(&steps)?;
-        let rules = match (&old.firewall, &new.firewall) {
-            (Some(old), Some(new)) => Some(bulkhead_netfilter::replacing(old, new)),
-            _ => None,
-        };
-        let rules = rules.filter(|rules| *rules != Firewall::default());
+        let rules = firewall::difference(old.firewall.as_ref(), new.firewall.as_ref());
         Ok((!steps.is_empty() || rules.is_some()).then(|| request(steps, rules)))
     };
     netns::run_in(netns, read).await?
@@ -179,8 +175,7 @@ async fn attach_here(take: Take, policy: Policy) -> Result<Network, NetworkError
             }
         }
     }
-    let rules = state.firewall.as_ref().map(|rules| bulkhead_netfilter::replacing(&Firewall::default(), rules));
-    let request = request(steps, rules.filter(|rules| *rules != Firewall::default()));
+    let request = request(steps, firewall::difference(Some(&Firewall::default()), state.firewall.as_ref()));
     Ok(Network { devices, request, state, events })
 }
 
