@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{
-    AgentClient, BlockDevice, ContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest, Empty, Event,
-    ExitStatus, ProcessRequest, Stats,
+    AgentClient, BlockDevice, ContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest,
+    Empty, Event, ExitStatus, ProcessRequest, Stats,
 };
 use bulkhead_shim::pod::error::{TaskError, chain};
 use bulkhead_shim::pod::process::Exit;

@@ -201,9 +201,8 @@ fn share() -> List {
     listed = message(listed, 5, 2, &[]);
     listed = message(listed, 17, 1, &[]);
     // Handle, owner, first and last byte, kind, process, flags.
-    let lock = |handle: u32, owner: u32, kind: u32, whole: u32| {
-        words(&[handle, 0, owner, 0, 0, 0, 9, 0, kind, 7, whole, 0])
-    };
+    let lock =
+        |handle: u32, owner: u32, kind: u32, whole: u32| words(&[handle, 0, owner, 0, 0, 0, 9, 0, kind, 7, whole, 0]);
     let mut locked = start();
     locked = message(locked, 1, 1, b"file\0");
     locked = message(locked, 14, 2, &words(&[2, 0]));
