@@ -10,6 +10,7 @@ use containerd_shim_protos::types::mount::Mount;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use tokio::sync::watch;
 
 use super::container::{Container, Kind};
 use super::end::UNSTARTED_END;
@@ -126,7 +127,7 @@ impl Pod {
         sandbox: &Arc<Sandbox>,
     ) -> Result<(), TaskError> {
         let creating = self.creating();
-        if creating.get(&task.id).is_some_and(|deleted| *deleted) {
+        if creating.get(&task.id).is_some_and(|deleted| *deleted.borrow()) {
             return Err(TaskError::Deleted(task.id.clone()));
         }
         self.containers().insert(task.id.clone(), container.clone());
@@ -332,7 +333,7 @@ impl Creation {
             if creating.contains_key(id) || pod.containers().contains_key(id) {
                 return Err(TaskError::Exists(format!("container {id}")));
             }
-            creating.insert(id.to_owned(), false);
+            creating.insert(id.to_owned(), watch::channel(false).0);
         }
         Ok(Self { pod, id: id.to_owned() })
     }

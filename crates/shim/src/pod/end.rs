@@ -91,12 +91,12 @@ impl Pod {
     /// A container that is to be deleted. One that is still being created is not there, and is not going to be: containerd
     /// deletes what it has not waited for, and then forgets it.
     fn created(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        let mut creating = self.creating();
+        let creating = self.creating();
         let found = self.container(id);
         if found.is_err()
-            && let Some(deleted) = creating.get_mut(id)
+            && let Some(deleted) = creating.get(id)
         {
-            *deleted = true;
+            deleted.send_replace(true);
         }
         found
     }

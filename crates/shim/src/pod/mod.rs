@@ -64,7 +64,7 @@ pub struct Pod {
     keeper: Keeper,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Ids for which a Create runs, and whether a Delete has come meanwhile. Taken before `containers`.
-    creating: Mutex<HashMap<String, bool>>,
+    creating: Mutex<HashMap<String, watch::Sender<bool>>>,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     /// Set if containerd made the sandbox by the Sandbox API.
     api: Mutex<Option<Arc<ApiSandbox>>>,
@@ -96,7 +96,7 @@ impl Pod {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn creating(&self) -> MutexGuard<'_, HashMap<String, bool>> {
+    fn creating(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<bool>>> {
         self.creating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -117,6 +117,14 @@ impl Pod {
     /// A container by its id.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         self.containers().get(id).cloned().ok_or_else(|| TaskError::NotFound(format!("container {id}")))
+    }
+
+    /// Returns when no Create of this id runs (any more).
+    pub async fn created_or_not(&self, id: &str) {
+        let creation = self.creating().get(id).map(watch::Sender::subscribe);
+        if let Some(mut creation) = creation {
+            while creation.changed().await.is_ok() {}
+        }
     }
 
     /// A container's init, or its exec if the id is not empty.

@@ -491,3 +491,18 @@ fn container_and_pod_are_removed_while_other_calls_wait_for_the_hosts_file_syste
     });
     drop(answer);
 }
+
+#[tokio::test]
+async fn who_asks_for_a_container_that_is_being_created_waits_for_the_outcome() {
+    let Fixture { pod, .. } = &pod().await;
+    pod.creating().insert("new".into(), watch::channel(false).0);
+    let settled = pod.created_or_not("new");
+    tokio::pin!(settled);
+    assert!(settled.as_mut().now_or_never().is_none());
+    assert!(pod.created_or_not("c").now_or_never().is_some(), "a container that is there is not waited for");
+    // A deletion decides it, but it is over when Create is.
+    pod.creating().get("new").unwrap().send_replace(true);
+    assert!(settled.as_mut().now_or_never().is_none());
+    pod.creating().remove("new");
+    settled.await;
+}

@@ -54,6 +54,9 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, r: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
+        // A containerd that starts again while a Create runs asks this once. A container of which it is told that it does not
+        // exist, and which comes after that, it never deletes.
+        self.pod.created_or_not(&r.id).await;
         let container = self.pod.container(&r.id).map_err(status)?;
         let process = self.pod.process(&r.id, &r.exec_id).map_err(status)?;
         let exit = process.exit();
