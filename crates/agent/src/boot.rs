@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
+use crate::runtime::zygote;
 use crate::sys;
 
 /// Level of the agent's log, on the kernel command line: `bulkhead.log=debug`. The dot makes the kernel keep it to itself.
@@ -24,10 +25,11 @@ pub fn init() -> Result<Infallible, BootError> {
     leave_rootfs().map_err(BootError::Root)?;
     mount_file_systems()?;
     lock_root().map_err(BootError::Root)?;
-    start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     raise_limits();
     cgroup::prepare_hierarchy()?;
-    listen::serve_vsock(kernel_boot).map_err(Into::into)
+    let zygote = zygote::start().map_err(BootError::Zygote)?;
+    start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    listen::serve_vsock(zygote, kernel_boot).map_err(Into::into)
 }
 
 /// Puts a mount with a parent in place of the initramfs' root.
@@ -158,6 +160,9 @@ pub enum BootError {
     /// The cgroup hierarchy.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Helpers.
+    #[error("cannot fork the process that makes helpers")]
+    Zygote(#[source] io::Error),
     /// The ports.
     #[error(transparent)]
     Listen(#[from] ListenError),

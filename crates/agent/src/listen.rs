@@ -19,19 +19,21 @@ use crate::handover::Handover;
 use crate::netns::Netns;
 use crate::reaper::Reaper;
 use crate::rpc::Service;
+use crate::runtime::Runtime;
+use crate::runtime::zygote::{self, Unwatched};
 use crate::sandbox::Clock;
 use crate::stdio::{Streams, serve};
 use crate::{boot, forward, sys};
 
 /// Serves the shim until the guest ends. `kernel_boot` is what the kernel took before the agent began.
-pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
+pub fn serve_vsock(zygote: Unwatched, kernel_boot: Duration) -> Result<Infallible, ListenError> {
     block_on(async {
         let bind = |port| VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port));
         let rpc = bind(AGENT_RPC_PORT).map_err(ListenError::Vsock)?;
         let stdio = bind(AGENT_STDIO_PORT).map_err(ListenError::Vsock)?;
         let localhost = bind(AGENT_FORWARD_PORT).map_err(ListenError::Vsock)?;
         let handover = bind(AGENT_HANDOVER_PORT).map_err(ListenError::Vsock)?;
-        let agent = Agent::start(Listener::from(rpc), Clock::of_guest(), kernel_boot).await?;
+        let agent = Agent::start(Listener::from(rpc), zygote, Clock::of_guest(), kernel_boot).await?;
         tracing::debug!("listening");
         // The knock: always refused, and the refusal need not be waited for.
         tokio::spawn(VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)));
@@ -52,17 +54,18 @@ pub fn serve_vsock(kernel_boot: Duration) -> Result<Infallible, ListenError> {
 /// Serves on `rpc.sock` and `stdio.sock` of a directory, outside of a guest. The caller has prepared the namespaces: /run
 /// and the cgroup hierarchy are used as in a guest.
 pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
-    boot::log_to_stderr(tracing::Level::DEBUG);
     // In a guest PID 1 is the parent of whatever is left behind; here that takes a word to the kernel.
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     crate::cgroup::prepare_hierarchy().map_err(io::Error::other).map_err(ListenError::Runtime)?;
+    let zygote = zygote::start().map_err(ListenError::Runtime)?;
+    boot::log_to_stderr(tracing::Level::DEBUG);
     block_on(async {
         let bind = |name| {
             UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })
         };
         let (rpc, stdio) = (bind("rpc.sock")?, bind("stdio.sock")?);
         // The clock is another machine's here.
-        let agent = Agent::start(Listener::from(rpc), Clock::default(), Duration::ZERO).await?;
+        let agent = Agent::start(Listener::from(rpc), zygote, Clock::default(), Duration::ZERO).await?;
         println!("listening in {}", dir.display());
         agent.accept_streams(async || stdio.accept().await.map(|(stream, _)| stream)).await
     })
@@ -83,11 +86,12 @@ struct Agent {
 }
 
 impl Agent {
-    async fn start(rpc: Listener, clock: Clock, kernel_boot: Duration) -> Result<Self, ListenError> {
+    async fn start(rpc: Listener, zygote: Unwatched, clock: Clock, kernel_boot: Duration) -> Result<Self, ListenError> {
         let reaper = Arc::new(Reaper::default());
         let streams = Arc::new(Streams::default());
         let netns = Netns::default();
-        let service = Service::new(Arc::clone(&reaper), Arc::clone(&streams), netns.clone(), clock, kernel_boot);
+        let runtime = Runtime::new(Arc::clone(&reaper), zygote.watch().map_err(ListenError::Runtime)?);
+        let service = Service::new(runtime, Arc::clone(&streams), netns.clone(), clock, kernel_boot);
         let children = signal(SignalKind::child()).map_err(ListenError::Runtime)?;
         tokio::spawn(reaper.run(children));
         let mut server = Server::new().add_listener(rpc).register_service(create_agent(Arc::new(service)));

@@ -1,8 +1,8 @@
 //! `bulkhead-agent`: PID 1 of the guest (ARCHITECTURE.md, D6, D8).
 //!
 //! The shim asks over vsock (ttrpc for control, one connection for each standard stream), the agent answers. What it asks
-//! of the kernel it does itself, except for the creation of containers: libcontainer forks and blocks, so the agent
-//! re-executes itself as a single-threaded helper for that ([`runtime`]).
+//! of the kernel it does itself, except for the creation of containers: libcontainer forks and blocks, so the agent has
+//! single-threaded helpers for that ([`runtime`]).
 #![cfg_attr(not(test), no_main)]
 
 mod boot;
@@ -28,19 +28,13 @@ mod volumes;
 use std::convert::Infallible;
 use std::path::PathBuf;
 
-use runtime::message::IdMaps;
-
 /// What this process is for.
 #[derive(Debug, Eq, PartialEq)]
 enum Mode {
     /// PID 1 of a guest.
     Init,
-    /// Creates one container or process for the agent that started it.
-    Helper,
     /// PID 1 of a pid namespace that the pod's containers share.
     PidNamespace,
-    /// Maps the ids of a user namespace.
-    IdMaps { pid: String, maps: IdMaps },
     /// Makes a container's working directory, as a hook of libcontainer's.
     Directory { rootfs: PathBuf, cwd: PathBuf },
     /// Copies directories of the image into what is mounted on them, as a hook of libcontainer's.
@@ -53,12 +47,7 @@ impl Mode {
     /// The kernel hands words of its command line to init, so only the agent's own words count.
     fn from_args(mut args: impl Iterator<Item = String>, pid: u32) -> Option<Self> {
         match (args.next().as_deref(), args.next()) {
-            (Some(runtime::HELPER_ARG), _) => Some(Self::Helper),
             (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
-            (Some(runtime::ID_MAPS_ARG), Some(pid)) => {
-                let maps = args.next().zip(args.next()).map(|(uids, gids)| IdMaps { uids, gids });
-                maps.map(|maps| Self::IdMaps { pid, maps })
-            }
             (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
                 args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
             }
@@ -76,9 +65,7 @@ impl Mode {
 #[cfg_attr(test, allow(dead_code))]
 fn run() -> i32 {
     match Mode::from_args(std::env::args().skip(1), std::process::id()) {
-        Some(Mode::Helper) => runtime::helper::main(),
         Some(Mode::PidNamespace) => runtime::pid_namespace::main(),
-        Some(Mode::IdMaps { pid, maps }) => runtime::id_maps::main(&pid, &maps),
         Some(Mode::Directory { rootfs, cwd }) => runtime::directory::main(&rootfs, &cwd),
         Some(Mode::CopyUp { rootfs, places }) => runtime::tmpfs::main(&rootfs, &places),
         Some(Mode::Serve(dir)) => report(listen::serve_unix(&dir)),
@@ -112,11 +99,7 @@ mod tests {
 
     #[test]
     fn own_words_choose_the_mode() {
-        assert_eq!(mode(&[runtime::HELPER_ARG], 7), Some(Mode::Helper));
         assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
-        let maps = IdMaps { uids: "0 0 9".into(), gids: "0 0 8".into() };
-        let words = [runtime::ID_MAPS_ARG, "7", "0 0 9", "0 0 8"];
-        assert_eq!(mode(&words, 8), Some(Mode::IdMaps { pid: "7".into(), maps }));
         let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
         assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
         let copy_up = Mode::CopyUp { rootfs: "/r".into(), places: vec!["/a".into(), "/b".into()] };

@@ -19,7 +19,7 @@ use ttrpc::error::get_rpc_status;
 use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
 use crate::netns::Netns;
-use crate::reaper::Reaper;
+use crate::runtime::Runtime;
 use crate::sandbox::{Clock, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
 use crate::{events, sys};
@@ -37,9 +37,9 @@ pub struct Service {
 
 impl Service {
     /// A guest without a pod.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, clock: Clock, kernel_boot: Duration) -> Self {
+    pub fn new(runtime: Runtime, streams: Arc<Streams>, netns: Netns, clock: Clock, kernel_boot: Duration) -> Self {
         let (sender, events) = events::channel();
-        let containers = Arc::new(Containers::new(reaper, streams, netns.clone(), sender));
+        let containers = Arc::new(Containers::new(runtime, streams, netns.clone(), sender));
         Self { sandbox: Arc::new(Sandbox::new(netns, clock)), containers, events, kernel_boot }
     }
 }

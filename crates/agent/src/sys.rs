@@ -1,7 +1,7 @@
 //! The few system calls that have no safe wrapper, and helpers for talking about errors.
 #![allow(
     unsafe_code,
-    reason = "random(4), loop(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions and seccomp(2) have no safe wrapper"
+    reason = "random(4), loop(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions, clone(2) and seccomp(2) have no safe wrapper"
 )]
 
 use std::error::Error;
@@ -156,6 +156,43 @@ pub fn kill(pid: u32, signal: u32) -> io::Result<()> {
     };
     // SAFETY: a plain system call on two integers.
     if unsafe { libc::kill(pid, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whose child a forked process is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Parent {
+    /// That of who forks.
+    Caller,
+    /// A sibling of who forks (CLONE_PARENT).
+    CallersParent,
+}
+
+/// Which of the two processes returns.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Forked {
+    /// The new one.
+    Child,
+    /// The old one, and the new one's pid.
+    Parent { pid: i32 },
+}
+
+/// fork(2). Refused where there is another thread: what that holds, a lock of the allocator's for one, the child would wait for
+/// for ever.
+pub fn fork(parent: Parent) -> io::Result<Forked> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other("a process with threads does not fork"));
+    }
+    let flags = match parent {
+        Parent::Caller => libc::SIGCHLD,
+        Parent::CallersParent => libc::SIGCHLD | libc::CLONE_PARENT,
+    };
+    // SAFETY: without CLONE_VM the child has memory of its own and goes on with a copy of this stack. There is no other thread, so
+    // every lock and every structure is as whole in the copy as here.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } {
+        0 => Ok(Forked::Child),
+        pid @ 1.. => Ok(Forked::Parent { pid: i32::try_from(pid).map_err(io::Error::other)? }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Puts this thread under a filter (seccomp(2), SECCOMP_SET_MODE_FILTER). The flags must not ask for a listener.

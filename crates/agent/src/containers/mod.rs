@@ -55,10 +55,10 @@ pub struct Containers {
 
 impl Containers {
     /// No container yet.
-    pub fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, netns: Netns, events: events::Sender) -> Self {
+    pub fn new(runtime: Runtime, streams: Arc<Streams>, netns: Netns, events: events::Sender) -> Self {
         Self {
-            runtime: Runtime::new(Arc::clone(&reaper)),
-            reaper,
+            reaper: runtime.reaper(),
+            runtime,
             streams,
             events,
             table: Mutex::default(),
@@ -128,7 +128,7 @@ impl Containers {
         let rules = resources.and_then(|resources| resources.devices().as_deref());
         container.cgroup().restrict_devices(rules.unwrap_or_default())?;
         let (stdio, ours) = ends::make(&request.streams).map_err(ContainerError::Streams)?;
-        let created = self.runtime.create(id, &spec, stdio).await?;
+        let created = self.runtime.create(id, spec, stdio).await?;
         let process = self.adopt(container, "", created, ours, &request.streams)?;
         container.set_phase(Phase::Created);
         let shares_pids = pid_namespace != PidNamespace::PID_NAMESPACE_OWN;
@@ -189,7 +189,7 @@ impl Containers {
         init.executed().await;
         let group = container.cgroup().group_for_exec(init.pid());
         let serial = self.exec_serial.fetch_add(1, Ordering::Relaxed);
-        let created = self.runtime.exec(container.id(), group, serial, &process, stdio).await?;
+        let created = self.runtime.exec(container.id(), group, serial, process, stdio).await?;
         self.adopt(container, &request.exec_id, created, ours, &request.streams).map(drop)
     }
 

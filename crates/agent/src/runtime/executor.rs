@@ -70,30 +70,30 @@ impl Init {
 /// waits for its start. It is not dumpable, so in a shared pid namespace only a container with CAP_SYS_PTRACE can reach them.
 #[derive(Clone)]
 pub struct Confinement {
-    filter: Filter,
-    capabilities: Option<LinuxCapabilities>,
+    /// The filter.
+    pub filter: Filter,
+    /// The real set, if the process was described with a wider one.
+    pub capabilities: Option<LinuxCapabilities>,
 }
 
 impl Confinement {
-    /// Changes the process so that the executor can do the rest.
-    pub fn take_over(filter: Filter, process: &mut Process) -> Self {
-        let real = process.capabilities().clone();
+    /// Describes a process so that a filter can be installed in it at last; answers its real capabilities if that changed them.
+    pub fn widen(process: &mut Process) -> Option<LinuxCapabilities> {
         if process.no_new_privileges() == Some(true) {
-            return Self { filter, capabilities: None };
+            return None;
         }
-        if let Some(real) = &real {
-            let mut wider = real.clone();
-            let with = |set: &Option<oci_spec::runtime::Capabilities>| {
-                let mut set = set.clone().unwrap_or_default();
-                set.extend([Capability::SysAdmin, Capability::Setpcap]);
-                Some(set)
-            };
-            wider.set_bounding(with(real.bounding()));
-            wider.set_effective(with(real.effective()));
-            wider.set_permitted(with(real.permitted()));
-            process.set_capabilities(Some(wider));
-        }
-        Self { filter, capabilities: real }
+        let real = process.capabilities().clone()?;
+        let mut wider = real.clone();
+        let with = |set: &Option<oci_spec::runtime::Capabilities>| {
+            let mut set = set.clone().unwrap_or_default();
+            set.extend([Capability::SysAdmin, Capability::Setpcap]);
+            Some(set)
+        };
+        wider.set_bounding(with(real.bounding()));
+        wider.set_effective(with(real.effective()));
+        wider.set_permitted(with(real.permitted()));
+        process.set_capabilities(Some(wider));
+        Some(real)
     }
 
     fn apply(&self) -> Result<(), ExecutorError> {

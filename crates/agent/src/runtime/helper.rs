@@ -12,32 +12,30 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{Hook, Process, Spec};
+use oci_spec::runtime::PosixRlimit;
 use rustix::fs::{Gid, Uid};
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::causes::Causes;
 use super::executor::{AgentExecutor, Confinement, Init};
-use super::message::{Action, IdMaps, Reply, Request};
+use super::message::{Action, IdMaps, Reply, Request, Seccomp};
 use super::seccomp::{Filter, FilterError};
-use super::{EXEC_PID, PID_NAMESPACE_ARG, SECCOMP_FILE, id_maps, limits};
+use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
 use crate::sys;
 
 /// Standard streams of a process.
 const STREAMS: usize = 3;
 
-/// Runs a helper; the socket to the agent is standard input. Answers the exit status.
-pub fn main() -> i32 {
-    let agent = io::stdin();
-    let Ok(Some((request, stdio))) = control::receive::<Request>(&agent) else { return 1 };
+/// Runs a helper with its end of the socket to the agent. Answers the exit status.
+pub fn main(agent: &OwnedFd) -> i32 {
+    let Ok(Some((request, stdio))) = control::receive::<Request>(agent) else { return 1 };
     let mut causes = Causes::keep();
     let sent = match perform(request, stdio) {
         Ok((pid, terminal)) => {
             let terminal: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
-            control::send(&agent, &Reply::Created { pid }, &terminal)
+            control::send(agent, &Reply::Created { pid }, &terminal)
         }
         Err(error) => {
             let message = sys::chain(&error);
@@ -46,7 +44,7 @@ pub fn main() -> i32 {
                 Some(behind) => format!("{message} ({behind})"),
                 None => message,
             });
-            control::send(&agent, &Reply::Failed { message: told }, &[])
+            control::send(agent, &Reply::Failed { message: told }, &[])
         }
     };
     i32::from(sent.is_err())
@@ -69,11 +67,9 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
     let console_path = console.as_ref().map(|console| console.path.clone());
     let window = request.terminal;
     let pid = match request.action {
-        Action::Create { id, bundle, state } => {
-            let config = bundle.join("config.json");
-            let mut spec: Spec = read_json(&config)?;
-            limits::raise(spec.process().as_ref().and_then(|process| process.rlimits().as_deref()).unwrap_or_default());
-            let (hooks, confinement) = take_over(&config, &mut spec)?;
+        Action::Create { id, bundle, state, hooks, rlimits, seccomp } => {
+            limits::raise(&rlimits);
+            let confinement = seccomp.map(confinement).transpose()?;
             let init = Some(Init { id: id.clone(), bundle: bundle.clone(), hooks });
             let executor = AgentExecutor { init, window, confinement };
             let mut container = builder(id, &state, console_path, stdio, executor)?
@@ -86,11 +82,10 @@ fn perform(request: Request, mut stdio: Vec<OwnedFd>) -> Result<(u32, Option<Own
             container.set_status(ContainerStatus::Running).save()?;
             container.pid().map_or(0, nix_pid)
         }
-        Action::Exec { id, state, process, seccomp, cgroup } => {
-            let mut described = read_json(&process)?;
-            let confinement = seccomp.map(|filter| confine(&mut described, &process, &filter)).transpose()?;
+        Action::Exec { id, state, process, cgroup, oom_score_adj, rlimits, seccomp } => {
+            let confinement = seccomp.map(confinement).transpose()?;
             let executor = AgentExecutor { init: None, window, confinement };
-            prepare(&described)?;
+            prepare(&rlimits, oom_score_adj)?;
             join_user_namespace(&state.join(&id))?;
             let pid_file = state.join(&id).join(EXEC_PID);
             let pid = builder(id, &state, console_path, stdio, executor)?
@@ -144,37 +139,25 @@ fn give_streams(stdio: &[OwnedFd], uid: u32) -> Result<(), HelperError> {
     Ok(())
 }
 
-/// Takes out of libcontainer's hands what the executor does for a container's init: see [`Init`] and [`Confinement`].
-fn take_over(config: &Path, spec: &mut Spec) -> Result<(Vec<Hook>, Option<Confinement>), HelperError> {
-    let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
-    let seccomp = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
-    let filter = seccomp.as_ref().map(Filter::compile).transpose()?;
-    if let Some(filter) = &filter {
-        let path = config.with_file_name(SECCOMP_FILE);
-        std::fs::write(&path, filter.to_bytes()).map_err(|source| HelperError::File { path, source })?;
-    }
-    let process = spec.process_mut().as_mut();
-    let confinement = filter.zip(process).map(|(filter, process)| Confinement::take_over(filter, process));
-    if confinement.is_some() || !hooks.is_empty() {
-        write_json(config, spec)?;
-    }
-    Ok((hooks, confinement))
-}
-
-/// The same for an exec, which has a filter only. Its description is in a file for libcontainer as well.
-fn confine(process: &mut Process, process_path: &Path, filter: &Path) -> Result<Confinement, HelperError> {
-    let unread = |source| HelperError::File { path: filter.into(), source };
-    let bytes = std::fs::read(filter).map_err(unread)?;
-    let filter = Filter::from_bytes(&bytes).ok_or_else(|| unread(io::ErrorKind::InvalidData.into()))?;
-    let confinement = Confinement::take_over(filter, process);
-    write_json(process_path, process)?;
-    Ok(confinement)
+/// Reads a compiled filter, or compiles it for this process and the container's execs.
+fn confinement(seccomp: Seccomp) -> Result<Confinement, HelperError> {
+    let Seccomp { filter: path, profile, capabilities } = seccomp;
+    let unusable = |source| HelperError::File { path: path.clone(), source };
+    let filter = if let Some(profile) = profile {
+        let filter = Filter::compile(&read_json(&profile)?)?;
+        std::fs::write(&path, filter.to_bytes()).map_err(unusable)?;
+        filter
+    } else {
+        let bytes = std::fs::read(&path).map_err(unusable)?;
+        Filter::from_bytes(&bytes).ok_or_else(|| unusable(io::ErrorKind::InvalidData.into()))?
+    };
+    Ok(Confinement { filter, capabilities })
 }
 
 /// Gives this process what an exec inherits and could not take in its container's user namespace.
-fn prepare(process: &Process) -> Result<(), HelperError> {
-    limits::raise(process.rlimits().as_deref().unwrap_or_default());
-    process.oom_score_adj().map_or(Ok(()), limits::set_oom_score).map_err(HelperError::OomScore)
+fn prepare(rlimits: &[PosixRlimit], oom_score_adj: Option<i32>) -> Result<(), HelperError> {
+    limits::raise(rlimits);
+    oom_score_adj.map_or(Ok(()), limits::set_oom_score).map_err(HelperError::OomScore)
 }
 
 /// Joins the container's user namespace, if it has one of its own. libcontainer 0.7 joins all others for an exec but not
@@ -198,11 +181,6 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, HelperError> {
     std::fs::read(path)
         .and_then(|text| serde_json::from_slice(&text).map_err(Into::into))
         .map_err(|source| HelperError::File { path: path.into(), source })
-}
-
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), HelperError> {
-    let text = serde_json::to_vec(value).map_err(io::Error::from);
-    text.and_then(|text| std::fs::write(path, text)).map_err(|source| HelperError::File { path: path.into(), source })
 }
 
 /// Where a helper's [`Console`] is.
@@ -273,6 +251,7 @@ fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
             .map_err(HelperError::UserNamespace)?;
     }
     unshare(CloneFlags::CLONE_NEWPID).map_err(|errno| HelperError::PidNamespace(errno.into()))?;
+    // Executed anew: containers see this process, and it has nothing of the helper's.
     Command::new("/proc/self/exe")
         .arg(PID_NAMESPACE_ARG)
         .stdin(Stdio::null())

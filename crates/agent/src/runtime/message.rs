@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use bulkhead_protocol::agent::{IdRange, UserNamespace};
+use oci_spec::runtime::{Hook, LinuxCapabilities, PosixRlimit};
 use serde::{Deserialize, Serialize};
 
 /// Agent to helper.
@@ -21,12 +22,39 @@ pub struct Request {
 /// What a helper can create.
 #[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Action {
-    /// A container from `bundle`/config.json, its state below `state`.
-    Create { id: String, bundle: PathBuf, state: PathBuf },
+    /// A container from `bundle`/config.json, its state below `state`, and its startContainer hooks.
+    Create {
+        id: String,
+        bundle: PathBuf,
+        state: PathBuf,
+        hooks: Vec<Hook>,
+        rlimits: Vec<PosixRlimit>,
+        seccomp: Option<Seccomp>,
+    },
     /// A process in a container, both described by files of JSON, and its control group below the container's.
-    Exec { id: String, state: PathBuf, process: PathBuf, seccomp: Option<PathBuf>, cgroup: Option<String> },
+    Exec {
+        id: String,
+        state: PathBuf,
+        process: PathBuf,
+        cgroup: Option<String>,
+        oom_score_adj: Option<i32>,
+        rlimits: Vec<PosixRlimit>,
+        seccomp: Option<Seccomp>,
+    },
     /// A pid namespace, and a user and a network namespace with it if ids are given to map.
     PidNamespace { user: Option<IdMaps> },
+}
+
+/// The seccomp filter of a process, and the capabilities that it has when the filter is in place: see
+/// [`super::executor::Confinement`].
+#[derive(Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Seccomp {
+    /// File of the compiled filter, to be made if there is a profile.
+    pub filter: PathBuf,
+    /// File of the profile that is to be compiled.
+    pub profile: Option<PathBuf>,
+    /// `None` if the process keeps what it has.
+    pub capabilities: Option<LinuxCapabilities>,
 }
 
 /// Ids of a user namespace, as the lines of its maps (user_namespaces(7)).

@@ -1,8 +1,8 @@
 //! The seam to libcontainer: everything that creates a container's process goes through the few verbs of [`Runtime`].
 //!
 //! libcontainer changes directory, forks, blocks and keeps state in files, none of which a threaded PID 1 can have. So each
-//! creation runs in a helper: this program again, single-threaded, its request and the process's standard streams sent
-//! over a socket pair, which is its standard input ([`message`], [`helper`]). The processes that it creates are the
+//! creation runs in a helper: a process with one thread ([`zygote`]), its request and the process's standard streams sent
+//! over a socket pair ([`message`], [`helper`]). The processes that it creates are the
 //! agent's children, not the helper's. Once a process exists libcontainer has no further part in it: signals, limits,
 //! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
 
@@ -17,19 +17,19 @@ pub mod message;
 pub mod pid_namespace;
 mod seccomp;
 pub mod tmpfs;
+pub mod zygote;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{self, ControlError};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{Hook, Process, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
+use serde::de::DeserializeOwned;
 use tokio::io::AsyncWriteExt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -37,12 +37,10 @@ use tokio::net::unix::pipe;
 
 use crate::reaper::{Birth, Exit, ExitWatch, Reaper};
 use crate::{patience, sys};
-use message::{Action, IdMaps, Reply, Request, WindowSize};
+use executor::Confinement;
+use message::{Action, IdMaps, Reply, Request, Seccomp, WindowSize};
+use zygote::Zygote;
 
-/// First argument of a helper.
-pub const HELPER_ARG: &str = "runtime-helper";
-/// First argument of what maps the ids of a user namespace.
-pub const ID_MAPS_ARG: &str = "id-maps";
 /// First argument of a pid namespace's init.
 pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
 
@@ -60,11 +58,23 @@ const EXEC_PID: &str = "pid";
 const ANSWER: Duration = Duration::from_secs(45);
 /// Filter of a container beside its configuration, compiled, for its execs.
 const SECCOMP_FILE: &str = "seccomp.bpf";
+/// The profile that it is compiled from, in the same place.
+const PROFILE_FILE: &str = "seccomp.json";
 
 /// Creates processes by way of helpers.
 #[derive(Debug)]
 pub struct Runtime {
     reaper: Arc<Reaper>,
+    zygote: Zygote,
+    /// The filter that was compiled last: the containers of a pod mostly have the same profile.
+    compiled: Mutex<Option<Compiled>>,
+}
+
+/// A seccomp profile and its filter, both as they are in files.
+#[derive(Debug)]
+struct Compiled {
+    profile: Vec<u8>,
+    filter: Vec<u8>,
 }
 
 /// The standard streams that a new process gets, and its terminal.
@@ -94,24 +104,74 @@ pub struct Created {
 }
 
 impl Runtime {
-    /// Uses the reaper that owns the agent's children.
-    pub fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper }
+    /// Uses the reaper that owns the agent's children, which helpers are.
+    pub fn new(reaper: Arc<Reaper>, zygote: Zygote) -> Self {
+        Self { reaper, zygote, compiled: Mutex::default() }
+    }
+
+    /// That reaper.
+    pub fn reaper(&self) -> Arc<Reaper> {
+        Arc::clone(&self.reaper)
     }
 
     /// Creates a container whose init waits for [`Self::start`].
-    pub async fn create(&self, id: &str, spec: &Spec, stdio: ProcessStdio) -> Result<Created, RuntimeError> {
+    pub async fn create(&self, id: &str, mut spec: Spec, stdio: ProcessStdio) -> Result<Created, RuntimeError> {
         let bundle = bundle_dir(id);
-        prepare_bundle(&bundle, spec).map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
-        let action = Action::Create { id: id.into(), bundle, state: STATE.into() };
+        let prepared = self.prepare_bundle(&bundle, &mut spec);
+        let action = prepared
+            .map(|(hooks, seccomp)| {
+                let (id, state) = (id.into(), STATE.into());
+                let rlimits = spec.process().as_ref().and_then(|process| process.rlimits().clone()).unwrap_or_default();
+                Action::Create { id, bundle: bundle.clone(), state, hooks, rlimits, seccomp }
+            })
+            .map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
         // The helper hands its end down by fork(2); execve(2) closes it.
         let (ends, held) =
             pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|error| RuntimeError::Spawn(error.into()))?;
         let ends = pipe::Receiver::from_owned_fd(ends).map_err(RuntimeError::Spawn)?;
         let request = Request { action, uid, terminal: stdio.terminal };
         let created = self.run(request, Some(stdio), Some(held), None).await?;
+        self.remember_filter(&bundle);
         Ok(Created { until_executed: Some(ends), ..created })
+    }
+
+    /// Writes what libcontainer is to see of a container; answers what helper and executor do in its place.
+    fn prepare_bundle(&self, bundle: &Path, spec: &mut Spec) -> io::Result<(Vec<Hook>, Option<Seccomp>)> {
+        std::fs::create_dir_all(bundle)?;
+        std::fs::create_dir_all(STATE)?;
+        let hooks = spec.hooks_mut().as_mut().and_then(|hooks| hooks.start_container_mut().take()).unwrap_or_default();
+        let profile = spec.linux_mut().as_mut().and_then(|linux| linux.seccomp_mut().take());
+        let seccomp = profile.map(|profile| {
+            let (profile, filter) = (serde_json::to_vec(&profile)?, bundle.join(SECCOMP_FILE));
+            let known = self.compiled().as_ref().filter(|last| last.profile == profile).map(|last| last.filter.clone());
+            let profile = if let Some(known) = known {
+                std::fs::write(&filter, known)?;
+                None
+            } else {
+                let path = bundle.join(PROFILE_FILE);
+                std::fs::write(&path, profile)?;
+                Some(path)
+            };
+            let capabilities = spec.process_mut().as_mut().and_then(Confinement::widen);
+            Ok::<_, io::Error>(Seccomp { filter, profile, capabilities })
+        });
+        let seccomp = seccomp.transpose()?;
+        write_json(&bundle.join("config.json"), spec)?;
+        Ok((hooks, seccomp))
+    }
+
+    /// Keeps the filter that a helper has compiled, if it has.
+    fn remember_filter(&self, bundle: &Path) {
+        let profile = bundle.join(PROFILE_FILE);
+        if let (Ok(profile), Ok(filter)) = (std::fs::read(&profile), std::fs::read(bundle.join(SECCOMP_FILE))) {
+            *self.compiled() = Some(Compiled { profile, filter });
+        }
+        let _ = std::fs::remove_file(profile);
+    }
+
+    fn compiled(&self) -> MutexGuard<'_, Option<Compiled>> {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets a created container's init go on to its program.
@@ -133,18 +193,28 @@ impl Runtime {
         id: &str,
         cgroup: Option<String>,
         serial: u64,
-        process: &Process,
+        mut process: Process,
         stdio: ProcessStdio,
     ) -> Result<Created, RuntimeError> {
         let bundle = bundle_dir(id);
         let path = bundle.join(format!("exec-{serial}.json"));
-        write_json(&path, process).map_err(|source| RuntimeError::Files { path: path.clone(), source })?;
-        let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists());
+        let seccomp = Some(bundle.join(SECCOMP_FILE)).filter(|path| path.exists()).map(|filter| {
+            let capabilities = Confinement::widen(&mut process);
+            Seccomp { filter, profile: None, capabilities }
+        });
+        write_json(&path, &process).map_err(|source| RuntimeError::Files { path: path.clone(), source })?;
         let (name, state) = (serial.to_string(), Path::new(EXEC_STATE).join(serial.to_string()));
         let created = match link_state(&Path::new(STATE).join(id), &state) {
             Ok(()) => {
-                let action =
-                    Action::Exec { id: name, state: EXEC_STATE.into(), process: path.clone(), seccomp, cgroup };
+                let action = Action::Exec {
+                    id: name,
+                    state: EXEC_STATE.into(),
+                    process: path.clone(),
+                    cgroup,
+                    oom_score_adj: process.oom_score_adj(),
+                    rlimits: process.rlimits().clone().unwrap_or_default(),
+                    seccomp,
+                };
                 let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
                 self.run(request, Some(stdio), None, Some(&state.join(EXEC_PID))).await
             }
@@ -194,14 +264,8 @@ impl Runtime {
         drop(fds);
         // The process must be the only one to hold its ends of the streams, or their end would never be seen.
         drop((stdio, held));
-        let helper = Command::new("/proc/self/exe")
-            .arg(HELPER_ARG)
-            .env_clear()
-            .stdin(Stdio::from(theirs))
-            .process_group(0)
-            .spawn()
-            .map_err(RuntimeError::Spawn)?;
-        let mut helper_exit = birth.claim(helper.id());
+        let helper = self.zygote.helper(theirs).await?;
+        let mut helper_exit = birth.claim(helper);
         let answered = answer(&channel, &mut helper_exit, ANSWER).await.and_then(|(reply, fds)| match reply {
             Reply::Created { pid } => Ok((pid, fds)),
             Reply::Failed { message } => Err(RuntimeError::Refused(message)),
@@ -211,7 +275,7 @@ impl Runtime {
                 Ok(Created { pid, exit: birth.claim(pid), terminal: fds.pop(), until_executed: None })
             }
             Err(error) => {
-                self.undo(&birth, helper.id(), pid_file);
+                self.undo(&birth, helper, pid_file);
                 Err(error)
             }
         }
@@ -257,7 +321,7 @@ fn control_pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Waits for the helper's answer.
-async fn receive(channel: &AsyncFd<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), RuntimeError> {
+async fn receive<T: DeserializeOwned>(channel: &AsyncFd<OwnedFd>) -> Result<(T, Vec<OwnedFd>), RuntimeError> {
     loop {
         let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
         match control::receive(channel.get_ref()) {
@@ -282,12 +346,6 @@ fn last_words(channel: &AsyncFd<OwnedFd>, exit: Exit) -> Result<(Reply, Vec<Owne
 
 fn bundle_dir(id: &str) -> PathBuf {
     Path::new(BUNDLES).join(id)
-}
-
-fn prepare_bundle(bundle: &Path, spec: &Spec) -> io::Result<()> {
-    std::fs::create_dir_all(bundle)?;
-    std::fs::create_dir_all(STATE)?;
-    write_json(&bundle.join("config.json"), spec)
 }
 
 /// Makes a container's state files appear in another directory.

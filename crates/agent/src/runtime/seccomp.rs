@@ -21,12 +21,16 @@ const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// In the number of a system call of the x32 ABI, whose architecture is x86_64.
 const X32_BIT: u32 = 1 << 30;
 
+/// Number of a call that a tracer skips: no call of x32's, although it has the bit.
+const SKIPPED: u32 = u32::MAX;
+
 /// Offsets in `struct seccomp_data` (linux/seccomp.h).
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 
-/// The instructions that are needed here (linux/bpf_common.h): load a word, jump if equal, greater or a bit is set, return.
+/// The instructions that are needed here (linux/bpf_common.h): load a word, jump, jump if equal, greater or a bit is set, return.
 const LOAD: u16 = 0x20;
+const JUMP: u16 = 0x05;
 const JUMP_EQUAL: u16 = 0x15;
 const JUMP_GREATER: u16 = 0x25;
 const JUMP_SET: u16 = 0x45;
@@ -56,22 +60,16 @@ pub struct Filter {
 impl Filter {
     /// Compiles a profile.
     pub fn compile(profile: &LinuxSeccomp) -> Result<Self, FilterError> {
-        let default = action(profile.default_action(), profile.default_errno_ret())?;
-        let mut context = ScmpFilterContext::new(default)?;
         let architectures = architectures(profile)?;
-        for architecture in &architectures {
-            context.add_arch(*architecture)?;
-        }
-        for rule in profile.syscalls().iter().flatten() {
-            let action = action(rule.action(), rule.errno_ret())?;
-            // libseccomp refuses rules that say what the default says.
-            if action != default {
-                add_rule(&mut context, rule, action)?;
-            }
-        }
         let mut program = if answers_unknown(profile) { stub(profile, &architectures) } else { Vec::new() };
         program.extend(young(profile, &architectures)?);
-        program.extend(export(&context).map_err(FilterError::Export)?);
+        // libseccomp's time grows with the square of a filter, so each architecture has one by itself. This machine's own is
+        // last: it also answers for architectures that the profile does not name.
+        for architecture in architectures.iter().rev() {
+            let own = rules(profile, *architecture)?;
+            program.extend(guard(*architecture, own.len()));
+            program.extend(own);
+        }
         if program.len() > MAX_INSTRUCTIONS {
             return Err(FilterError::Long { instructions: program.len() });
         }
@@ -119,16 +117,53 @@ fn action(action: LinuxSeccompAction, number: Option<u32>) -> Result<ScmpAction,
     Ok(ScmpAction::from_str(&action.to_string(), Some(number))?)
 }
 
-/// The profile's architectures, and this machine's.
+/// This machine's architecture, and those of the profile whose programs can run here.
 fn architectures(profile: &LinuxSeccomp) -> Result<Vec<ScmpArch>, SeccompError> {
     let mut list = vec![ScmpArch::native()];
     for name in profile.architectures().iter().flatten() {
         let architecture = name.to_string().parse()?;
-        if architecture != ScmpArch::Native && !list.contains(&architecture) {
+        if audit(architecture).is_some() && !list.contains(&architecture) {
             list.push(architecture);
         }
     }
     Ok(list)
+}
+
+/// libseccomp's program for calls of one architecture.
+fn rules(profile: &LinuxSeccomp, architecture: ScmpArch) -> Result<Vec<sock_filter>, FilterError> {
+    let default = action(profile.default_action(), profile.default_errno_ret())?;
+    let mut context = ScmpFilterContext::new(default)?;
+    if architecture != ScmpArch::native() {
+        context.add_arch(architecture)?;
+        context.remove_arch(ScmpArch::native())?;
+    }
+    for rule in profile.syscalls().iter().flatten() {
+        let action = action(rule.action(), rule.errno_ret())?;
+        // libseccomp refuses rules that say what the default says.
+        if action != default {
+            add_rule(&mut context, rule, action)?;
+        }
+    }
+    export(&context).map_err(FilterError::Export)
+}
+
+/// Jumps over the next instructions, which are for the calls of this architecture, if the call is another's.
+fn guard(architecture: ScmpArch, instructions: usize) -> Vec<sock_filter> {
+    let over = instruction(JUMP, u32::try_from(instructions).unwrap_or(u32::MAX), 0, 0);
+    match architecture {
+        ScmpArch::X86 => {
+            vec![instruction(LOAD, ARCHITECTURE, 0, 0), instruction(JUMP_EQUAL, AUDIT_ARCH_I386, 1, 0), over]
+        }
+        ScmpArch::X32 => vec![
+            instruction(LOAD, ARCHITECTURE, 0, 0),
+            instruction(JUMP_EQUAL, AUDIT_ARCH_X86_64, 0, 3),
+            instruction(LOAD, NUMBER, 0, 0),
+            instruction(JUMP_EQUAL, SKIPPED, 1, 0),
+            instruction(JUMP_SET, X32_BIT, 1, 0),
+            over,
+        ],
+        _ => Vec::new(),
+    }
 }
 
 fn add_rule(context: &mut ScmpFilterContext, rule: &LinuxSyscall, action: ScmpAction) -> Result<(), FilterError> {

@@ -97,20 +97,31 @@ async fn exec_is_under_the_seccomp_filter_of_its_container() {
         "defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
     });
-    let spec = fixture::spec(&guest, "c", &["sh", "-c", "mkdir /tmp/a; sleep 100"], |spec| {
-        spec["linux"]["seccomp"] = seccomp;
-    });
-    guest.create_with("c", spec, streams("e"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
-    guest.start_container("c").await.unwrap();
-    let script = "grep -E 'Seccomp:|CapEff|CapBnd' /proc/self/status; mkdir /tmp/b";
-    guest.exec("c", "e", &["sh", "-c", script], streams("oe")).await.unwrap();
-    assert_eq!(guest.wait("c", "e").await.unwrap().code, 1);
-    let status = guest.read("c", "e", Stream::Stdout).await;
-    assert!(status.contains("Seccomp:\t2"), "{status}");
-    assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
-    assert!(status.contains("CapBnd:\t0000000000000001"), "{status}");
-    let error = guest.read("c", "e", Stream::Stderr).await;
-    assert!(error.contains("Function not implemented"), "{error}");
+    // The second container has the filter that was compiled for the first, the third one of its own.
+    for (id, errno, text) in [
+        ("c", 38, "Function not implemented"),
+        ("d", 38, "Function not implemented"),
+        ("e", 28, "No space left on device"),
+    ] {
+        let spec = fixture::spec(&guest, id, &["sh", "-c", "mkdir /tmp/a; sleep 100"], |spec| {
+            let mut seccomp = seccomp.clone();
+            seccomp["syscalls"][0]["errnoRet"] = errno.into();
+            spec["linux"]["seccomp"] = seccomp;
+        });
+        guest.create_with(id, spec, streams("e"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
+        guest.start_container(id).await.unwrap();
+        let script = "grep -E 'Seccomp:|CapEff|CapBnd' /proc/self/status; mkdir /tmp/b";
+        guest.exec(id, "e", &["sh", "-c", script], streams("oe")).await.unwrap();
+        assert_eq!(guest.wait(id, "e").await.unwrap().code, 1);
+        let status = guest.read(id, "e", Stream::Stdout).await;
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+        assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
+        assert!(status.contains("CapBnd:\t0000000000000001"), "{status}");
+        let error = guest.read(id, "e", Stream::Stderr).await;
+        assert!(error.contains(text), "{error}");
+        let error = fixture::read_until(&mut guest.attach(id, "", Stream::Stderr).await, "\n").await;
+        assert!(error.contains(text), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -309,7 +320,7 @@ async fn deletion_waits_for_execs_that_are_being_created() {
     let deleted = async {
         // Answered after the exec's request has gone out.
         guest.stats("c").await;
-        guest.run("timeout 10 sh -c 'until grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+        guest.run("timeout 10 sh -c 'until grep -qsx agent-helper /proc/[0-9]*/comm; do :; done'");
         guest.signal("c", "", 9, false).await.unwrap();
         guest.wait("c", "").await.unwrap();
         let deletion = guest.delete("c");

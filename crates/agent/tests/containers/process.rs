@@ -264,7 +264,7 @@ async fn exec_that_its_container_holds_up_ends_and_leaves_nothing() {
         assert!(error.contains("does not answer within 45 s"), "{error}");
     }
     // Neither a helper, nor what it has forked.
-    guest.run("timeout 10 sh -c 'while grep -qs runtime-helper /proc/[0-9]*/cmdline; do :; done'");
+    guest.run("timeout 10 sh -c 'while grep -qsx agent-helper /proc/[0-9]*/comm; do :; done'");
     guest.run("echo 0 > /sys/fs/cgroup/pod/frozen/cgroup.freeze");
     guest.exec("frozen", "e", &["true"], streams("")).await.unwrap();
     assert_eq!(guest.wait("frozen", "e").await.unwrap().code, 0);

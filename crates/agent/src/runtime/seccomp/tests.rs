@@ -59,7 +59,7 @@ fn answer(filter: &Filter, audit: u32, number: u32, first_argument: u64) -> u32 
                 }
             }
             0x54 => accumulator &= k,
-            0x05 => at += usize::try_from(k).unwrap(),
+            JUMP => at += usize::try_from(k).unwrap(),
             JUMP_EQUAL => at += jump(accumulator == k),
             JUMP_GREATER => at += jump(accumulator > k),
             0x35 => at += jump(accumulator >= k),
