@@ -3,7 +3,7 @@
 //!
 //! Not compared is what does not stay the same on a node without pods, or is changed by who makes networks and mounts for any
 //! runtime: the bridge of the CNI configuration, which comes with the first pod, with all that is about it; the mount that
-//! ip-netns(8) makes of its directory; lifetimes of addresses and routes; and of sysctls those that count or measure
+//! ip-netns(8) makes of its directory; lifetimes of addresses and routes; timers of bridges; and of sysctls those that count or measure
 //! ([`CHANGING`]), those of single links, and those that come or go with a module. Neighbours, statistics and connections are
 //! none of the list.
 
@@ -51,6 +51,9 @@ const OF_LINKS: [&str; 10] = [
     "Xdp(",
     "IfAlias(",
 ];
+
+/// What of a bridge changes by itself, by the names that the parser has for it.
+const OF_BRIDGES: [&str; 5] = ["HelloTimer", "TcnTimer", "TopologyChangeTimer", "GcTimer", "FdbNLearned"];
 
 /// Links, addresses, routes, rules, queueing disciplines and mounts, each as often as it is there.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -103,6 +106,7 @@ async fn dump() -> Result<Vec<String>> {
             bridge = Some(link.header.index);
         } else {
             let attributes = told(&link.attributes, |text| OF_LINKS.iter().any(|kept| text.starts_with(kept)));
+            let attributes = without(attributes, &OF_BRIDGES);
             seen.push(format!("link {} {:?} {attributes}", link.header.index, link.header.flags));
         }
     }
@@ -140,6 +144,19 @@ async fn dump() -> Result<Vec<String>> {
 fn told(attributes: &[impl Debug], keep: impl Fn(&str) -> bool) -> String {
     let texts = attributes.iter().map(|attribute| format!("{attribute:?}"));
     texts.filter(|text| keep(text)).collect::<Vec<_>>().join(" ")
+}
+
+/// A text without the values of some names, which it has as `name(value)`.
+fn without(mut text: String, names: &[&str]) -> String {
+    for name in names {
+        let value = text.find(&format!("{name}(")).map(|at| at + name.len() + 1);
+        if let Some(begin) = value
+            && let Some(length) = text[begin..].find(')')
+        {
+            text.replace_range(begin..begin + length, "");
+        }
+    }
+    text
 }
 
 /// A line of the mount table without its numbers.
@@ -215,6 +232,13 @@ mod tests {
         let values = |value: &str| Sysctls(BTreeMap::from([("x".to_owned(), value.to_owned())]));
         assert_eq!(values("1").changes_since(&values("0")), ["sysctl x was \"0\" and is \"1\""]);
         assert!(Sysctls(BTreeMap::new()).changes_since(&values("0")).is_empty(), "a module was unloaded");
+    }
+
+    #[test]
+    fn timers_of_a_bridge_are_left_out() {
+        let text = "Kind(Bridge), Data(Bridge([HelloTimer(0), GcTimer(21633), ForwardDelay(1500)]))".to_owned();
+        let left = "Kind(Bridge), Data(Bridge([HelloTimer(), GcTimer(), ForwardDelay(1500)]))";
+        assert_eq!(without(text, &OF_BRIDGES), left);
     }
 
     #[test]

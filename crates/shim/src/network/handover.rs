@@ -75,6 +75,9 @@ impl Handover {
     }
 }
 
+/// How long the VM may take to end from when its guest ends its connections: that is no fault.
+const ENDING: Duration = Duration::from_secs(10);
+
 /// A connection to the guest for one of the two things that they are for.
 async fn begin(agent: &Agent, what: u8) -> Result<UnixStream, HandoverError> {
     let mut host = agent.handover().await?;
@@ -111,7 +114,9 @@ async fn carry_all(
         Ok::<_, HandoverError>(())
     };
     tokio::select! {
-        ended = carrying => if let Err(error) = ended {
+        ended = carrying => if let Err(error) = ended
+            && tokio::time::timeout(ENDING, agent.vm_ended()).await.is_err()
+        {
             tracing::warn!("servers in the container's namespace are no longer reached: {}", crate::pod::error::chain(&error));
         },
         () = agent.vm_ended() => {}
