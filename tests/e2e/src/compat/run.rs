@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use futures::StreamExt;
 
 use super::stage::{Disk, Place, Stage};
 use super::{Act, Group, IMAGE, Probe, shell};
@@ -16,10 +15,6 @@ const MARK: &str = "@@compat";
 
 /// How long an act may take, so that one that hangs is a failure of its own; the longest takes half of this on a busy machine.
 const ACT_LIMIT: Duration = Duration::from_secs(180);
-
-/// How many acts of a pod run at once; those of two pods run side by side. Most of their time is waiting, but with more of
-/// them runc's shim does not answer containerd in the 2 s that it has for a task's state, and containerd takes the pod for gone.
-const ACTS_AT_ONCE: usize = 2;
 
 /// What was observed, by the case's name; an error is one of the suite's or the runtime's that no case expects.
 pub type Observations = BTreeMap<&'static str, Result<String, String>>;
@@ -50,8 +45,12 @@ async fn side(node: &Node, group: &Group, handler: &str) -> Side {
     for probe in &group.probes {
         run_probe(&stage, probe, &mut observations).await;
     }
-    let acts = futures::stream::iter(&group.acts).map(|act| run_act(&stage, act));
-    observations.extend(acts.buffer_unordered(ACTS_AT_ONCE).collect::<Vec<_>>().await);
+    // One after the other; those of two pods run side by side. With more at once on an emulated node runc's shim does not answer
+    // containerd in the 2 s that it has for a task's state, and containerd takes the pod for gone.
+    for act in &group.acts {
+        let (name, observed) = run_act(&stage, act).await;
+        observations.insert(name, observed);
+    }
     Ok(observations)
 }
 

@@ -393,7 +393,9 @@ fn task_api() -> Vec<Act> {
             stage.on_node(format!("ctr -n k8s.io task kill {id} 2>&1 | sed 's/{id}/ID/g'")).await
         }),
         act!(Lifecycle, "ctr's list of processes", |stage| {
-            let id = stage.run(shell("list", "sleep 1000 & exec sleep 1000")).await?;
+            let config = shell("list", "(echo ready; exec sleep 1000) & exec sleep 1000");
+            let id = stage.run(config.clone()).await?;
+            stage.wait_log(&config, "ready").await?;
             stage.on_node(format!("ctr -n k8s.io task ps {id} | wc -l")).await
         })
         .differs("the host has a pid for each container and exec; what these start has none outside of the guest"),

@@ -122,7 +122,8 @@ fn attachments() -> Vec<Act> {
         }),
         act!(Lifecycle, "interrupt typed at a terminal", |stage| {
             let id = stage.sleeper().await?;
-            let script = "trap 'echo interrupted; exit 7' INT; echo ready; sleep 1000; echo went on";
+            // The child says it: a shell that is interrupted before it waits has its trap run after that.
+            let script = "trap 'echo interrupted; exit 7' INT; sh -c 'echo ready; exec sleep 1000'; echo went on";
             let mut shell = Terminal::exec(&stage.pod, &id, &["/bin/sh", "-c", script], true).await?;
             shell.expect("ready").await?;
             shell.send("\u{3}").await?;
