@@ -12,8 +12,9 @@ use crate::{HANDLER, Node, TestPod};
 /// The image with what a hostile container does.
 pub const ESCAPE: &str = "127.0.0.1:5000/escape:latest";
 
-/// A pod whose containers may be privileged.
+/// A pod whose containers may be privileged, and their image.
 pub async fn pod(node: &Node, name: &str) -> Result<TestPod> {
+    node.cri.pull(ESCAPE).await?;
     let privileged = |pod: &mut v1::PodSandboxConfig| {
         let linux = pod.linux.get_or_insert_default();
         linux.security_context.get_or_insert_default().privileged = true;
