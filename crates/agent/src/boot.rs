@@ -14,6 +14,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
 use crate::runtime::zygote;
+use crate::sandbox::sysctl;
 use crate::sys;
 
 /// Level of the agent's log, on the kernel command line: `bulkhead.log=debug`. The dot makes the kernel keep it to itself.
@@ -29,6 +30,8 @@ pub fn init() -> Result<Infallible, BootError> {
     cgroup::prepare_hierarchy()?;
     let zygote = zygote::start().map_err(BootError::Zygote)?;
     start_log(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    // By default the kernel refuses what is more at once than the memory that there is, which grows here when it is used.
+    sysctl::follow("vm.overcommit_memory", "1");
     listen::serve_vsock(zygote, kernel_boot).map_err(Into::into)
 }
 

@@ -64,8 +64,6 @@ impl Sandbox {
         // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
         request.node_sysctls.iter().for_each(|(name, value)| sysctl::follow(name, value));
-        // By default the kernel refuses what is more at once than the memory that there is, which grows here when it is used.
-        sysctl::follow("vm.overcommit_memory", "1");
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes())
                 .map_err(|errno| SandboxError::Hostname { name: request.hostname.clone(), source: errno.into() })?;

@@ -273,6 +273,11 @@ fn hostile_27_device_that_is_no_kvm_is_named() {
     });
 }
 
+/// A parameter of the node's memory.
+fn sysctl(name: &str) -> Result<String> {
+    Ok(crate::read(&format!("/proc/sys/vm/{name}"))?.trim().to_owned())
+}
+
 #[test]
 fn hostile_27_memory_that_the_kernel_refuses_is_named() {
     trouble(async |node| {
@@ -282,8 +287,10 @@ fn hostile_27_memory_that_the_kernel_refuses_is_named() {
         // Enough for whatever else starts, not for a guest of 3000 MiB.
         let limit = committed.context("no Committed_AS")? + (1500 << 10);
         let mut changed = Changed::nothing();
-        changed.by(&format!("sysctl -qw vm.overcommit_kbytes={limit}"), "sysctl -qw vm.overcommit_ratio=50")?;
-        changed.by("sysctl -qw vm.overcommit_memory=2", "sysctl -qw vm.overcommit_memory=0")?;
+        let before = |name: &str| Ok::<_, anyhow::Error>(format!("sysctl -qw vm.{name}={}", sysctl(name)?));
+        // Either of the two makes the other 0.
+        changed.by(&format!("sysctl -qw vm.overcommit_kbytes={limit}"), &before("overcommit_ratio")?)?;
+        changed.by("sysctl -qw vm.overcommit_memory=2", &before("overcommit_memory")?)?;
         let large = |config: &mut v1::PodSandboxConfig| {
             config.annotations.insert("io.bulkhead.memory-mib".into(), "3000".into());
         };
