@@ -9,9 +9,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::containerd;
 use crate::node_state::{NodeState, Sysctls};
@@ -54,42 +54,16 @@ pub struct Before {
 impl Before {
     /// Looks at the node.
     pub fn look() -> Result<Self> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            match Leftovers::find() {
-                Ok(leftovers) => return Ok(Self { leftovers, sysctls: Sysctls::look() }),
-                Err(error) if Instant::now() > deadline => return Err(error),
-                Err(_) => pause(),
-            }
-        }
+        Ok(Self { leftovers: Leftovers::find()?, sysctls: Sysctls::look() })
     }
 
     /// Asserts that nothing has come or changed since; gives what is on its way out a bounded time.
     pub fn assert_as_it_was(&self) -> Result<()> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let mut more = match Leftovers::find() {
-                Ok(now) => now.more_than(&self.leftovers),
-                // A look may fail for what goes away under it.
-                Err(error) => vec![format!("{error:#}")],
-            };
-            if more.is_empty() {
-                more = Sysctls::look().changes_since(&self.sysctls);
-            }
-            if more.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!("left behind, or changed on the node:\n  {}", more.join("\n  "));
-            }
-            pause();
-        }
+        self.leftovers.assert_nothing_more()?;
+        let changed = Sysctls::look().changes_since(&self.sysctls);
+        ensure!(changed.is_empty(), "changed on the node:\n  {}", changed.join("\n  "));
+        Ok(())
     }
-}
-
-/// The kernel has no event for "anything of all this is gone".
-fn pause() {
-    std::thread::sleep(Duration::from_millis(100));
 }
 
 /// What of that goes away by and by.
@@ -126,6 +100,21 @@ impl Leftovers {
             more.push(format!("{now} open connections of containerd, which had {then}"));
         }
         more
+    }
+
+    fn assert_nothing_more(&self) -> Result<()> {
+        let deadline = std::time::Instant::now() + SETTLE;
+        loop {
+            let more = Self::find()?.more_than(self);
+            if more.is_empty() {
+                return Ok(());
+            }
+            if std::time::Instant::now() > deadline {
+                bail!("left behind:\n  {}", more.join("\n  "));
+            }
+            // The kernel has no event for "anything of all this is gone".
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }
 
