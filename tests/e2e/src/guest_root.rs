@@ -10,7 +10,7 @@ use bulkhead_cli::cri::v1;
 use crate::{HANDLER, Node, TestPod};
 
 /// The image with what a hostile container does.
-pub const ESCAPE: &str = "127.0.0.1:5000/escape:latest";
+const ESCAPE: &str = "127.0.0.1:5000/escape:latest";
 
 /// A pod whose containers may be privileged, and their image.
 pub async fn pod(node: &Node, name: &str) -> Result<TestPod> {

@@ -119,20 +119,20 @@ impl Runtime {
         let bundle = bundle_dir(id);
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         let prepared = self.prepare_bundle(&bundle, &mut spec);
-        let action = prepared
-            .map(|(hooks, seccomp)| {
-                let (id, state) = (id.into(), STATE.into());
-                let rlimits = spec.process().as_ref().and_then(|process| process.rlimits().clone()).unwrap_or_default();
-                Action::Create { id, bundle: bundle.clone(), state, hooks, rlimits, seccomp }
-            })
-            .map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
+        let (hooks, seccomp) = prepared.map_err(|source| RuntimeError::Files { path: bundle.clone(), source })?;
+        let rlimits = spec.process().as_ref().and_then(|process| process.rlimits().clone()).unwrap_or_default();
+        let compiles = seccomp.as_ref().is_some_and(|seccomp| seccomp.profile.is_some());
+        let action =
+            Action::Create { id: id.into(), bundle: bundle.clone(), state: STATE.into(), hooks, rlimits, seccomp };
         // The helper hands its end down by fork(2); execve(2) closes it.
         let (ends, held) =
             pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|error| RuntimeError::Spawn(error.into()))?;
         let ends = pipe::Receiver::from_owned_fd(ends).map_err(RuntimeError::Spawn)?;
         let request = Request { action, uid, terminal: stdio.terminal };
         let created = self.run(request, Some(stdio), Some(held), None).await?;
-        self.remember_filter(&bundle);
+        if compiles {
+            self.remember_filter(&bundle);
+        }
         Ok(Created { until_executed: Some(ends), ..created })
     }
 
@@ -161,7 +161,7 @@ impl Runtime {
         Ok((hooks, seccomp))
     }
 
-    /// Keeps the filter that a helper has compiled, if it has.
+    /// Keeps the filter that a helper has compiled.
     fn remember_filter(&self, bundle: &Path) {
         let profile = bundle.join(PROFILE_FILE);
         if let (Ok(profile), Ok(filter)) = (std::fs::read(&profile), std::fs::read(bundle.join(SECCOMP_FILE))) {

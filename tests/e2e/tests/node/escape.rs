@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
-use bulkhead_e2e::guest_root::{self, ESCAPE, privileged};
+use bulkhead_e2e::guest_root::{self, privileged};
 use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::{Node, PATIENCE, TestPod, on_node, sh};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
@@ -120,7 +120,6 @@ fn with_volume(mut config: v1::ContainerConfig, host: &Path, readonly: bool) -> 
 
 /// A pod with one container that has all capabilities.
 async fn hostile(node: &Node, name: &str) -> Result<(TestPod, String)> {
-    node.cri.pull(ESCAPE).await?;
     let pod = guest_root::pod(node, name).await?;
     let container = pod.run(privileged("main")).await?;
     Ok((pod, container))
@@ -222,7 +221,6 @@ fn names_and_links_in_a_volume_do_not_reach_files_of_the_host() {
         // What may be read, by all the same ways.
         fs::write(volume.join("within"), "of the volume\n")?;
         symlink("within", volume.join("own-link"))?;
-        node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "names").await?;
         let container = pod.run(with_volume(privileged("main"), &volume, false)).await?;
         let script = format!(
@@ -266,7 +264,6 @@ fn hostile_25_swaps_of_directories_and_links_lead_neither_anyone_nor_a_mount_out
             symlink(to, volume.join(link))?;
         }
         fs::write(second.join("mark"), "of the second volume")?;
-        node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "swaps").await?;
         let swapper = with_volume(privileged("swapper"), &volume, false);
         let swapper = pod.run(swapper).await?;
@@ -331,7 +328,6 @@ fn device_nodes_on_the_share_are_refused() {
     on_node(async |node| {
         let outside = Outside::new("nodes")?;
         let volume = outside.volume()?;
-        node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "nodes").await?;
         let container = pod.run(with_volume(privileged("main"), &volume, false)).await?;
         // A fifo is made by the same call at the same place, and is no device.
@@ -413,7 +409,6 @@ fn read_only_volume_that_is_remounted_in_the_guest_refuses_writes() {
         let file = volume.join("file");
         fs::write(&file, "as it was")?;
         let before = fs::metadata(&file)?;
-        node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "read-only").await?;
         let container = pod.run(with_volume(privileged("main"), &volume, true)).await?;
         let writes = "mount -o remount,rw,bind /volume; mount -o remount,rw /volume; cd /volume
@@ -504,7 +499,6 @@ fn directories_of_a_container_that_guest_root_moves_away_leave_no_mount() {
     on_node(async |node| {
         let outside = Outside::new("moved")?;
         let volume = outside.volume()?;
-        node.cri.pull(ESCAPE).await?;
         let pod = guest_root::pod(node, "moved").await?;
         let container = pod.run(privileged("main")).await?;
         let mover = pod.run(with_volume(sh("mover", "sleep 3600"), &volume, false)).await?;
