@@ -5,8 +5,8 @@ SHELL := /bin/bash
 .PHONY: help setup setup-build kernel kernel-debug rootfs images product build check run test test-unit test-node test-compat test-docker test-hostile fuzz \
 	node soak-boot soak-pods bench-boot install clean
 
-# Boots of `make soak-boot`; which tests of `make test-node` (a part of their names); how long `make fuzz` runs each target,
-# and which one; where `make install` puts things.
+# N: boots of `make soak-boot`. FILTER: which tests of `make test-node` and `make test-compat` run (a part of their names).
+# FUZZ_SECONDS, TARGET: how long `make fuzz` runs each target, and which one. PREFIX, DESTDIR: where `make install` puts things.
 N ?= 100
 FILTER ?=
 FUZZ_SECONDS ?=
@@ -22,7 +22,7 @@ help: ## this list
 setup: ## install Debian packages and virtme-ng, if anything is missing (root)
 	@tests/node/setup
 
-setup-build: ## the same, for what `make install` builds alone
+setup-build: ## the same, but only what `make install` needs
 	@tests/node/setup build
 
 kernel: setup-build ## build/vmlinux, the guest kernel
@@ -68,10 +68,10 @@ test-node: build ## the end-to-end suites in a node (FILTER=part of a test's nam
 test-compat: build ## pods on runc and on Bulkhead compared, case by case (FILTER=part of a name)
 	@FILTER='$(FILTER)' tools/test compat
 
-test-docker: build ## the real Docker's containers in guests, with its networks
+test-docker: build ## containers and networks of the real Docker, in guests
 	@tools/test docker
 
-test-hostile: build ## what plays a hostile guest or a failing part, counted by boundary (FUZZ_SECONDS=n: fuzz targets too)
+test-hostile: build ## tests that play a hostile guest or a failing part, counted by boundary (FUZZ_SECONDS=n: fuzz targets too)
 	@FUZZ_SECONDS='$(FUZZ_SECONDS)' tools/hostile
 
 fuzz: setup ## every fuzz target for FUZZ_SECONDS=60 (TARGET=name: one of them)
@@ -86,7 +86,7 @@ soak-boot: build ## N=100 guest boots in a row, none may hang
 soak-pods: build ## 200 containers one after the other and 20 pods at once: nothing left, nothing grows
 	@$(NODE) run bulkhead-soak
 
-bench-boot: build ## boot time against QEMU's microvm, and a pod's way to its first line against runc's
+bench-boot: build ## boot time against QEMU's microvm, and time to a pod's first line of output against runc's
 	@$(NODE) run bulkhead-bench
 	@$(NODE) run benches/boot
 
