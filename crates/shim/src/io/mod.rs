@@ -5,13 +5,14 @@
 //! breaks the stream (containerd: cmd/containerd-shim-runc-v2/process/io.go does the same with two descriptors).
 
 mod copy;
+mod error;
 mod target;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::Streams;
-use bulkhead_protocol::stdio::{ACCEPTED, HeaderError, Stream, StreamHeader, encode};
+use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
 use futures::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -19,10 +20,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::about;
-use crate::sandbox::agent::{Agent, AgentError, ProcessKey};
+use crate::sandbox::agent::{Agent, ProcessKey};
 use crate::sandbox::patience;
 use crate::spec::ConsoleSize;
 use copy::Progress;
+pub use error::IoError;
 use target::{Input, Output};
 
 /// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
@@ -225,35 +227,6 @@ async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Resu
         Ok(Err(source)) => Err(IoError::Handshake(source)),
         Err(_) => Err(IoError::Handshake(std::io::ErrorKind::TimedOut.into())),
     }
-}
-
-/// A standard stream cannot be connected.
-#[derive(Debug, thiserror::Error)]
-pub enum IoError {
-    /// The host's end.
-    #[error("cannot open {path} for a standard stream")]
-    Open {
-        /// As containerd gave it.
-        path: String,
-        /// open(2).
-        #[source]
-        source: std::io::Error,
-    },
-    /// A scheme that we do not have.
-    #[error("a standard stream has the unknown scheme {0:?}; fifos and file:// are supported")]
-    Scheme(String),
-    /// The ids are too long.
-    #[error(transparent)]
-    Header(HeaderError),
-    /// The guest does not have it.
-    #[error("the guest refused the stream {0:?}")]
-    Refused(Stream),
-    /// The connection broke.
-    #[error("the guest broke the handshake of a standard stream")]
-    Handshake(#[source] std::io::Error),
-    /// No connection.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
 }
 
 #[cfg(test)]

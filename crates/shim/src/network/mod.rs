@@ -12,6 +12,7 @@
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
 mod entries;
+mod error;
 mod events;
 mod firewall;
 mod forward;
@@ -33,9 +34,10 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse, Firewall, NetworkDevice, NetworkStep};
 use links::{IFF_UP, Link};
-use policy::{Policy, PolicyError};
+use policy::Policy;
 
 use crate::pod::error::chain;
+pub use error::NetworkError;
 pub use events::Events;
 pub use forward::Localhost;
 pub use handover::{Handover, HandoverError};
@@ -156,7 +158,7 @@ async fn attach_here(take: Take, policy: Policy) -> Result<Network, NetworkError
     policy.check(&state.unsupported)?;
     let links: Vec<&Link> = state.devices().collect();
     if links.len() > MAX_INTERFACES {
-        return Err(NetworkError::TooMany(links.len()));
+        return Err(NetworkError::TooMany(links.len(), MAX_INTERFACES));
     }
     let carried: Vec<&Link> = state.carried().collect();
     // A container that runs has set its own, which are not those of a namespace that is connected later.
@@ -195,7 +197,7 @@ async fn look_here(known: HashSet<u32>, take: Take) -> Result<(State, Vec<Come>)
     let (mut come, count) = (Vec::new(), state.devices().count());
     for link in state.devices().filter(|link| take.takes(link) && !known.contains(&link.index)) {
         let device = match known.len() + come.len() {
-            MAX_INTERFACES.. => Err(NetworkError::TooMany(count)),
+            MAX_INTERFACES.. => Err(NetworkError::TooMany(count, MAX_INTERFACES)),
             _ => attach_link(&handle, link).await,
         };
         come.push(device.map_err(|error| (link.index, error)));
@@ -232,69 +234,6 @@ async fn detach_here(links: Vec<u32>) -> Result<(), NetworkError> {
         redirect::remove(&handle, link).await;
     }
     Ok(())
-}
-
-/// The pod's network cannot be carried into the guest.
-#[derive(Debug, thiserror::Error)]
-pub enum NetworkError {
-    /// The namespace.
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
-    /// What a VM cannot be given of it.
-    #[error(transparent)]
-    Unsupported(#[from] PolicyError),
-    /// More interfaces than slots.
-    #[error("the pod has {0} network interfaces; at most {MAX_INTERFACES} are supported")]
-    TooMany(usize),
-    /// More than a message holds.
-    #[error(
-        "the pod's network namespace has more addresses, routes and rules than can be carried into a guest: {0} of them; \
-         has somebody put a routing table of the Internet there?"
-    )]
-    TooMuch(usize),
-    /// Another container's.
-    #[error(
-        "interface {0} is in another VM, and two VMs cannot share a network namespace; give the container a network of its own, or make a pod of both"
-    )]
-    Taken(String),
-    /// /dev/net/tun.
-    #[error("cannot create a tap for interface {interface}; is the kernel module tun loaded?")]
-    Tap {
-        /// The pod's interface.
-        interface: String,
-        /// open(2) or ioctl(2).
-        #[source]
-        source: std::io::Error,
-    },
-    /// tc.
-    #[error(
-        "cannot redirect interface {interface}; are the kernel modules sch_ingress, cls_matchall and act_mirred there?"
-    )]
-    Redirect {
-        /// The pod's interface.
-        interface: String,
-        /// The kernel's answer.
-        #[source]
-        source: rtnetlink::Error,
-    },
-    /// rtnetlink(7).
-    #[error("cannot list the {what} of the pod's network namespace")]
-    Dump {
-        /// What was asked for.
-        what: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// rtnetlink(7).
-    #[error("cannot {what}")]
-    Netlink {
-        /// What was asked.
-        what: &'static str,
-        /// The kernel's answer.
-        #[source]
-        source: rtnetlink::Error,
-    },
 }
 
 #[cfg(test)]

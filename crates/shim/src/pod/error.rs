@@ -148,7 +148,7 @@ fn agent_code(error: &AgentError) -> Code {
             _ => Code::UNKNOWN,
         },
         AgentError::Silent(_) | AgentError::Vm(VmError::ConnectTimeout(..)) => Code::DEADLINE_EXCEEDED,
-        AgentError::Vm(VmError::Busy) => Code::UNAVAILABLE,
+        AgentError::Vm(VmError::Busy(_)) => Code::UNAVAILABLE,
         AgentError::Release(_) | AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
     }
 }

@@ -4,12 +4,11 @@ pub mod agent;
 mod answers;
 mod cgroup;
 mod clock;
-mod console;
 pub mod demand;
 mod disks;
+mod error;
 #[cfg(test)]
 pub mod fake;
-mod hypervisor;
 mod oom;
 pub mod patience;
 mod pid_namespace;
@@ -32,24 +31,26 @@ use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::Semaphore;
 
-use crate::annotations::{self, AnnotationError};
-use crate::config::{Config, ConfigError};
-use crate::network::{self, HandoverError, NetworkError};
+use crate::annotations;
+use crate::config::Config;
+use crate::network;
 use crate::own_thread;
 use crate::paths::RunDir;
 use crate::share::{Share, ShareError};
-use crate::sizing::{Limits, Plan, SizeError};
+use crate::sizing::{Limits, Plan};
 use crate::spec::{GuestDisk, HostDisk, SandboxSpec};
-use agent::{Agent, AgentError};
+use agent::Agent;
 pub use cgroup::Cgroup;
 use clock::Synced;
 pub use disks::DiskError;
 use disks::Disks;
+pub use error::SandboxError;
 use pod_network::PodNetwork;
 pub use process::{has_ended, kill_recorded, record};
 pub use resize::ResizeError;
 use resize::Resizer;
 use timeline::Timeline;
+use vm::machine_spec;
 pub use vm::{Vm, VmError};
 use volumes::FollowedVolumes;
 
@@ -107,7 +108,7 @@ impl Sandbox {
     ) -> Result<Self, SandboxError> {
         let mut timeline = Timeline::begin();
         let plan = Plan::new(&config, &annotations::request(&spec.annotations, &config.annotations)?)?;
-        let files = hypervisor::Files::open(&config)?;
+        let files = machine_spec::Files::open(&config)?;
         let share = blocking({
             let run_dir = run_dir.clone();
             move || {
@@ -124,7 +125,7 @@ impl Sandbox {
         }
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =
-            hypervisor::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
+            machine_spec::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
         let slots = machine.net_slots();
         network::name_devices(&mut network, &slots);
         timeline.done("share and network");
@@ -361,35 +362,6 @@ fn request(spec: &SandboxSpec, network: AddNetworkRequest, plan: &Plan) -> Creat
         share_tag: SHARE_TAG.to_owned(),
         ..CreateSandboxRequest::default()
     }
-}
-
-/// The VM cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
-    /// An annotation of the pod.
-    #[error(transparent)]
-    Annotation(#[from] AnnotationError),
-    /// A size beyond what the node allows.
-    #[error(transparent)]
-    Size(#[from] SizeError),
-    /// The configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The share.
-    #[error(transparent)]
-    Share(#[from] ShareError),
-    /// The network.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// Servers in the namespace.
-    #[error(transparent)]
-    Handover(#[from] HandoverError),
-    /// The machine.
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    /// The agent.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@
 //! What the pod may only read is mounted read-only, never only in the guest; [`tree`] says why mounts are finished before they
 //! are attached.
 
+mod directories;
+mod error;
 mod follow;
 mod jail;
 mod mountinfo;
@@ -13,21 +15,19 @@ mod rootfs;
 mod tree;
 mod volumes;
 
-use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, symlink};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount};
 
 use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES};
 
 use crate::paths::RunDir;
 use crate::spec::{Access, Volume};
+use directories::{ignore_absent, make_dir, remove_tree};
+pub use error::ShareError;
 use jail::{Jail, Place};
 pub use tree::open_device;
 use tree::{Propagation, Tree};
@@ -112,149 +112,6 @@ impl Share {
             let _ = std::fs::remove_dir(namespace);
         }
         Ok(())
-    }
-}
-
-fn make_dir(path: &Path) -> std::io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// How often the mounts below a path are looked at until there are none. One round takes all of them away; more are for what
-/// the host mounts meanwhile in a volume that follows it.
-const ROUNDS: u32 = 8;
-
-/// Removes directories of a share, and what they are mounted on in the VMM's namespace is detached with them.
-fn remove_tree(path: &Path) -> Result<(), ShareError> {
-    // Only after nothing is mounted there for the node: removing must never reach into a volume. A shim of a version that
-    // mounted there may have been replaced while its pod ran.
-    detach_mounts(path)?;
-    let removed = match std::fs::symlink_metadata(path) {
-        Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
-        Ok(_) => std::fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    ignore_absent(removed).map_err(|error| ShareError::at("remove", path, error))
-}
-
-/// The outermost mounts are detached, and take with them what is mounted below: a path that leads through a volume may have no
-/// end, when whoever serves that volume does not answer any more.
-fn detach_mounts(path: &Path) -> Result<(), ShareError> {
-    for _ in 0..ROUNDS {
-        let mounts = outermost(mountinfo::mounts_below(path).map_err(ShareError::MountTable)?);
-        if mounts.is_empty() {
-            return Ok(());
-        }
-        for mount in &mounts {
-            match unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-                // Another one may be removing the same.
-                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-                Err(error) => return Err(ShareError::at("unmount", mount, error.into())),
-            }
-        }
-    }
-    Err(ShareError::at("unmount", path, Errno::BUSY.into()))
-}
-
-/// Those that are below no other one. Of several at one place all are: what is below one of them may be hidden by another.
-fn outermost(mut mounts: Vec<PathBuf>) -> Vec<PathBuf> {
-    // By component, so what is below a place comes straight after it.
-    mounts.sort();
-    mounts.dedup_by(|next, outer| next != outer && next.starts_with(&*outer));
-    mounts
-}
-
-fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {
-    match result {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-/// The share cannot be prepared.
-#[derive(Debug, thiserror::Error)]
-pub enum ShareError {
-    /// A step on a path of the share.
-    #[error("cannot {what} {path}")]
-    Step {
-        /// Which step.
-        what: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A volume cannot be bound.
-    #[error("cannot give the volume {path} to the pod")]
-    Volume {
-        /// Its source on the host.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The VMM's mount namespace cannot be had, or takes no mount.
-    #[error("cannot mount {path} for the VMM; has it ended?")]
-    Attach {
-        /// Where in the share.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The root file system cannot be mounted.
-    #[error("cannot mount the container's root file system {path}")]
-    Rootfs {
-        /// Its source.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A file system type of a rootfs mount that we do not mount.
-    #[error(
-        "rootfs type {0:?} is not supported; configure containerd's overlayfs or native snapshotter for this runtime"
-    )]
-    RootfsType(String),
-    /// Options that the kernel's interface cannot take.
-    #[error("the image has too many layers for this kernel's mount interface; squash the image or use Linux 6.8")]
-    TooManyLayers(#[source] std::io::Error),
-    /// A socket as a volume.
-    #[error("the volume {0} is a socket of the host, which has no peer inside the guest; remove it from the pod")]
-    Socket(PathBuf),
-    /// A volume without idmapped mounts.
-    #[error(
-        "the owners of the volume {0} cannot be mapped as the pod's user namespace has them, which its file system, or one below it, cannot do; use another volume, or remove the user namespace from the pod"
-    )]
-    Unmappable(PathBuf),
-    /// A device as a volume.
-    #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
-    Device(PathBuf),
-    /// A file system of the host does not answer.
-    #[error("the container's mounts were not made within {0:?}; does a volume's server or disk answer?")]
-    Hung(Duration),
-    /// Several of the pod's containers wait for one already.
-    #[error("the mounts of {0} containers of the pod are still waited for; does a volume's server or disk answer?")]
-    Stuck(usize),
-    /// A thread for what may block.
-    #[error("cannot run a thread for the pod's mounts; is the node out of threads?")]
-    Thread(#[source] std::io::Error),
-    /// /proc/self/mountinfo.
-    #[error("cannot read the mount table; is /proc mounted?")]
-    MountTable(#[source] std::io::Error),
-}
-
-impl ShareError {
-    fn at(what: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Self::Step { what, path: path.to_path_buf(), source }
-    }
-
-    fn attach(path: &Path, source: std::io::Error) -> Self {
-        Self::Attach { path: path.to_path_buf(), source }
-    }
-
-    fn volume(path: &Path, source: std::io::Error) -> Self {
-        Self::Volume { path: path.to_path_buf(), source }
     }
 }
 

@@ -6,10 +6,12 @@ mod stage;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use super::directories::outermost;
 use super::*;
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount};
 use stage::{Pod, mounts_of_the_node, tmpfs};
 pub use stage::{in_mount_namespace, jail_of};
 

@@ -18,11 +18,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::io::Errno;
 
+use super::ShareError;
+use super::directories::{make_dir, remove_tree};
 use super::follow::{Following, Watch};
 use super::jail::Place;
 use super::mountinfo::{mounts_below, place_in_file_system};
 use super::tree::{Inode, Propagation, Tree};
-use super::{ShareError, make_dir, remove_tree};
 use crate::spec::{Access, SCRATCH_DEPTH, Volume};
 
 /// The volumes that the share shows.

@@ -2,9 +2,32 @@
 
 use std::path::Path;
 
+use bulkhead_protocol::agent::PidNamespace;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
-use super::{PidChoice, SpecError};
+use super::SpecError;
+
+/// Where a container's pid namespace comes from, by the pids that the shim has reported.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PidChoice {
+    /// A new one.
+    Own,
+    /// The pod's.
+    Pod,
+    /// That of the container with this reported pid, or the pod's if it is the sandbox's.
+    OfReported(u32),
+}
+
+impl PidChoice {
+    /// The protocol's form; `target` is whether a container was found for the pid.
+    pub fn to_protocol(self, target: bool) -> PidNamespace {
+        match self {
+            Self::Own => PidNamespace::PID_NAMESPACE_OWN,
+            Self::OfReported(_) if target => PidNamespace::PID_NAMESPACE_TARGET,
+            Self::Pod | Self::OfReported(_) => PidNamespace::PID_NAMESPACE_POD,
+        }
+    }
+}
 
 /// Removes what the guest gives itself and answers where the pid namespace comes from.
 pub fn strip(spec: &mut Spec) -> Result<PidChoice, SpecError> {

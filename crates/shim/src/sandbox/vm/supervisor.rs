@@ -28,7 +28,7 @@ const REQUESTS: usize = 64;
 
 /// Requests that wait until the VMM reads its socket. A VMM that reads has hardly ever one waiting; a kubelet probes all
 /// containers of a pod at once, and each probe is a connection.
-pub(super) const UNSENT: usize = 1024;
+const UNSENT: usize = 1024;
 
 type Answer = oneshot::Sender<Result<Reply, VmError>>;
 
@@ -225,7 +225,7 @@ impl Supervisor {
         if self.unsent.len() < UNSENT {
             self.unsent.push_back(request);
         } else if let Some(answer) = request.answer {
-            let _ = answer.send(Err(VmError::Busy));
+            let _ = answer.send(Err(VmError::Busy(UNSENT)));
         }
     }
 

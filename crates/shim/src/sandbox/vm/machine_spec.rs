@@ -7,9 +7,10 @@ use bulkhead_protocol::guest::SHARE_TAG;
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use rustix::fs::{Mode, OFlags};
 
-use super::{Cgroup, VmError};
+use super::VmError;
 use crate::config::Config;
 use crate::network::NetDevice;
+use crate::sandbox::Cgroup;
 use crate::sizing::Plan;
 
 /// Our own kernel parameters beside the VMM's, which make a quiet boot and have a panic end the guest: a console, so that

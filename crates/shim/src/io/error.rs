@@ -1,0 +1,34 @@
+//! Why a standard stream cannot be connected.
+
+use bulkhead_protocol::stdio::{HeaderError, Stream};
+
+use crate::sandbox::agent::AgentError;
+
+/// A standard stream cannot be connected.
+#[derive(Debug, thiserror::Error)]
+pub enum IoError {
+    /// The host's end.
+    #[error("cannot open {path} for a standard stream")]
+    Open {
+        /// As containerd gave it.
+        path: String,
+        /// open(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// A scheme that we do not have.
+    #[error("a standard stream has the unknown scheme {0:?}; fifos and file:// are supported")]
+    Scheme(String),
+    /// The ids are too long.
+    #[error(transparent)]
+    Header(HeaderError),
+    /// The guest does not have it.
+    #[error("the guest refused the stream {0:?}")]
+    Refused(Stream),
+    /// The connection broke.
+    #[error("the guest broke the handshake of a standard stream")]
+    Handshake(#[source] std::io::Error),
+    /// No connection.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}

@@ -1,0 +1,83 @@
+//! Why a VM cannot be had, or does not do what it is asked for.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bulkhead_protocol::control::ControlError;
+
+/// The machine cannot be had, or is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// No KVM.
+    #[error("cannot open /dev/kvm; enable virtualization in the firmware and load kvm_intel or kvm_amd")]
+    NoKvm(#[source] std::io::Error),
+    /// A file of the installation.
+    #[error(
+        "cannot open the {what} {path}; install it, or set `{what}` in Bulkhead's configuration (/etc/bulkhead/config.toml)"
+    )]
+    NoFile {
+        /// Its key in the configuration.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// open(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM cannot be run.
+    #[error("cannot start the VMM {path}")]
+    Spawn {
+        /// The binary.
+        path: PathBuf,
+        /// execve(2).
+        #[source]
+        source: std::io::Error,
+    },
+    /// pidfd_open(2).
+    #[error("cannot hold the VMM's process by a descriptor")]
+    Process(#[source] std::io::Error),
+    /// A socket or pipe.
+    #[error("cannot make a socket or pipe for the VMM")]
+    Socket(#[source] std::io::Error),
+    /// The control socket.
+    #[error("the VMM does not understand or does not answer")]
+    Control(#[source] ControlError),
+    /// The VMM says no.
+    #[error("the VMM refused: {0}")]
+    Refused(String),
+    /// The guest or the VMM ended while booting.
+    #[error("the guest ended before it was ready: {how}; last words: {last_words:?}")]
+    DiedEarly {
+        /// How.
+        how: &'static str,
+        /// Of the guest's console, or of the VMM.
+        last_words: String,
+    },
+    /// A signal ended the VMM while booting, the out-of-memory killer's above all.
+    #[error(
+        "signal {0} ended the VMM before the guest was ready; if it was SIGKILL, raise the pod's memory limit, which has to \
+         hold the guest's kernel as well"
+    )]
+    Killed(i32),
+    /// The guest took too long.
+    #[error("the guest was not ready within {0:?}; its last words: {1:?}; raise boot_timeout_s on a slow node")]
+    NotReady(Duration, String),
+    /// The VM is gone.
+    #[error("the pod's VM has ended")]
+    Ended,
+    /// The VMM did not answer.
+    #[error("the pod's VMM has not done within {0:?} what it was asked for")]
+    Silent(Duration),
+    /// The VMM answered something else.
+    #[error("the pod's VMM answered another question; are shim and VMM of the same version?")]
+    Unexpected,
+    /// The guest does not take the memory.
+    #[error("the guest has not plugged {0} MiB of memory within {1:?}; lower the pod's limits, or restart it")]
+    NotPlugged(u64, Duration),
+    /// The VMM reads nothing.
+    #[error("the pod's VMM does not read its socket, and {0} requests wait already; remove the pod")]
+    Busy(usize),
+    /// The guest did not accept.
+    #[error("the guest did not accept a connection to its port {0} within {1:?}")]
+    ConnectTimeout(u32, Duration),
+}
