@@ -19,6 +19,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::UnixStream;
+use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::oom::{self, OomScore};
@@ -28,7 +29,7 @@ use crate::network::NetDevice;
 use console::Tail;
 pub use error::VmError;
 use machine_spec::Machine;
-use supervisor::{AFTERWORD, Order, Unsent};
+use supervisor::{AFTERWORD, Order, Supervised, Unsent};
 
 /// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
 /// a second is much on hardware; emulated CI nodes are some fifty times slower.
@@ -95,6 +96,17 @@ impl Vm {
             Ok(Err(_)) => Err(vm.fail(VmError::Ended).await),
             Err(waited) => Err(vm.fail(VmError::NotReady(waited, tail.last_line())).await),
         }
+    }
+
+    /// Follows a VMM that has been told to boot. Also says when the machine was built, once the agent listens.
+    pub(super) fn supervise(
+        socket: OwnedFd,
+        child: Child,
+        pid: u32,
+        oom_score: OomScore,
+    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
+        let Supervised { process, requests, ended, ready } = supervisor::supervise(socket, child, pid)?;
+        Ok((Self { pid, process: Arc::new(process), requests, ended, oom_score: Arc::new(oom_score) }, ready))
     }
 
     async fn fail(self, error: VmError) -> VmError {

@@ -6,7 +6,6 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
@@ -17,7 +16,7 @@ use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{OomScore, Vm, VmError};
+use super::VmError;
 
 /// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
 /// to do is to say why on stderr, and to give the guest's memory back.
@@ -48,40 +47,45 @@ pub(super) struct Unsent {
     pub answer: Option<Answer>,
 }
 
-impl Vm {
-    /// Starts the task of a VMM that has been told to boot. Also says when the machine was built, once the agent listens.
-    pub(in crate::sandbox) fn supervise(
-        socket: OwnedFd,
-        child: Child,
-        pid: u32,
-        oom_score: OomScore,
-    ) -> Result<(Self, oneshot::Receiver<Result<Instant, VmError>>), VmError> {
-        // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
-        let socket = std::os::unix::net::UnixDatagram::from(socket);
-        socket.set_nonblocking(true).map_err(VmError::Socket)?;
-        let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
-        // Here it has not been waited for, so that the number is still its own.
-        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(VmError::Ended)?;
-        let process = pidfd_open(raw, PidfdFlags::empty()).map_err(|error| VmError::Process(error.into()))?;
-        let (requests, orders) = mpsc::channel(REQUESTS);
-        let (tell_end, ended) = watch::channel(false);
-        let (tell_ready, ready) = oneshot::channel();
-        let supervisor = Supervisor {
-            socket,
-            child,
-            unsent: VecDeque::new(),
-            waiting: HashMap::new(),
-            next_id: 1,
-            built: Instant::now(),
-            ready: Some(tell_ready),
-            deaf: false,
-            over: None,
-            ends: false,
-            reason: None,
-        };
-        tokio::spawn(supervisor.run(orders, tell_end));
-        Ok((Self { pid, process: Arc::new(process), requests, ended, oom_score: Arc::new(oom_score) }, ready))
-    }
+/// A VMM that has its task.
+pub(super) struct Supervised {
+    /// Its process.
+    pub process: OwnedFd,
+    /// Where the task takes orders.
+    pub requests: mpsc::Sender<Order>,
+    /// Set when the process is gone.
+    pub ended: watch::Receiver<bool>,
+    /// Says when the machine was built, once the agent listens.
+    pub ready: oneshot::Receiver<Result<Instant, VmError>>,
+}
+
+/// Starts the task of a VMM that has been told to boot.
+pub(super) fn supervise(socket: OwnedFd, child: Child, pid: u32) -> Result<Supervised, VmError> {
+    // A SEQPACKET socket is waited for like a datagram socket; only `control` reads and writes it.
+    let socket = std::os::unix::net::UnixDatagram::from(socket);
+    socket.set_nonblocking(true).map_err(VmError::Socket)?;
+    let socket = UnixDatagram::from_std(socket).map_err(VmError::Socket)?;
+    // Here it has not been waited for, so that the number is still its own.
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(VmError::Ended)?;
+    let process = pidfd_open(raw, PidfdFlags::empty()).map_err(|error| VmError::Process(error.into()))?;
+    let (requests, orders) = mpsc::channel(REQUESTS);
+    let (tell_end, ended) = watch::channel(false);
+    let (tell_ready, ready) = oneshot::channel();
+    let supervisor = Supervisor {
+        socket,
+        child,
+        unsent: VecDeque::new(),
+        waiting: HashMap::new(),
+        next_id: 1,
+        built: Instant::now(),
+        ready: Some(tell_ready),
+        deaf: false,
+        over: None,
+        ends: false,
+        reason: None,
+    };
+    tokio::spawn(supervisor.run(orders, tell_end));
+    Ok(Supervised { process, requests, ended, ready })
 }
 
 struct Supervisor {
@@ -308,7 +312,9 @@ fn bounded(message: &str) -> String {
 mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+    use super::super::Vm;
     use super::*;
+    use crate::sandbox::oom::OomScore;
     use crate::sandbox::patience;
 
     /// A VM whose process does nothing, and the VMM's end of its control socket.
