@@ -23,8 +23,7 @@ use rustix::net::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 
-/// Longest command line that is shown, in bytes; the rest is cut off.
-pub const MAX_TITLE: usize = 4096;
+use keeper::MAX_TITLE;
 
 /// How long the keeper may take: it makes some system calls that wait for nobody, on a node that may be busy.
 const ANSWER: Duration = Duration::from_secs(20);

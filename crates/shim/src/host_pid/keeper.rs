@@ -18,7 +18,8 @@ use rustix::net::{
 };
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
-use super::MAX_TITLE;
+/// Longest command line that is shown, in bytes; the rest is cut off.
+pub const MAX_TITLE: usize = 4096;
 
 /// Requests, by their first byte. Each comes with a descriptor: the network namespace to enter.
 pub const ENTER: u8 = 1;

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bulkhead_protocol::cri::PodSandboxConfig;
 use tokio::sync::watch;
 
 use crate::endpoint::Endpoint;
@@ -29,11 +30,12 @@ use crate::events::Publisher;
 use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::sandbox::{Sandbox, kill_recorded, removing};
+use crate::spec::SandboxSpec;
 use container::{Container, Kind};
 pub use create::CreateTask;
 use error::TaskError;
+use files::PodFiles;
 use process::Process;
-use sandbox_api::ApiSandbox;
 pub use sandbox_api::CreateSandbox;
 pub use start::ExecTask;
 
@@ -73,6 +75,16 @@ pub struct Pod {
     /// containerd has asked the daemon to end, which it does with the last container.
     ending: AtomicBool,
     finished: watch::Sender<bool>,
+}
+
+/// A sandbox that was created by the Sandbox API.
+#[derive(Debug)]
+pub struct ApiSandbox {
+    spec: SandboxSpec,
+    config: PodSandboxConfig,
+    files: Option<PodFiles>,
+    /// Stands for the VM: its pid, its state and its end.
+    process: Arc<Process>,
 }
 
 impl Pod {

@@ -9,15 +9,15 @@ use containerd_shim_protos::types::task::Status;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 
-use super::Pod;
 use super::error::TaskError;
 use super::files::PodFiles;
 use super::process::{Exit, Process};
+use super::{ApiSandbox, Pod};
 use crate::about;
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
 use crate::sandbox::{Sandbox, blocking, removing};
-use crate::spec::{self, SandboxSpec};
+use crate::spec;
 use crate::stats;
 
 /// What stands in the node's process table for a sandbox, which runs nothing.
@@ -32,16 +32,6 @@ pub struct CreateSandbox {
     pub config: PodSandboxConfig,
     /// The network namespace that CNI has made; empty for none.
     pub netns: String,
-}
-
-/// A sandbox that was created by the Sandbox API.
-#[derive(Debug)]
-pub struct ApiSandbox {
-    spec: SandboxSpec,
-    config: PodSandboxConfig,
-    files: Option<PodFiles>,
-    /// Stands for the VM: its pid, its state and its end.
-    process: Arc<Process>,
 }
 
 /// What a sandbox tells of itself.

@@ -162,6 +162,18 @@ impl Sandbox {
         self.network.namespace()
     }
 
+    /// Carries the network into the guest that CNI has made since it was booted, if it makes it so late.
+    pub async fn attach_network(&self) -> Result<(), SandboxError> {
+        self.network.attach(&self.vm, &self.agent).await
+    }
+
+    /// Carries what a hook, or an engine before it starts the container, has made in a container's own namespace, and from then
+    /// on what comes and goes there. Its localhost is not the guest's, but the other way round: servers for the container may
+    /// listen there.
+    pub async fn follow_network(&self) -> Result<(), SandboxError> {
+        self.network.attach_and_follow(&self.vm, &self.agent).await
+    }
+
     /// Makes the VM large enough for one more container, which counts from now on until [`Self::container_ended`].
     pub async fn make_room(&self, id: &str, limits: Limits) -> Result<(), ResizeError> {
         self.resizer.note(id, limits);

@@ -20,7 +20,7 @@ use tokio::sync::Mutex;
 
 use super::agent::Agent;
 use super::vm::Vm;
-use super::{Sandbox, SandboxError, patience};
+use super::{SandboxError, patience};
 use crate::network::policy::Policy;
 use crate::network::{self, Events, Handover, NetDevice, Network, NetworkError, State, Take, netns};
 use crate::pod::error::chain;
@@ -138,7 +138,7 @@ impl PodNetwork {
     }
 
     /// Carries the network of a namespace of the sandbox's own into the guest, once there is something, and its localhost.
-    async fn attach(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+    pub async fn attach(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
         if self.prepared.is_some() {
             return Ok(());
         }
@@ -152,6 +152,18 @@ impl PodNetwork {
             self.serve_localhost(agent).await;
             self.follow(vm, agent, false).await;
         }
+        Ok(())
+    }
+
+    /// Carries what there is in a namespace of the sandbox's own, and from then on what comes and goes there, servers for the
+    /// container included.
+    pub async fn attach_and_follow(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+        if self.prepared.is_some() {
+            return Ok(());
+        }
+        self.update(vm, agent, Take::All, true).await?;
+        self.hand_over(agent).await?;
+        self.follow(vm, agent, true).await;
         Ok(())
     }
 
@@ -325,25 +337,5 @@ impl PodNetwork {
     /// Lets the guest reach servers for the container that listen in the namespace.
     async fn hand_over(&self, agent: &Agent) -> Result<(), SandboxError> {
         Ok(self.handover.update(&self.namespace, agent).await?)
-    }
-}
-
-impl Sandbox {
-    /// Carries the network into the guest that CNI has made since it was booted, if it makes it so late.
-    pub async fn attach_network(&self) -> Result<(), SandboxError> {
-        self.network.attach(&self.vm, &self.agent).await
-    }
-
-    /// Carries what a hook, or an engine before it starts the container, has made in a container's own namespace, and from then
-    /// on what comes and goes there. Its localhost is not the guest's, but the other way round: servers for the container may
-    /// listen there.
-    pub async fn follow_network(&self) -> Result<(), SandboxError> {
-        if self.network.prepared.is_some() {
-            return Ok(());
-        }
-        self.network.update(&self.vm, &self.agent, Take::All, true).await?;
-        self.network.hand_over(&self.agent).await?;
-        self.network.follow(&self.vm, &self.agent, true).await;
-        Ok(())
     }
 }
