@@ -19,7 +19,7 @@ use tokio::net::{TcpSocket, TcpStream, UdpSocket, UnixStream};
 use tokio::sync::{Mutex, Semaphore, watch};
 
 use super::netns::{self, NetnsError};
-use crate::sandbox::agent::{Agent, AgentError};
+use super::{Connector, NoConnection};
 
 /// Most connections and clients of UDP at a time: a part of the guest's vsock connections.
 const MAX_CARRIED: usize = 64;
@@ -49,7 +49,7 @@ pub struct Handover {
 
 impl Handover {
     /// Looks who listens in the namespace, and tells the guest if that has changed.
-    pub async fn update(&self, namespace: &Arc<OwnedFd>, agent: &Agent) -> Result<(), HandoverError> {
+    pub async fn update(&self, namespace: &Arc<OwnedFd>, agent: &impl Connector) -> Result<(), HandoverError> {
         let listening = netns::run_in(&netns::path_of(namespace), async || listening()).await?;
         let listening = listening.map_err(HandoverError::Look)?;
         let mut lists = self.lists.lock().await;
@@ -79,7 +79,7 @@ impl Handover {
 const ENDING: Duration = Duration::from_secs(10);
 
 /// A connection to the guest for one of the two things that they are for.
-async fn begin(agent: &Agent, what: u8) -> Result<UnixStream, HandoverError> {
+async fn begin(agent: &impl Connector, what: u8) -> Result<UnixStream, HandoverError> {
     let mut host = agent.handover().await?;
     host.write_u8(what).await.map_err(HandoverError::Guest)?;
     Ok(host)
@@ -88,7 +88,7 @@ async fn begin(agent: &Agent, what: u8) -> Result<UnixStream, HandoverError> {
 /// Has a connection wait in the guest, one after the other, to the VM's end.
 async fn carry_all(
     namespace: Arc<OwnedFd>,
-    agent: Agent,
+    agent: impl Connector,
     endpoints: watch::Receiver<Vec<Endpoint>>,
     room: Arc<Semaphore>,
 ) {
@@ -267,7 +267,7 @@ pub enum HandoverError {
     Look(#[source] io::Error),
     /// No connection.
     #[error(transparent)]
-    Agent(#[from] AgentError),
+    Agent(#[from] NoConnection),
     /// It ends.
     #[error("the guest has ended a connection for what it hands over")]
     Guest(#[source] io::Error),

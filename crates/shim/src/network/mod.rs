@@ -11,6 +11,7 @@
 //!
 //! Everything here runs in a thread of its own that has entered the namespace; the daemon's threads never do.
 
+mod connector;
 mod entries;
 mod error;
 mod events;
@@ -37,6 +38,7 @@ use links::{IFF_UP, Link};
 use policy::Policy;
 
 use crate::pod::error::chain;
+pub use connector::{Connector, NoConnection};
 pub use error::NetworkError;
 pub use events::Events;
 pub use forward::Localhost;

@@ -17,6 +17,7 @@ use ttrpc::{Code, asynchronous::Client};
 use super::answers::Answers;
 use super::patience;
 use super::vm::{Vm, VmError};
+use crate::network::{Connector, NoConnection};
 use crate::sizing::Target;
 use crate::spec::{DeviceNumber, HugeVolume};
 
@@ -331,6 +332,20 @@ impl Agent {
     pub async fn next_demand(&self, refused: bool, may_shrink: bool) -> Result<proto::Demand, AgentError> {
         let request = proto::DemandRequest { refused, may_shrink, ..proto::DemandRequest::default() };
         self.client.next_demand(Context::default(), &request).await.map_err(AgentError::from)
+    }
+}
+
+impl Connector for Agent {
+    async fn forward(&self) -> Result<UnixStream, NoConnection> {
+        Ok(Self::forward(self).await?)
+    }
+
+    async fn handover(&self) -> Result<UnixStream, NoConnection> {
+        Ok(Self::handover(self).await?)
+    }
+
+    async fn vm_ended(&self) {
+        Self::vm_ended(self).await;
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
-use crate::sandbox::agent::Agent;
+use super::{Connector, NoConnection};
 
 /// Most connections at a time; one more is reset. `kubectl port-forward` opens one for each connection to its local port, so
 /// a browser takes a dozen. They are a part of the guest's vsock connections, of which most stay for streams of processes.
@@ -58,7 +58,7 @@ impl Localhost {
     }
 
     /// Carries connections to the guest until the VM ends.
-    pub async fn serve(self, agent: Agent) {
+    pub async fn serve(self, agent: impl Connector) {
         let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let listeners =
             self.listeners.into_iter().filter_map(|listener| tokio::net::TcpListener::from_std(listener).ok());
@@ -76,7 +76,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-async fn accept(listener: tokio::net::TcpListener, agent: &Agent, room: &Arc<Semaphore>) {
+async fn accept(listener: tokio::net::TcpListener, agent: &impl Connector, room: &Arc<Semaphore>) {
     loop {
         let dialled = match listener.accept().await {
             Ok((dialled, _)) => dialled,
@@ -100,7 +100,7 @@ async fn accept(listener: tokio::net::TcpListener, agent: &Agent, room: &Arc<Sem
     }
 }
 
-async fn forward(mut dialled: TcpStream, agent: &Agent) {
+async fn forward(mut dialled: TcpStream, agent: &impl Connector) {
     let mut guest = match connect(&dialled, agent).await {
         Ok(guest) => guest,
         Err(error) => {
@@ -115,7 +115,7 @@ async fn forward(mut dialled: TcpStream, agent: &Agent) {
 }
 
 /// Connects to the port in the guest that was dialled: the accepted socket's own.
-async fn connect(dialled: &TcpStream, agent: &Agent) -> Result<tokio::net::UnixStream, ForwardError> {
+async fn connect(dialled: &TcpStream, agent: &impl Connector) -> Result<tokio::net::UnixStream, ForwardError> {
     let address = dialled.local_addr().map_err(ForwardError::Dialled)?;
     dialled.set_nodelay(true).map_err(ForwardError::Dialled)?;
     let target = Target { ipv6: address.is_ipv6(), port: address.port() };
@@ -157,7 +157,7 @@ pub enum ForwardError {
         port: u16,
         /// Why.
         #[source]
-        source: crate::sandbox::agent::AgentError,
+        source: NoConnection,
     },
     /// The agent says no.
     #[error("nothing in the guest listens on port {0}")]
@@ -171,4 +171,59 @@ pub enum ForwardError {
         #[source]
         source: io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::forward::{REFUSED, TARGET_LEN};
+    use tokio::net::UnixStream;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// Hands the guest's ends of connections to a test.
+    #[derive(Clone)]
+    struct Guest(mpsc::UnboundedSender<UnixStream>);
+
+    impl Connector for Guest {
+        async fn forward(&self) -> Result<UnixStream, NoConnection> {
+            let (host, guest) = UnixStream::pair()?;
+            self.0.send(guest)?;
+            Ok(host)
+        }
+
+        async fn handover(&self) -> Result<UnixStream, NoConnection> {
+            unreachable!()
+        }
+
+        async fn vm_ended(&self) {
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_dialled_goes_to_the_guest_and_what_it_refuses_is_reset() {
+        let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let (tell, mut connections) = mpsc::unbounded_channel();
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        tokio::spawn(async move { accept(listener, &Guest(tell), &room).await });
+        let mut dial = async |answer| {
+            let dialler = TcpStream::connect(address).await.unwrap();
+            let mut guest = connections.recv().await.unwrap();
+            let mut target = [0; TARGET_LEN];
+            guest.read_exact(&mut target).await.unwrap();
+            assert_eq!(Target::decode(target).unwrap(), Target { ipv6: false, port: address.port() });
+            guest.write_u8(answer).await.unwrap();
+            (dialler, guest)
+        };
+        let (mut dialler, mut guest) = dial(CONNECTED).await;
+        dialler.write_u8(7).await.unwrap();
+        assert_eq!(guest.read_u8().await.unwrap(), 7);
+        guest.write_u8(8).await.unwrap();
+        assert_eq!(dialler.read_u8().await.unwrap(), 8);
+        let (mut dialler, _guest) = dial(REFUSED).await;
+        assert_eq!(dialler.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
 }
