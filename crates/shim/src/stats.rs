@@ -13,7 +13,6 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
-use crate::pod::error::TaskError;
 pub use host::of_host_cgroup;
 
 const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -22,12 +21,12 @@ const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 const MAX_NAME: usize = 16;
 
 /// The numbers of something in which nothing runs.
-pub fn empty() -> Result<Any, TaskError> {
+pub fn empty() -> Result<Any, StatsError> {
     encode(&Metrics::new())
 }
 
 /// Packs the agent's numbers.
-pub fn pack(stats: Stats) -> Result<Any, TaskError> {
+pub fn pack(stats: Stats) -> Result<Any, StatsError> {
     let memory = stats.memory.unwrap_or_default();
     let cpu = stats.cpu.unwrap_or_default();
     let pids = stats.pids.unwrap_or_default();
@@ -65,8 +64,8 @@ pub fn pack(stats: Stats) -> Result<Any, TaskError> {
     encode(&metrics)
 }
 
-fn encode(metrics: &Metrics) -> Result<Any, TaskError> {
-    let value = metrics.write_to_bytes().map_err(|_| TaskError::Invalid("the guest's numbers cannot be encoded"))?;
+fn encode(metrics: &Metrics) -> Result<Any, StatsError> {
+    let value = metrics.write_to_bytes().map_err(StatsError::Encode)?;
     Ok(Any { type_url: TYPE_URL.to_owned(), value, ..Any::default() })
 }
 
@@ -150,6 +149,14 @@ fn network_stat(interface: InterfaceStats) -> NetworkStat {
         tx_dropped: interface.tx_dropped,
         ..NetworkStat::default()
     }
+}
+
+/// Numbers cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum StatsError {
+    /// As `Metrics`.
+    #[error("the guest's numbers cannot be encoded")]
+    Encode(#[source] protobuf::Error),
 }
 
 #[cfg(test)]

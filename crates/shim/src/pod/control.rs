@@ -60,10 +60,10 @@ impl Pod {
     pub async fn stats(&self, id: &str) -> Result<Any, TaskError> {
         let container = self.container(id)?;
         if container.kind == Kind::Sandbox {
-            return stats::empty();
+            return Ok(stats::empty()?);
         }
         let (agent, id) = (self.sandbox()?.agent.clone(), id.to_owned());
-        container.numbers.get(async move { stats::pack(agent.stats(&id).await?) }).await
+        container.numbers.get(async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
     }
 
     /// Sets a terminal's size.

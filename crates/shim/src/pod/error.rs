@@ -14,6 +14,7 @@ use crate::sandbox::agent::AgentError;
 use crate::sandbox::{DiskError, ResizeError, SandboxError, VmError};
 use crate::share::ShareError;
 use crate::spec::SpecError;
+use crate::stats::StatsError;
 
 /// A task call failed.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +92,9 @@ pub enum TaskError {
     /// Standard streams.
     #[error(transparent)]
     Io(#[from] IoError),
+    /// Numbers.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
 }
 
 impl TaskError {
@@ -124,7 +128,8 @@ impl TaskError {
             | Self::Share(_)
             | Self::Files(_)
             | Self::Hook(_)
-            | Self::Io(_) => Code::UNKNOWN,
+            | Self::Io(_)
+            | Self::Stats(_) => Code::UNKNOWN,
         }
     }
 }

@@ -157,7 +157,7 @@ impl Pod {
     /// What the pod uses of the node, its VM included.
     pub fn sandbox_metrics(&self) -> Result<Any, TaskError> {
         self.api_sandbox()?;
-        stats::of_host_cgroup(&self.identity.run_dir.cgroup())
+        Ok(stats::of_host_cgroup(&self.identity.run_dir.cgroup())?)
     }
 
     /// Ends the VM, removes everything of the pod and lets the daemon end. containerd asks for it after a failed

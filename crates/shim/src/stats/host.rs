@@ -7,12 +7,11 @@ use bulkhead_protocol::agent::{CpuStats, MemoryStats, PidsStats, Stats};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
-use super::{empty, pack};
-use crate::pod::error::TaskError;
+use super::{StatsError, empty, pack};
 use crate::sandbox::Cgroup;
 
 /// The numbers of the cgroup that is noted in `note`; none where the pod has no cgroup.
-pub fn of_host_cgroup(note: &Path) -> Result<Any, TaskError> {
+pub fn of_host_cgroup(note: &Path) -> Result<Any, StatsError> {
     match Cgroup::noted(note) {
         Some(cgroup) => pack(read(cgroup.path())),
         None => empty(),
