@@ -10,8 +10,8 @@ use containerd_shim_protos::types::task::Status;
 
 use super::error::TaskError;
 use super::hooks::ContainerHooks;
-use super::numbers::Numbers;
 use super::process::Process;
+use super::stats_cache::StatsCache;
 
 /// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
 /// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
@@ -47,7 +47,7 @@ pub struct Container {
     /// It is known to have been out of memory.
     oom: AtomicBool,
     /// What it uses, as far as the guest has told.
-    pub numbers: Numbers,
+    pub stats: StatsCache,
     execs: Mutex<Execs>,
 }
 
@@ -57,8 +57,8 @@ type Execs = HashMap<String, (Arc<Process>, Arc<[u8]>)>;
 impl Container {
     /// A created container.
     pub fn new(id: String, kind: Kind, bundle: PathBuf, init: Arc<Process>, hooks: ContainerHooks) -> Self {
-        let (oom, numbers, execs) = (AtomicBool::new(false), Numbers::default(), Mutex::default());
-        Self { id, kind, bundle, init, hooks, oom, numbers, execs }
+        let (oom, stats, execs) = (AtomicBool::new(false), StatsCache::default(), Mutex::default());
+        Self { id, kind, bundle, init, hooks, oom, stats, execs }
     }
 
     /// Notes that it was out of memory, and answers whether that is news. Who gets no events finds a file when it has ended.

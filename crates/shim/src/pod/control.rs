@@ -63,7 +63,7 @@ impl Pod {
             return Ok(stats::empty()?);
         }
         let (agent, id) = (self.sandbox()?.agent.clone(), id.to_owned());
-        container.numbers.get(async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
+        container.stats.get(async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
     }
 
     /// Sets a terminal's size.

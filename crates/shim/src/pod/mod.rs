@@ -11,11 +11,11 @@ mod end;
 pub mod error;
 pub mod files;
 mod hooks;
-mod numbers;
 pub mod options;
 pub mod process;
 mod sandbox_api;
 mod start;
+mod stats_cache;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is known of one container's numbers.
 #[derive(Debug, Default)]
-pub struct Numbers(watch::Sender<Known>);
+pub struct StatsCache(watch::Sender<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -29,7 +29,7 @@ struct Known {
     asked: Option<Instant>,
 }
 
-impl Numbers {
+impl StatsCache {
     /// The numbers: those that `ask` answers with, or the last ones if that takes long. `ask` goes on for as long as it takes,
     /// unless it is dropped because one goes on already.
     pub async fn get<A>(&self, ask: A) -> Result<Any, TaskError>
@@ -94,7 +94,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn hostile_21_guest_that_never_answers_is_waited_for_once() {
-        let known = Numbers::default();
+        let known = StatsCache::default();
         let begin = Instant::now();
         for _ in 0..100 {
             assert!(is_silent(&known.get(never()).await));
@@ -104,7 +104,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn hostile_21_slow_guest_has_its_last_numbers_told_and_its_answer_kept() {
-        let known = Numbers::default();
+        let known = StatsCache::default();
         assert_eq!(known.get(ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
         let (tell, told) = oneshot::channel();
         let slow = async { Ok(told.await.unwrap()) };
@@ -121,14 +121,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn refusal_is_an_error_and_does_not_silence_the_guest() {
-        let known = Numbers::default();
+        let known = StatsCache::default();
         assert!(matches!(known.get(ready(Err(TaskError::Finished))).await, Err(TaskError::Finished)));
         assert_eq!(known.get(ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
     }
 
     #[tokio::test(start_paused = true)]
     async fn two_that_ask_for_the_first_numbers_have_the_same() {
-        let known = Numbers::default();
+        let known = StatsCache::default();
         let soon = async {
             tokio::time::sleep(PATIENCE / 2).await;
             Ok(numbers(1))
