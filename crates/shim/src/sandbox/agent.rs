@@ -14,7 +14,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
 
-use super::answers::Answers;
+use super::bounded_replies::BoundedReplies;
 use super::patience;
 use super::vm::{Vm, VmError};
 use crate::network::{Connector, NoConnection};
@@ -85,7 +85,7 @@ impl Agent {
     /// Connects to the agent, which listens already.
     pub async fn connect(vm: &Vm) -> Result<Self, AgentError> {
         let stream = vm.connect(AGENT_RPC_PORT).await?;
-        Ok(Self { client: AgentClient::new(Client::new(Socket::new(Answers::new(stream)))), vm: vm.clone() })
+        Ok(Self { client: AgentClient::new(Client::new(Socket::new(BoundedReplies::new(stream)))), vm: vm.clone() })
     }
 
     /// A connection for a standard stream.

@@ -1,7 +1,7 @@
 //! The sandbox: one VM with what belongs to it on the host, from boot to the last unmount.
 
 pub mod agent;
-mod answers;
+mod bounded_replies;
 mod cgroup;
 mod clock;
 pub mod demand;

@@ -20,7 +20,7 @@ const RESPONSE: u8 = 2;
 
 /// A connection to the agent.
 #[derive(Debug)]
-pub struct Answers {
+pub struct BoundedReplies {
     /// Its limit is what is missing of the current header or body.
     stream: Take<UnixStream>,
     header: [u8; HEADER],
@@ -30,7 +30,7 @@ pub struct Answers {
     left: usize,
 }
 
-impl Answers {
+impl BoundedReplies {
     /// Watches over a connection from its first byte on.
     pub fn new(stream: UnixStream) -> Self {
         Self { stream: stream.take(0), header: [0; HEADER], have: 0, left: 0 }
@@ -65,7 +65,7 @@ impl Answers {
     }
 }
 
-impl AsyncRead for Answers {
+impl AsyncRead for BoundedReplies {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let missing = if this.left > 0 { this.left } else { HEADER - this.have };
@@ -81,7 +81,7 @@ impl AsyncRead for Answers {
     }
 }
 
-impl AsyncWrite for Answers {
+impl AsyncWrite for BoundedReplies {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(self.get_mut().stream.get_mut()).poll_write(context, bytes)
     }
@@ -106,7 +106,7 @@ mod tests {
 
     async fn read(sent: &[u8], pieces: usize) -> io::Result<Vec<u8>> {
         let (mut guest, host) = UnixStream::pair().unwrap();
-        let mut answers = Answers::new(host);
+        let mut answers = BoundedReplies::new(host);
         let sent = sent.to_vec();
         let sending = async move {
             for piece in sent.chunks(pieces) {
