@@ -79,9 +79,9 @@ pub(super) fn supervise(socket: OwnedFd, child: Child, pid: u32) -> Result<Super
         next_id: 1,
         built: Instant::now(),
         ready: Some(tell_ready),
-        deaf: false,
-        over: None,
-        ends: false,
+        socket_closed: false,
+        kill_at: None,
+        ending: false,
         reason: None,
     };
     tokio::spawn(supervisor.run(orders, tell_end));
@@ -99,11 +99,11 @@ struct Supervisor {
     built: Instant,
     ready: Option<oneshot::Sender<Result<Instant, VmError>>>,
     /// The socket has ended, or spoke nonsense: only the process's end is awaited.
-    deaf: bool,
-    /// The process has to end by itself, by then; `None` when it is being killed for it.
-    over: Option<tokio::time::Instant>,
-    /// `over` has been set once.
-    ends: bool,
+    socket_closed: bool,
+    /// When the process is killed if it has not ended by itself; `None` before it has to end, and once it has been killed.
+    kill_at: Option<tokio::time::Instant>,
+    /// The process has to end: `kill_at` has been set once.
+    ending: bool,
     /// Why the guest has ended.
     reason: Option<ExitReason>,
 }
@@ -118,10 +118,10 @@ impl Supervisor {
                     self.tell_ready(Err(early_end(status.ok(), self.reason)));
                     break;
                 }
-                received = receive(&self.socket), if !self.deaf => self.take(received),
-                () = until(self.over) => {
+                received = receive(&self.socket), if !self.socket_closed => self.take(received),
+                () = until(self.kill_at) => {
                     tracing::warn!("killing a VMM that goes on after its end");
-                    self.over = None;
+                    self.kill_at = None;
                     self.kill();
                 }
                 // Beside the orders, not among them: a VMM that reads nothing can still be killed.
@@ -142,7 +142,7 @@ impl Supervisor {
 
     /// What the VMM has sent and this task has not read when the process is gone. As nobody sends any more, it ends.
     fn hear_the_end(&mut self) {
-        while !self.deaf
+        while !self.socket_closed
             && let Ok(Some(reply)) = control::receive_bare::<Reply>(&self.socket)
         {
             if matches!(reply, Reply::GuestExited { .. } | Reply::Failed { .. }) {
@@ -161,12 +161,12 @@ impl Supervisor {
         match received {
             Ok(Some(reply)) => self.answer(reply),
             Ok(None) => {
-                self.deaf = true;
-                self.over();
+                self.socket_closed = true;
+                self.end_soon();
             }
             Err(error) => {
                 tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
-                self.deaf = true;
+                self.socket_closed = true;
                 self.kill();
             }
         }
@@ -176,7 +176,7 @@ impl Supervisor {
         match reply {
             Reply::GuestReady => self.tell_ready(Ok(self.built)),
             Reply::GuestExited { reason } => {
-                if self.over() {
+                if self.end_soon() {
                     tracing::info!(?reason, "the guest has ended");
                     self.reason = Some(reason);
                 }
@@ -204,11 +204,11 @@ impl Supervisor {
     }
 
     /// The process has to end now by itself. Answers whether that is news.
-    fn over(&mut self) -> bool {
-        let news = !self.ends;
+    fn end_soon(&mut self) -> bool {
+        let news = !self.ending;
         if news {
-            self.ends = true;
-            self.over = Some(tokio::time::Instant::now() + AFTERWORD);
+            self.ending = true;
+            self.kill_at = Some(tokio::time::Instant::now() + AFTERWORD);
         }
         news
     }
