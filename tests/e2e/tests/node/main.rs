@@ -25,7 +25,6 @@ mod locks;
 mod mounts;
 mod namespaces;
 mod network;
-mod odd_pods;
 mod port_forward;
 mod refusal;
 mod resize;
@@ -35,6 +34,7 @@ mod soak;
 mod standalone;
 mod stuck;
 mod throttled;
+mod unusual_specs;
 mod user_namespace;
 mod volumes;
 
