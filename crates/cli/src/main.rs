@@ -4,8 +4,6 @@ mod check;
 mod clean;
 mod run;
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -25,17 +23,6 @@ enum Command {
     Clean(clean::CleanArguments),
     /// Run a pod from an image through the CRI, and show that it is in a guest of its own
     Run(run::RunArguments),
-}
-
-/// How to reach the CRI.
-#[derive(clap::Args)]
-struct CriArguments {
-    /// Socket of the CRI runtime
-    #[arg(long, default_value = bulkhead_cli::cri::CONTAINERD_SOCKET)]
-    socket: PathBuf,
-    /// Runtime handler, as in a RuntimeClass
-    #[arg(long, default_value = "bulkhead")]
-    handler: String,
 }
 
 #[tokio::main(flavor = "current_thread")]

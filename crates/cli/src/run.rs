@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -25,11 +25,22 @@ trap 'kill $server; echo stopped; exit 0' TERM
 wait $server
 "#;
 
+/// How to reach the CRI.
+#[derive(clap::Args)]
+struct CriArguments {
+    /// Socket of the CRI runtime
+    #[arg(long, default_value = cri::CONTAINERD_SOCKET)]
+    socket: PathBuf,
+    /// Runtime handler, as in a RuntimeClass
+    #[arg(long, default_value = "bulkhead")]
+    handler: String,
+}
+
 /// Options of `bulkhead run`.
 #[derive(clap::Args)]
 pub struct RunArguments {
     #[command(flatten)]
-    cri: crate::CriArguments,
+    cri: CriArguments,
     /// Image of the container; needs busybox
     #[arg(long, default_value = "127.0.0.1:5000/busybox:latest")]
     image: String,
