@@ -1,28 +1,10 @@
-//! What a message makes, and which one the kernel did not take, in words.
+//! Which message the kernel did not take, in words.
 
-use bulkhead_protocol::agent::{Firewall, FirewallFailure, NftMessage};
+use bulkhead_protocol::agent::{Firewall, FirewallFailure};
 
-use crate::attributes::text;
 use crate::netlink::{HEADER, NFGENMSG};
-use crate::nft::{self, chain, elements, message, object, rule, set, table};
+use crate::words::{message, printable};
 use crate::{Uncarried, ipset, rules, tables, xtables};
-
-/// Longest name of the kernel's in a message.
-const MAX_NAME: usize = 64;
-
-/// What a message makes.
-pub fn message(one: &NftMessage) -> String {
-    let name = |kind| text(&one.attributes, kind).map(|name| printable(&name)).unwrap_or_default();
-    let table = format!("table {} {}", u8::try_from(one.family).map_or("unknown", nft::family), name(table::NAME));
-    match u8::try_from(one.kind) {
-        Ok(message::NEW_CHAIN) => format!("chain {} of {table}", name(chain::NAME)),
-        Ok(message::NEW_RULE) => format!("a rule in chain {} of {table}", name(rule::CHAIN)),
-        Ok(message::NEW_SET) => format!("set {} of {table}", name(set::NAME)),
-        Ok(message::NEW_ELEMENTS) => format!("elements of set {} of {table}", name(elements::SET)),
-        Ok(message::NEW_OBJECT) => format!("object {} of {table}", name(object::NAME)),
-        _ => table,
-    }
-}
 
 /// Which part of the rules the guest did not take, and why. `None` if there is no such part.
 pub fn failure(firewall: &Firewall, failure: &FirewallFailure) -> Option<Uncarried> {
@@ -48,9 +30,4 @@ pub fn failure(firewall: &Firewall, failure: &FirewallFailure) -> Option<Uncarri
     // Without its parts a table that acts does not do what it did.
     let security = tables::acting(&firewall.nft).contains(&tables::key(one));
     Some(Uncarried { what: format!("{} ({reason})", message(one)), security })
-}
-
-/// A name that may be anything, bounded and without what would move a terminal's cursor.
-pub fn printable(name: &str) -> String {
-    name.chars().take(MAX_NAME).map(|one| if one.is_control() { '?' } else { one }).collect()
 }

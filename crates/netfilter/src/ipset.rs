@@ -6,9 +6,9 @@ use std::io;
 use bulkhead_protocol::agent::IpSet;
 
 use crate::attributes::{self, NESTED, NETWORK_ORDER, all, find, keep, put, put_nested, put_number, text};
-use crate::describe::printable;
 use crate::modules::would_load;
 use crate::netlink::{ACK, CREATE, EXCLUSIVE, Socket};
+use crate::words::printable;
 use crate::{MAX_BYTES, Uncarried};
 
 const SUBSYSTEM: u16 = 6;

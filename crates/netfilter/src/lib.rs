@@ -20,6 +20,7 @@ mod rules;
 mod sockopt;
 mod tables;
 mod watch;
+mod words;
 mod xtables;
 
 pub use describe::failure;

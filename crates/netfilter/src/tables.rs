@@ -7,7 +7,7 @@ use bulkhead_protocol::agent::NftMessage;
 use crate::attributes::{self, Attribute, all, find, keep, map, number, put, put_nested, put_number, text};
 use crate::netlink::Message;
 use crate::nft::{self, chain, data, elements, flowtable, message, object, rule, set, table};
-use crate::{Uncarried, describe, rules};
+use crate::{Uncarried, rules, words};
 
 /// Bytes of elements in one message: an attribute, which their list is, has less than 64 KiB.
 const ELEMENTS: usize = 32 << 10;
@@ -170,7 +170,7 @@ impl<'a> Table<'a> {
             attributes: attributes.to_vec(),
             ..NftMessage::default()
         };
-        self.uncarried.push(Uncarried { what: format!("{} ({reason})", describe::message(&message)), security });
+        self.uncarried.push(Uncarried { what: format!("{} ({reason})", words::message(&message)), security });
     }
 
     fn chains(&mut self) {

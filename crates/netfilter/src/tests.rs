@@ -319,7 +319,7 @@ fn nonsense_is_no_panic_and_no_more_than_an_error() {
         for end in 0..firewall.nft[index].attributes.len() {
             let mut torn = firewall.clone();
             torn.nft[index].attributes.truncate(end);
-            let _ = torn.nft.iter().map(describe::message).count() + tables::acting(&torn.nft).len();
+            let _ = torn.nft.iter().map(words::message).count() + tables::acting(&torn.nft).len();
         }
     }
     let mut torn = firewall.clone();

@@ -8,7 +8,7 @@ use bulkhead_protocol::agent::XtTable;
 use rustix::net::ipproto::RAW;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use crate::describe::printable;
+use crate::words::printable;
 use crate::{MAX_BYTES, Uncarried, rules, sockopt};
 
 /// `XT_TABLE_MAXNAMELEN`.
