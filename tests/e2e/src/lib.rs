@@ -12,6 +12,7 @@ pub mod leftovers;
 pub mod liar;
 pub mod log_watch;
 mod netns;
+mod node;
 mod node_state;
 pub mod port_forward;
 pub mod processes;
@@ -23,7 +24,6 @@ pub mod terminal;
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_cli::cri::{self, Cri, ExecOutput, Pod, v1};
@@ -31,6 +31,7 @@ use bulkhead_cli::log;
 
 use crate::leftovers::Before;
 pub use crate::netns::Netns;
+pub use crate::node::{PATIENCE, node_command};
 
 /// An image with busybox and its applets.
 pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
@@ -41,9 +42,6 @@ pub const NGINX: &str = "127.0.0.1:5000/nginx:latest";
 
 /// The runtime handler of Bulkhead.
 pub const HANDLER: &str = "bulkhead";
-
-/// How long anything may take that takes milliseconds on hardware: the node is emulated, tens of times slower.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Tests share one node, whose processes, mounts and interfaces they count: one at a time.
 static NODE: Mutex<()> = Mutex::new(());
@@ -189,19 +187,4 @@ impl TestPod {
 /// A container that runs a shell script.
 pub fn sh(name: &str, script: &str) -> v1::ContainerConfig {
     cri::container_config(name, BUSYBOX, &["/bin/sh", "-c", script])
-}
-
-/// Runs a command of the node; it must succeed. Returns its standard output.
-pub fn node_command(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = std::process::Command::new(program)
-        .args(arguments)
-        .output()
-        .with_context(|| format!("cannot run {program}"))?;
-    ensure!(
-        output.status.success(),
-        "{program} {arguments:?} failed: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use bulkhead_protocol::control::{self as socket, ExitReason, Reply};
 use rustix::net::{SendAncillaryBuffer, SendFlags, Shutdown, sendmsg, shutdown, sockopt};
 
-use super::Guest;
+use super::guest::Guest;
 
 /// Tells the lies of the VMM that a place has; answers whether the honest answer follows.
 pub(super) fn strike(guest: &Arc<Guest>, place: &str) -> Result<bool> {

@@ -6,64 +6,24 @@
 //! [`stream`]. Nothing is booted, so a pod is there in milliseconds. Threads and blocking calls throughout: a lie may hang.
 
 mod control;
+mod guest;
 mod jail;
 mod rpc;
 mod stream;
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 
 use anyhow::{Context, Result, bail};
 use bulkhead_protocol::control::{self as socket, Command, Reply, Request};
 use bulkhead_protocol::guest::{AGENT_RPC_PORT, AGENT_STDIO_PORT};
 use bulkhead_protocol::vmspec::DeviceSpec;
 
+use guest::{Guest, forever};
+
 /// The kernel parameter.
 const PARAMETER: &str = "liar=";
-
-/// Container and exec id.
-type Key = (String, String);
-
-/// The machine and what runs in it.
-struct Guest {
-    control: OwnedFd,
-    /// What is struck where.
-    script: Vec<(String, String)>,
-    cmdline: String,
-    console: Option<OwnedFd>,
-    /// Processes, with the exit codes of those that have ended.
-    processes: Mutex<HashMap<Key, Option<u32>>>,
-    changed: Condvar,
-}
-
-impl Guest {
-    /// The lies for a place.
-    fn lies(&self, place: &str) -> impl Iterator<Item = &str> {
-        self.script.iter().filter(move |(at, _)| at == place).map(|(_, what)| what.as_str())
-    }
-
-    fn processes(&self) -> MutexGuard<'_, HashMap<Key, Option<u32>>> {
-        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for the end of a process; `None` for one that is not known.
-    fn wait(&self, key: &Key) -> Option<u32> {
-        let mut processes = self.processes();
-        loop {
-            match processes.get(key) {
-                Some(None) => processes = self.changed.wait(processes).unwrap_or_else(PoisonError::into_inner),
-                Some(Some(code)) => return Some(*code),
-                None => return None,
-            }
-        }
-    }
-
-    fn reply(&self, reply: &Reply) -> Result<()> {
-        Ok(socket::send(&self.control, reply, &[])?)
-    }
-}
 
 /// Serves to the end of the control socket.
 pub fn run() -> Result<()> {
@@ -128,12 +88,5 @@ fn obey(guest: &Arc<Guest>, request: Request, mut fds: Vec<OwnedFd>) -> Result<(
             });
             Ok(())
         }
-    }
-}
-
-/// Keeps the thread, and what it holds, until the process ends.
-fn forever() -> ! {
-    loop {
-        std::thread::park();
     }
 }

@@ -10,7 +10,8 @@ use bulkhead_protocol::agent as proto;
 use protobuf::{Message, MessageField};
 use ttrpc::Code;
 
-use super::{Guest, Key, control, forever};
+use super::control;
+use super::guest::{Guest, Key, forever};
 
 /// Kinds of frames.
 const REQUEST: u8 = 1;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use bulkhead_protocol::stdio::{ACCEPTED, REFUSED, Stream, decode, decode_length};
 
-use super::{Guest, forever};
+use super::guest::{Guest, forever};
 
 /// One stream to its end.
 pub(super) fn serve(guest: &Arc<Guest>, mut connection: UnixStream) -> Result<()> {

@@ -12,15 +12,10 @@ use tokio::io::AsyncReadExt;
 
 use super::{Caller, Host};
 
-/// The persistent directory that the bundle's link `work` leads to.
-pub(super) fn work(host: &Host, id: &str) -> PathBuf {
-    host.path("root/io.containerd.runtime.v2.task").join(host.namespace()).join(id)
-}
-
 impl Host {
     /// Makes a bundle without a spec, as for a sandbox of the Sandbox API.
     pub fn empty_bundle(&self, id: &str) -> Result<PathBuf> {
-        let (bundle, work) = (self.bundle(id), work(self, id));
+        let (bundle, work) = (self.bundle(id), self.work(id));
         let mut directory = std::fs::DirBuilder::new();
         directory.recursive(true).mode(0o700);
         directory.create(&bundle).and_then(|()| directory.create(&work)).context("cannot make a bundle")?;

@@ -14,7 +14,6 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 
 use super::Shim;
-use super::bundle;
 use super::events::Events;
 use super::fake::FakeContainerd;
 
@@ -89,6 +88,11 @@ impl Host {
         self.directory.join("state/io.containerd.runtime.v2.task").join(self.namespace()).join(id)
     }
 
+    /// The persistent directory that the bundle's link `work` leads to.
+    pub(super) fn work(&self, id: &str) -> PathBuf {
+        self.path("root/io.containerd.runtime.v2.task").join(self.namespace()).join(id)
+    }
+
     /// Runs `start` for a bundle and connects to the address that it answers.
     pub async fn start(&self, id: &str) -> Result<(i64, Shim)> {
         let stdin = self.stdin(id)?;
@@ -101,7 +105,7 @@ impl Host {
     pub fn delete(&self, id: &str) -> Result<DeleteResponse> {
         let output = self.run(id, "delete", &[])?;
         std::fs::remove_dir_all(self.bundle(id)).context("the bundle cannot be removed")?;
-        let _ = std::fs::remove_dir_all(bundle::work(self, id));
+        let _ = std::fs::remove_dir_all(self.work(id));
         DeleteResponse::parse_from_bytes(&output).context("delete answered nonsense")
     }
 
