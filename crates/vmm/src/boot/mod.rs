@@ -1,6 +1,7 @@
 //! Puts a kernel into the guest's memory, with all that it looks for when it starts.
 
 pub mod cmdline;
+mod error;
 mod initramfs;
 mod kernel;
 mod mptable;
@@ -10,9 +11,10 @@ mod tables;
 use std::fs::File;
 
 use bulkhead_protocol::vmspec::VmSpec;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress};
 
 pub use cmdline::CmdlineError;
+pub use error::BootError;
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
 
@@ -34,21 +36,4 @@ pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File
     }
     tables::write(memory, kernel.entry)?;
     Ok(kernel.entry)
-}
-
-/// A guest that cannot be made ready to start.
-#[derive(Debug, thiserror::Error)]
-pub enum BootError {
-    /// The kernel.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The initramfs.
-    #[error(transparent)]
-    Initramfs(#[from] InitramfsError),
-    /// The command line.
-    #[error(transparent)]
-    Cmdline(#[from] CmdlineError),
-    /// The guest's memory ends below the boot data, which the smallest memory size rules out.
-    #[error("cannot write the boot data to the guest's memory")]
-    Write(#[source] GuestMemoryError),
 }

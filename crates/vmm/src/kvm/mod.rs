@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // reason: descriptors become KVM's, and KVM is given host addresses; the modules below say theirs
 
 mod cpuid;
+mod error;
 mod hotplug;
 mod memory;
 mod registers;
@@ -23,6 +24,8 @@ use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use error::KvmError;
+use error::call;
 pub use hotplug::HotplugMemory;
 pub use memory::{MemoryError, create_memory, discard};
 pub use registers::{Entry, gdt};
@@ -184,37 +187,4 @@ fn set_slot(fd: &VmFd, memory: &Memory, slot: u32, address: u64, len: u64) -> Re
     // SAFETY: the range is a mapping that `memory` owns, and whoever holds `fd` drops it before `memory`. The vCPUs hold
     // the VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
     unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
-}
-
-/// Names the ioctl that failed.
-fn call(name: &'static str) -> impl Fn(errno::Error) -> KvmError {
-    move |source| KvmError::Call { name, source: source.into() }
-}
-
-/// KVM would not do what the machine needs.
-#[derive(Debug, thiserror::Error)]
-pub enum KvmError {
-    /// The descriptor is something else, or a KVM from before Linux 2.6.22.
-    #[error(
-        "the descriptor handed over as /dev/kvm does not speak version {KVM_API_VERSION} of KVM's interface (it says {0})"
-    )]
-    NotKvm(i32),
-    /// A capability is missing.
-    #[error("this host's KVM lacks {0}; a newer kernel or a host with hardware virtualization is needed")]
-    Missing(&'static str),
-    /// The CPUID table has no room for the leaves that were added.
-    #[error("this host's CPUID table has more than {KVM_MAX_CPUID_ENTRIES} entries")]
-    CpuidFull,
-    /// memfd_create(2) or mmap(2).
-    #[error("cannot map the memory that can be plugged; is vm.max_map_count of the host too low?")]
-    Hotplug(#[source] std::io::Error),
-    /// An ioctl failed.
-    #[error("KVM refused {name}")]
-    Call {
-        /// Its name.
-        name: &'static str,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
 }

@@ -16,6 +16,9 @@ pub const NUM_BUFFERS: usize = 10;
 /// An Ethernet header.
 pub const ETHERNET_LEN: usize = 14;
 
+/// Smallest MTU that may be offered, section 5.1.4.1.
+pub const MIN_MTU: u16 = 68;
+
 /// Largest frame: 65535 bytes of IP (section 5.1.6.3.1) and an Ethernet header with a VLAN tag.
 pub const MAX_FRAME: usize = 65535 + ETHERNET_LEN + 4;
 

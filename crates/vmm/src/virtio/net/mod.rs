@@ -5,6 +5,7 @@
 //! Frames go between guest memory and tap without a copy of ours; [`header`] checks what the guest asks to be done with
 //! a frame, [`worker`] runs in the device loop.
 
+mod error;
 mod header;
 mod tap;
 mod worker;
@@ -12,7 +13,6 @@ mod worker;
 #[cfg(test)]
 pub(super) mod tests;
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -23,6 +23,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+pub use self::error::NetError;
+use self::header::MIN_MTU;
 use self::tap::{Offloads, Tap};
 use self::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
@@ -30,9 +32,6 @@ use crate::event_loop::{EventLoop, WorkerGuard};
 
 /// Receive and transmit. Linux puts one buffer of 1.5 KiB into each slot of the first; 256 take several segmented frames.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
-
-/// Smallest MTU that may be offered, section 5.1.4.1.
-const MIN_MTU: u16 = 68;
 
 const FEATURES: [u32; 12] = [
     VIRTIO_NET_F_CSUM,
@@ -112,21 +111,4 @@ pub fn worker_over(
     activation: Activation,
 ) -> Result<crate::event_loop::Worker, ActivateError> {
     Ok(Box::new(Worker::new(Arc::new(Tap::for_test(wire)), mtu, activation)?))
-}
-
-/// A device that cannot be built.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// Below what virtio allows.
-    #[error("an MTU of {0} is too small for virtio-net; give it at least {MIN_MTU}")]
-    Mtu(u16),
-    /// TUNGETIFF failed.
-    #[error("the network device's descriptor is not that of a tap with an interface")]
-    NoTap(#[source] io::Error),
-    /// Opened in another mode.
-    #[error("the tap must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
-    TapMode,
-    /// TUNSETVNETHDRSZ or fcntl(2).
-    #[error("cannot set the tap's header size and make it non-blocking")]
-    TapSetup(#[source] io::Error),
 }
