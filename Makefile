@@ -47,11 +47,13 @@ product: kernel rootfs ## what `make install` installs, and nothing that only te
 build: setup kernel rootfs images ## everything: binaries in build/bin, guest kernel, guest image, test images
 	@tools/build
 
-check: setup-build ## format, clippy, licences
+check: setup-build ## format, clippy, licences, circles of imports
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo clippy -p bulkhead-e2e --test node --locked -- -D warnings
 	tools/licences
+	tools/circles --self-test
+	tools/circles
 
 run: build ## start a node and a pod in its own guest, and show both side by side
 	@$(NODE) run bulkhead run
