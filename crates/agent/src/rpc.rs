@@ -12,17 +12,18 @@ use bulkhead_protocol::agent::{
     ExitStatus, HugePageVolume, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats,
     SyncClockRequest, SyncClockResponse, UpdateContainerRequest, UpdateVolumeRequest,
 };
+use bulkhead_protocol::error::chain;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
+use crate::events;
 use crate::netns::Netns;
 use crate::runtime::Runtime;
 use crate::sandbox::{Clock, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
-use crate::{events, sys};
 
 /// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
 const MAX_TEXT: usize = 4096;
@@ -228,7 +229,7 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
         ServiceError::Sandbox(_) | ServiceError::Device(_) => Code::INTERNAL,
     };
-    get_rpc_status(code, bounded(sys::chain(&error)))
+    get_rpc_status(code, bounded(chain(&error)))
 }
 
 /// A text may quote what a container's author has written, a program's name of any length; the shim ends a connection on which

@@ -14,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_protocol::error::chain;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
@@ -96,7 +97,7 @@ impl Cgroup {
     }
 
     fn refused(&self, error: &dyn std::error::Error) -> CgroupError {
-        CgroupError::Update { path: self.dir.clone(), reason: sys::chain(error) }
+        CgroupError::Update { path: self.dir.clone(), reason: chain(error) }
     }
 
     /// Lets the group's processes use the devices of these rules only, and those that every container has.

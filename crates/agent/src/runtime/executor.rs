@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::error::chain;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
@@ -57,7 +58,7 @@ impl Init {
         let mut state = State::new(&self.id, ContainerStatus::Created, pid, self.bundle.clone());
         state.annotations = annotations.cloned();
         run_hooks(Some(&self.hooks), Some(&state), None, None, Some(&parse_env(env)))
-            .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", sys::chain(&error))))
+            .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", chain(&error))))
     }
 }
 
@@ -98,7 +99,7 @@ impl Confinement {
 
     fn apply(&self) -> Result<(), ExecutorError> {
         let failed = |what: &str, error: &dyn std::error::Error| {
-            ExecutorError::Other(format!("cannot {what}: {}", sys::chain(error)))
+            ExecutorError::Other(format!("cannot {what}: {}", chain(error)))
         };
         self.filter.install().map_err(|error| failed("install the seccomp filter", &error))?;
         if let Some(capabilities) = &self.capabilities {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bulkhead_protocol::control::{self, ControlError};
+use bulkhead_protocol::error::chain;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
@@ -23,7 +24,6 @@ use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request, Seccomp};
 use super::seccomp::{Filter, FilterError};
 use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
-use crate::sys;
 
 /// Standard streams of a process.
 const STREAMS: usize = 3;
@@ -38,7 +38,7 @@ pub fn main(agent: &OwnedFd) -> i32 {
             control::send(agent, &Reply::Created { pid }, &terminal)
         }
         Err(error) => {
-            let message = sys::chain(&error);
+            let message = chain(&error);
             let told = of_program(&message).map(str::to_owned);
             let told = told.unwrap_or_else(|| match causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
                 Some(behind) => format!("{message} ({behind})"),

@@ -32,10 +32,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse, Firewall, NetworkDevice, NetworkStep};
+use bulkhead_protocol::error::chain;
 use links::{IFF_UP, Link};
 use policy::{Policy, PolicyError};
 
-use crate::pod::error::chain;
 pub use events::Events;
 pub use forward::Localhost;
 pub use handover::{Handover, HandoverError};

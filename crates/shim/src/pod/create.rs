@@ -315,7 +315,7 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
 /// What cannot be removed goes with the pod.
 fn warn_of(removed: Result<(), ShareError>) {
     if let Err(error) = removed {
-        tracing::warn!("{}", super::error::chain(&error));
+        tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
     }
 }
 

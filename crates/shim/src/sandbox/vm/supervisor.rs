@@ -161,7 +161,7 @@ impl Supervisor {
                 self.over();
             }
             Err(error) => {
-                tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
+                tracing::error!("killing the VMM: {}", bulkhead_protocol::error::chain(&error));
                 self.deaf = true;
                 self.kill();
             }
