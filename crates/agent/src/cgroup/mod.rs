@@ -4,7 +4,6 @@
 //! processes into a container's group when it creates them; everything after that is done here, by files and by the
 //! kernel's notifications on them, never by trying again after a while.
 
-mod bpf;
 mod devices;
 pub mod notify;
 pub mod stats;
@@ -14,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_bpf::ProgramType;
 use bulkhead_protocol::error::chain;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
@@ -103,8 +103,10 @@ impl Cgroup {
     /// Lets the group's processes use the devices of these rules only, and those that every container has.
     pub fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), CgroupError> {
         let program = devices::program(rules).ok_or_else(|| CgroupError::DeviceRules { path: self.dir.clone() })?;
-        let attach =
-            || bpf::attach_device_program(std::fs::File::open(&self.dir)?, bpf::load_device_program(&program)?);
+        let attach = || {
+            let program = bulkhead_bpf::load(ProgramType::CgroupDevice, &program)?;
+            bulkhead_bpf::attach_to_cgroup(&program, &std::fs::File::open(&self.dir)?)
+        };
         attach().map_err(|source| CgroupError::Devices { path: self.dir.clone(), source })
     }
 
