@@ -221,7 +221,12 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
             Code::FAILED_PRECONDITION
         }
         ServiceError::Container(
-            C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. } | C::NoUserNamespace,
+            C::BadId { .. }
+            | C::Json { .. }
+            | C::Incomplete { .. }
+            | C::LeftIn { .. }
+            | C::BadSignal { .. }
+            | C::NoUserNamespace,
         ) => Code::INVALID_ARGUMENT,
         ServiceError::Sandbox(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
         // What a runtime reports of a program that it cannot execute, among others: the text is what counts.

@@ -90,7 +90,8 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
     users::rewrite(&mut spec);
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
-    spec.set_root(Some(root));
+    // The names are the pod's: the guest has them since its sandbox was created.
+    spec.set_root(Some(root)).set_hostname(None).set_domainname(None);
     if let Some(process) = spec.process_mut() {
         strip_process(process);
     }

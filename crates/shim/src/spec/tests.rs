@@ -11,6 +11,8 @@ fn spec(value: Value) -> Spec {
 fn container() -> Value {
     json!({
         "ociVersion": "1.0.2",
+        "hostname": "pod-1",
+        "domainname": "corp",
         "root": {"path": "rootfs", "readonly": true},
         "process": {
             "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["sh"],
@@ -36,6 +38,8 @@ fn container() -> Value {
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
             },
             "sysctl": {"net.core.somaxconn": "1"},
+            "mountLabel": "x",
+            "intelRdt": {"closID": "x"},
             "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "1"}
         }
     })
@@ -52,7 +56,11 @@ fn nothing_of_the_host_is_left() {
     assert_eq!(json["root"]["path"], "/run/bulkhead/share/c/rootfs");
     assert_eq!(json["root"]["readonly"], true);
     let kinds: Vec<_> = json["linux"]["namespaces"].as_array().unwrap().iter().map(|n| n["type"].clone()).collect();
-    assert_eq!(kinds, ["pid", "mount", "cgroup"]);
+    assert_eq!(kinds, ["mount", "cgroup"]);
+    assert!(json["hostname"].is_null() && json["domainname"].is_null());
+    for key in ["mountLabel", "intelRdt", "uidMappings", "gidMappings"] {
+        assert!(json["linux"][key].is_null(), "{key}");
+    }
     assert!(json["linux"]["cgroupsPath"].is_null());
     assert!(json["linux"]["sysctl"].is_null());
     assert!(json["process"]["apparmorProfile"].is_null() && json["process"]["selinuxLabel"].is_null());
@@ -227,7 +235,7 @@ fn ids_are_left_to_the_pods_user_namespace() {
     value["mounts"][3]["uidMappings"] = map(131_072);
     value["mounts"][3]["gidMappings"] = map(131_072);
     let (json, _) = translated(value);
-    assert_eq!(json["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "user"}]));
+    assert_eq!(json["linux"]["namespaces"], json!([{"type": "user"}]));
     assert!(json["linux"]["uidMappings"].is_null() && json["linux"]["gidMappings"].is_null());
     assert!(json["mounts"][3]["uidMappings"].is_null());
 }
@@ -235,8 +243,6 @@ fn ids_are_left_to_the_pods_user_namespace() {
 #[test]
 fn sandbox_says_what_the_vm_is() {
     let mut value = container();
-    value["hostname"] = "pod-1".into();
-    value["domainname"] = "corp".into();
     value["linux"]["namespaces"][3]["path"] = "/var/run/netns/cni-1".into();
     let got = sandbox(&spec(value)).unwrap();
     assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Netns::At("/var/run/netns/cni-1".into())));
