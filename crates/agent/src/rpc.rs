@@ -181,7 +181,7 @@ impl Agent for Service {
     }
 }
 
-/// Runs work that must not stop half way to its end. A method is dropped when its caller has no more patience or is gone,
+/// Runs work that must not stop half way to its end. A method is dropped when its caller gives up or is gone,
 /// and a process could have been created by then that nobody knows of.
 async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> ttrpc::Result<T> {
     let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
@@ -253,25 +253,25 @@ mod tests {
 
     #[test]
     fn longest_answer_is_short_enough() {
-        const MOST: u64 = u64::MAX;
-        let (major, minor, rbytes, wbytes, rios, wios) = (MOST, MOST, MOST, MOST, MOST, MOST);
+        const MAX: u64 = u64::MAX;
+        let (major, minor, rbytes, wbytes, rios, wios) = (MAX, MAX, MAX, MAX, MAX, MAX);
         let disk = IoStats { major, minor, rbytes, wbytes, rios, wios, ..Default::default() };
         let interface = InterfaceStats {
             name: "x".repeat(15),
-            rx_bytes: MOST,
-            rx_packets: MOST,
-            rx_errors: MOST,
-            rx_dropped: MOST,
-            tx_bytes: MOST,
-            tx_packets: MOST,
-            tx_errors: MOST,
-            tx_dropped: MOST,
+            rx_bytes: MAX,
+            rx_packets: MAX,
+            rx_errors: MAX,
+            rx_dropped: MAX,
+            tx_bytes: MAX,
+            tx_packets: MAX,
+            tx_errors: MAX,
+            tx_dropped: MAX,
             ..Default::default()
         };
         let pool =
-            HugeTlbStats { page_size: "2MB".into(), current: MOST, max: MOST, fail_count: MOST, ..Default::default() };
+            HugeTlbStats { page_size: "2MB".into(), current: MAX, max: MAX, fail_count: MAX, ..Default::default() };
         // More than twice the keys that Linux 6.12 has.
-        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MOST)).collect();
+        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MAX)).collect();
         let stats = Stats {
             memory: Some(MemoryStats { stat, ..Default::default() }).into(),
             io: vec![disk; MAX_STATS_ENTRIES],

@@ -31,11 +31,11 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmou
 const NEXT_DATA: &str = "..data_tmp";
 
 /// Begins the names of versions and of the links to them. No key of a volume begins so.
-const KUBELETS_OWN: &[u8] = b"..";
+const VERSION_PREFIX: &[u8] = b"..";
 
 /// Bounds of a container's copies. A ConfigMap or Secret holds at most 1 MiB, a projected volume several of them, and two
 /// versions exist at a time. What does not fit is bound from the share.
-const LIMITS: &std::ffi::CStr = c"mode=0755,size=32m,nr_inodes=8k";
+const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0755,size=32m,nr_inodes=8k";
 
 /// Directories within each other, as deep as a path of a key can be made by the kubelet's `items`.
 const MAX_DEPTH: usize = 64;
@@ -60,7 +60,7 @@ impl Volumes {
             return Ok(());
         }
         std::fs::create_dir_all(&self.target).map_err(|source| VolumeError::at(&self.target, source))?;
-        mount("volumes", &self.target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, LIMITS)
+        mount("volumes", &self.target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, TMPFS_OPTIONS)
             .map_err(|errno| VolumeError::at(&self.target, errno.into()))?;
         volumes.iter().try_for_each(|volume| self.create_one(volume))
     }
@@ -134,7 +134,7 @@ fn make_and_switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<
 /// since a mount in a read-only volume needs its place there (kubernetes: MakeNestedMountpoints in pkg/volume/util).
 fn copy_beside(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
     let there = names(target)?;
-    let beside = |name: &OsString| !name.as_bytes().starts_with(KUBELETS_OWN) && !there.contains(name);
+    let beside = |name: &OsString| !name.as_bytes().starts_with(VERSION_PREFIX) && !there.contains(name);
     names(source)?.iter().filter(|name| beside(name)).try_for_each(|name| copy(source, target, name, MAX_DEPTH))
 }
 

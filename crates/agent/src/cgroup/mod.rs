@@ -19,7 +19,7 @@ use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
-use crate::{patience, sys};
+use crate::{guest_time, sys};
 use notify::KernfsFile;
 
 /// Where cgroup v2 is mounted.
@@ -30,8 +30,8 @@ const AGENT: &str = "agent";
 const POD: &str = "pod";
 
 /// How long the kernel may take to freeze or empty a group. Both are quick unless a process sits in an uninterruptible
-/// wait (a share whose host does not answer), and then the caller must hear of it before its own patience ends (10 s).
-const SETTLE: Duration = Duration::from_secs(5);
+/// wait (a share whose host does not answer), and then the caller must hear of it before it gives up (20 s).
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Depth to which containers can make groups below their own, and to which these are followed.
 const MAX_DEPTH: usize = 16;
@@ -205,7 +205,7 @@ impl Cgroup {
             }
         };
         let unsettled = || CgroupError::Unsettled { path: self.dir.clone() };
-        patience::timeout(SETTLE, wait).await.ok_or_else(unsettled)?
+        guest_time::timeout(SETTLE_TIMEOUT, wait).await.ok_or_else(unsettled)?
     }
 }
 

@@ -15,7 +15,7 @@ use oci_spec::runtime::{
 };
 
 use super::error::ContainerError;
-use crate::runtime::{directory, home, tmpfs};
+use crate::runtime::{directory, home_dir, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -148,7 +148,7 @@ fn fit_process(process: &mut Process, terminal: bool, capabilities: Option<Linux
     let mut env = process.env().clone().unwrap_or_default();
     if !env.iter().any(|pair| pair.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
         env.retain(|pair| pair != "HOME=");
-        env.push(home::PLACEHOLDER.into());
+        env.push(home_dir::PLACEHOLDER.into());
     }
     process.set_env(Some(env));
 }

@@ -21,7 +21,7 @@ use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fcntl_g
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use super::home;
+use super::home_dir;
 use super::message::WindowSize;
 use super::seccomp::Filter;
 use crate::sys;
@@ -116,7 +116,7 @@ impl AgentExecutor {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let program = find_program(process).map_err(ExecutorError::Other)?;
         let mut env = process.env().clone().unwrap_or_default();
-        home::fill_in(&mut env, process.user().uid());
+        home_dir::fill_in(&mut env, process.user().uid());
         let path = c_string(program.as_os_str().as_encoded_bytes())?;
         let args = c_strings(process.args().as_deref())?;
         let environment = c_strings(Some(&env))?;

@@ -19,7 +19,7 @@ use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::de::DeserializeOwned;
 
-use super::causes::Causes;
+use super::captured_errors::CapturedErrors;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request, Seccomp};
 use super::seccomp::{Filter, FilterError};
@@ -31,7 +31,7 @@ const STREAMS: usize = 3;
 /// Runs a helper with its end of the socket to the agent. Answers the exit status.
 pub fn main(agent: &OwnedFd) -> i32 {
     let Ok(Some((request, stdio))) = control::receive::<Request>(agent) else { return 1 };
-    let mut causes = Causes::keep();
+    let mut captured = CapturedErrors::capture();
     let sent = match perform(request, stdio) {
         Ok((pid, terminal)) => {
             let terminal: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
@@ -40,10 +40,11 @@ pub fn main(agent: &OwnedFd) -> i32 {
         Err(error) => {
             let message = chain(&error);
             let told = of_program(&message).map(str::to_owned);
-            let told = told.unwrap_or_else(|| match causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
-                Some(behind) => format!("{message} ({behind})"),
-                None => message,
-            });
+            let told =
+                told.unwrap_or_else(|| match captured.as_mut().ok().and_then(|captured| captured.behind(&message)) {
+                    Some(behind) => format!("{message} ({behind})"),
+                    None => message,
+                });
             control::send(agent, &Reply::Failed { message: told }, &[])
         }
     };

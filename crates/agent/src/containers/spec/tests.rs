@@ -88,7 +88,7 @@ fn what_belongs_to_the_host_or_the_pod_is_refused() {
 fn what_would_be_inherited_or_looked_up_is_filled_in() {
     let spec = adapted(None);
     let process = spec.process().as_ref().unwrap();
-    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", home::PLACEHOLDER]);
+    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", home_dir::PLACEHOLDER]);
     assert_eq!(process.oom_score_adj(), Some(0));
     assert_eq!(process.no_new_privileges(), None);
 }
