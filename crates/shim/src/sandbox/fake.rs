@@ -190,7 +190,7 @@ impl proto::Agent for FakeAgent {
     }
 
     async fn update_volume(&self, _: &TtrpcContext, r: proto::UpdateVolumeRequest) -> ttrpc::Result<proto::Empty> {
-        let about = format!("{}/{} {}", r.container_id, r.volume.index, r.volume.version);
+        let about = format!("{}/{} {}", r.container_id, r.volume.number, r.volume.version);
         self.call("UpdateVolume", &about).await.map(|()| proto::Empty::new())
     }
 
