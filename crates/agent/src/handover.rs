@@ -21,14 +21,14 @@ use tokio::task::JoinSet;
 use crate::netns::Netns;
 
 /// Connections of the host's that wait; it makes no more than a few.
-const WAITING: usize = 8;
+const MAX_WAITING: usize = 8;
 
 /// How long somebody who dials waits for a connection of the host's, and for its answer. It makes one at once, unless it carries
 /// as many already as it will.
-const PATIENCE: Duration = Duration::from_secs(10);
+const HOST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a client of a UDP endpoint is remembered: resolvers ask again after 5 s.
-const IDLE: Duration = Duration::from_secs(20);
+const UDP_CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Most clients of one UDP endpoint at a time. Datagrams of others are dropped.
 const MAX_CLIENTS: usize = 32;
@@ -59,13 +59,13 @@ impl<S> Clone for Handover<S> {
 impl<S: Stream> Handover<S> {
     /// For the pod's network there.
     pub fn new(netns: Netns) -> Self {
-        let (wait, waiting) = mpsc::channel(WAITING);
+        let (wait, waiting) = mpsc::channel(MAX_WAITING);
         Self { netns, wait, waiting: Arc::new(Mutex::new(waiting)) }
     }
 
     /// Takes a connection of the host's; serves it to its end if it carries lists.
     pub async fn connection(self, mut host: S) {
-        match tokio::time::timeout(PATIENCE, host.read_u8()).await {
+        match tokio::time::timeout(HOST_TIMEOUT, host.read_u8()).await {
             // One too many is closed.
             Ok(Ok(CARRY)) => drop(self.wait.try_send(host)),
             Ok(Ok(LISTEN)) => self.listen(host).await,
@@ -184,7 +184,7 @@ impl<S: Stream> Handover<S> {
         let Ok(host) = self.host(endpoint).await else { return };
         let (mut from_host, mut to_host) = tokio::io::split(host);
         let ask = async {
-            while let Ok(Some(datagram)) = tokio::time::timeout(IDLE, queued.recv()).await {
+            while let Ok(Some(datagram)) = tokio::time::timeout(UDP_CLIENT_TIMEOUT, queued.recv()).await {
                 let Ok(length) = u16::try_from(datagram.len()) else { continue };
                 to_host.write_u16_le(length).await?;
                 to_host.write_all(&datagram).await?;
@@ -214,7 +214,7 @@ impl<S: Stream> Handover<S> {
                 _ => Err(io::ErrorKind::ConnectionRefused.into()),
             }
         };
-        tokio::time::timeout(PATIENCE, connect).await?
+        tokio::time::timeout(HOST_TIMEOUT, connect).await?
     }
 }
 

@@ -111,7 +111,7 @@ impl Agent {
 
 /// Time until a connection is accepted again that could not be. What is missing, descriptors or memory, says to nobody when
 /// it is there again, and the connection waits.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Serves every connection in a task of its own.
 async fn accept_all<S, F, C>(accept: impl Fn() -> F, serve: impl Fn(S) -> C) -> !
@@ -125,7 +125,7 @@ where
             // The listener itself is sound (accept(2) on errors of the peer).
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection of the host");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }

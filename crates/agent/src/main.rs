@@ -12,10 +12,10 @@ mod devices;
 mod entry;
 mod events;
 mod forward;
+mod guest_time;
 mod handover;
 mod listen;
 mod netns;
-mod patience;
 mod power;
 mod reaper;
 mod rpc;
@@ -79,7 +79,7 @@ fn run() -> i32 {
 
 fn report<E: std::error::Error>(outcome: Result<Infallible, E>) -> i32 {
     let Err(error) = outcome;
-    eprintln!("bulkhead-agent: {}", sys::chain(&error));
+    eprintln!("bulkhead-agent: {}", bulkhead_protocol::error::chain(&error));
     1
 }
 

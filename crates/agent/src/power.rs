@@ -7,9 +7,8 @@ use std::error::Error;
 use std::fmt::Display;
 use std::io::Write;
 
+use bulkhead_protocol::error::chain;
 use rustix::system::{RebootCommand, reboot};
-
-use crate::sys;
 
 /// Runs init. Whatever ends it, a panic included, is printed on the console and reboots the guest.
 pub fn reboot_after<E: Error>(init: fn() -> Result<Infallible, E>) -> Result<Infallible, std::io::Error> {
@@ -18,7 +17,7 @@ pub fn reboot_after<E: Error>(init: fn() -> Result<Infallible, E>) -> Result<Inf
         let _ = restart();
     }));
     let Err(error) = init();
-    say(&sys::chain(&error));
+    say(&chain(&error));
     restart()
 }
 

@@ -12,17 +12,18 @@ use bulkhead_protocol::agent::{
     ExitStatus, HugePageVolume, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats,
     SyncClockRequest, SyncClockResponse, UpdateContainerRequest, UpdateVolumeRequest,
 };
+use bulkhead_protocol::error::chain;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 
 use crate::containers::{ContainerError, Containers};
 use crate::devices::{self, DeviceError};
+use crate::events;
 use crate::netns::Netns;
 use crate::runtime::Runtime;
 use crate::sandbox::{Clock, Sandbox, SandboxError};
 use crate::stdio::{Streams, ends};
-use crate::{events, sys};
 
 /// Longest text of a refusal in bytes. The shim passes on the first thousand characters.
 const MAX_TEXT: usize = 4096;
@@ -180,7 +181,7 @@ impl Agent for Service {
     }
 }
 
-/// Runs work that must not stop half way to its end. A method is dropped when its caller has no more patience or is gone,
+/// Runs work that must not stop half way to its end. A method is dropped when its caller gives up or is gone,
 /// and a process could have been created by then that nobody knows of.
 async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> ttrpc::Result<T> {
     let lost = |_| get_rpc_status(Code::UNAVAILABLE, "the agent is ending");
@@ -220,7 +221,12 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
             Code::FAILED_PRECONDITION
         }
         ServiceError::Container(
-            C::BadId { .. } | C::Json { .. } | C::Incomplete { .. } | C::BadSignal { .. } | C::NoUserNamespace,
+            C::BadId { .. }
+            | C::Json { .. }
+            | C::Incomplete { .. }
+            | C::LeftIn { .. }
+            | C::BadSignal { .. }
+            | C::NoUserNamespace,
         ) => Code::INVALID_ARGUMENT,
         ServiceError::Sandbox(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
         // What a runtime reports of a program that it cannot execute, among others: the text is what counts.
@@ -228,7 +234,7 @@ fn status<E: Into<ServiceError>>(error: E) -> ttrpc::Error {
         ServiceError::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
         ServiceError::Sandbox(_) | ServiceError::Device(_) => Code::INTERNAL,
     };
-    get_rpc_status(code, bounded(sys::chain(&error)))
+    get_rpc_status(code, bounded(chain(&error)))
 }
 
 /// A text may quote what a container's author has written, a program's name of any length; the shim ends a connection on which
@@ -247,25 +253,25 @@ mod tests {
 
     #[test]
     fn longest_answer_is_short_enough() {
-        const MOST: u64 = u64::MAX;
-        let (major, minor, rbytes, wbytes, rios, wios) = (MOST, MOST, MOST, MOST, MOST, MOST);
+        const MAX: u64 = u64::MAX;
+        let (major, minor, rbytes, wbytes, rios, wios) = (MAX, MAX, MAX, MAX, MAX, MAX);
         let disk = IoStats { major, minor, rbytes, wbytes, rios, wios, ..Default::default() };
         let interface = InterfaceStats {
             name: "x".repeat(15),
-            rx_bytes: MOST,
-            rx_packets: MOST,
-            rx_errors: MOST,
-            rx_dropped: MOST,
-            tx_bytes: MOST,
-            tx_packets: MOST,
-            tx_errors: MOST,
-            tx_dropped: MOST,
+            rx_bytes: MAX,
+            rx_packets: MAX,
+            rx_errors: MAX,
+            rx_dropped: MAX,
+            tx_bytes: MAX,
+            tx_packets: MAX,
+            tx_errors: MAX,
+            tx_dropped: MAX,
             ..Default::default()
         };
         let pool =
-            HugeTlbStats { page_size: "2MB".into(), current: MOST, max: MOST, fail_count: MOST, ..Default::default() };
+            HugeTlbStats { page_size: "2MB".into(), current: MAX, max: MAX, fail_count: MAX, ..Default::default() };
         // More than twice the keys that Linux 6.12 has.
-        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MOST)).collect();
+        let stat = (0..160).map(|key| (format!("a key of some thirty bytes {key:03}"), MAX)).collect();
         let stats = Stats {
             memory: Some(MemoryStats { stat, ..Default::default() }).into(),
             io: vec![disk; MAX_STATS_ENTRIES],

@@ -1,11 +1,9 @@
-//! The few system calls that have no safe wrapper, and helpers for talking about errors.
+//! The few system calls that have no safe wrapper.
 #![allow(
     unsafe_code,
     reason = "random(4), loop(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions, clone(2) and seccomp(2) have no safe wrapper"
 )]
 
-use std::error::Error;
-use std::fmt::Write;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -216,34 +214,9 @@ pub fn watch_shared(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
-/// An error with its causes, "outer: inner: innermost"; a cause that its outer text repeats is left out.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let inner = error.to_string();
-        if !text.contains(&inner) {
-            let _ = write!(text, ": {inner}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("cannot open the door")]
-    struct Outer(#[source] std::io::Error);
-
-    #[test]
-    fn chain_names_every_cause_once() {
-        let error = Outer(std::io::Error::other("no key"));
-        assert_eq!(chain(&error), "cannot open the door: no key");
-        assert_eq!(chain(&std::io::Error::other("no key")), "no key");
-    }
 
     #[test]
     fn request_numbers_are_those_of_random_4() {

@@ -19,10 +19,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::agent::CopiedVolume;
-use bulkhead_protocol::guest::{DATA_LINK, SHARE_DIR, VOLUMES_DIR};
+use bulkhead_protocol::guest::{DATA_LINK, SHARE_DIR, SHARED_VOLUMES, VOLUMES_DIR};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fstat, mkdirat, open, openat,
-    readlinkat, renameat, statat, symlinkat, unlinkat,
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fstat, mkdirat, openat, readlinkat,
+    renameat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
@@ -31,11 +31,11 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmou
 const NEXT_DATA: &str = "..data_tmp";
 
 /// Begins the names of versions and of the links to them. No key of a volume begins so.
-const KUBELETS_OWN: &[u8] = b"..";
+const VERSION_PREFIX: &[u8] = b"..";
 
 /// Bounds of a container's copies. A ConfigMap or Secret holds at most 1 MiB, a projected volume several of them, and two
 /// versions exist at a time. What does not fit is bound from the share.
-const LIMITS: &std::ffi::CStr = c"mode=0755,size=32m,nr_inodes=8k";
+const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0755,size=32m,nr_inodes=8k";
 
 /// Directories within each other, as deep as a path of a key can be made by the kubelet's `items`.
 const MAX_DEPTH: usize = 64;
@@ -43,7 +43,7 @@ const MAX_DEPTH: usize = 64;
 /// Copies of one container's volumes.
 #[derive(Clone, Debug)]
 pub struct Volumes {
-    /// The container's mounts in the share.
+    /// The volumes in the share.
     source: PathBuf,
     target: PathBuf,
 }
@@ -51,7 +51,7 @@ pub struct Volumes {
 impl Volumes {
     /// Those of a container.
     pub fn of(id: &str) -> Self {
-        Self { source: Path::new(SHARE_DIR).join(id).join("mounts"), target: Path::new(VOLUMES_DIR).join(id) }
+        Self { source: Path::new(SHARE_DIR).join(SHARED_VOLUMES), target: Path::new(VOLUMES_DIR).join(id) }
     }
 
     /// Makes the copies with which the container starts. Blocks.
@@ -60,7 +60,7 @@ impl Volumes {
             return Ok(());
         }
         std::fs::create_dir_all(&self.target).map_err(|source| VolumeError::at(&self.target, source))?;
-        mount("volumes", &self.target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, LIMITS)
+        mount("volumes", &self.target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, TMPFS_OPTIONS)
             .map_err(|errno| VolumeError::at(&self.target, errno.into()))?;
         volumes.iter().try_for_each(|volume| self.create_one(volume))
     }
@@ -104,7 +104,7 @@ impl Volumes {
     }
 
     fn paths(&self, volume: &CopiedVolume) -> (PathBuf, PathBuf) {
-        let name = volume.index.to_string();
+        let name = volume.number.to_string();
         (self.source.join(&name), self.target.join(&name))
     }
 }
@@ -127,21 +127,21 @@ fn component(text: &OsStr) -> Option<&OsStr> {
 fn make_and_switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
     make_dir(CWD, target.as_os_str(), &rustix::fs::stat(source)?)?;
     switch(source, target, version)?;
-    copy_beside(&open_source(source)?, &open_dir(CWD, target.as_os_str())?)
+    copy_beside(&open_dir(CWD, source.as_os_str())?, &open_dir(CWD, target.as_os_str())?)
 }
 
 /// Copies what is no version and leads to none: above all the directories that the kubelet makes for volumes within this one,
 /// since a mount in a read-only volume needs its place there (kubernetes: MakeNestedMountpoints in pkg/volume/util).
 fn copy_beside(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
     let there = names(target)?;
-    let beside = |name: &OsString| !name.as_bytes().starts_with(KUBELETS_OWN) && !there.contains(name);
+    let beside = |name: &OsString| !name.as_bytes().starts_with(VERSION_PREFIX) && !there.contains(name);
     names(source)?.iter().filter(|name| beside(name)).try_for_each(|name| copy(source, target, name, MAX_DEPTH))
 }
 
 /// Copies a version and makes it the current one, by the kubelet's steps. Both paths are the agent's and the host's own, only
 /// what is below the target is not.
 fn switch(source: &Path, target: &Path, version: &OsStr) -> io::Result<()> {
-    let source = open_source(source)?;
+    let source = open_dir(CWD, source.as_os_str())?;
     let target = open_dir(CWD, target.as_os_str())?;
     let current = current(&target);
     if current.as_deref() == Some(version) {
@@ -216,11 +216,6 @@ fn make_dir(parent: impl AsFd, name: &OsStr, like: &Stat) -> rustix::io::Result<
     let dir = open_dir(parent, name)?;
     take_owner(&dir, like)?;
     Ok(dir)
-}
-
-/// The share may hold a link to a volume that other containers have too.
-fn open_source(path: &Path) -> rustix::io::Result<OwnedFd> {
-    open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn open_dir(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {

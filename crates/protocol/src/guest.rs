@@ -28,8 +28,8 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// A container's root file system in the share: `<container id>/rootfs`.
 pub const ROOT_DIR: &str = "rootfs";
 
-/// Directory of the share with the volumes that containers have, each under its number; `<container id>/mounts/<n>` is a link
-/// to one. The dot keeps it apart from containers' ids.
+/// Directory of the share with the volumes that containers have, each under its number, which is its only name. The dot keeps
+/// it apart from containers' ids.
 pub const SHARED_VOLUMES: &str = ".volumes";
 
 /// Where the agent mounts volumes of huge pages, each under its name.

@@ -8,6 +8,7 @@
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
 
 pub mod control;
+pub mod error;
 pub mod forward;
 pub mod guest;
 pub mod handover;

@@ -52,6 +52,6 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 
 /// containerd shows a failed action's output to the user: one line with the whole chain of causes.
 fn fail(error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    eprintln!("{}", pod::error::chain(error));
+    eprintln!("{}", bulkhead_protocol::error::chain(error));
     ExitCode::FAILURE
 }

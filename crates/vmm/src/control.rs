@@ -3,11 +3,11 @@
 //! The main thread waits for the socket and for the guest's end; everything else happens in other threads. Replies are
 //! sent by whoever has them: a message to a SEQPACKET socket is one piece.
 
-use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
+use bulkhead_protocol::error::chain;
 use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -71,7 +71,7 @@ impl Service {
             Command::Boot(spec) => match self.boot(&spec, fds) {
                 Ok(()) => self.reply(&Reply::Done { id }),
                 Err(error) => {
-                    self.fail(id, describe(&error));
+                    self.fail(id, chain(&error));
                     return Err(ServiceError::Boot(error));
                 }
             },
@@ -110,7 +110,7 @@ impl Service {
         let socket = self.socket.clone();
         let done = Box::new(move |result| match result {
             Ok(()) => send(&socket, &Reply::Done { id }),
-            Err(error) => send(&socket, &Reply::Failed { id, message: describe(&error) }),
+            Err(error) => send(&socket, &Reply::Failed { id, message: chain(&error) }),
         });
         vsock.connect(port, stream, done);
     }
@@ -119,14 +119,14 @@ impl Service {
         let Some(machine) = &mut self.machine else { return self.fail(id, NO_MACHINE.into()) };
         match machine.add_device(device, Descriptors::new(fds)) {
             Ok(slot) => self.reply(&Reply::Added { id, slot }),
-            Err(error) => self.fail(id, describe(&error)),
+            Err(error) => self.fail(id, chain(&error)),
         }
     }
 
     fn remove_device(&mut self, id: u64, slot: u8) {
         match self.machine.as_mut().map(|machine| machine.remove_device(slot)) {
             Some(Ok(())) => self.reply(&Reply::Done { id }),
-            Some(Err(error)) => self.fail(id, describe(&error)),
+            Some(Err(error)) => self.fail(id, chain(&error)),
             None => self.fail(id, NO_MACHINE.into()),
         }
     }
@@ -138,7 +138,7 @@ impl Service {
         let socket = self.socket.clone();
         let done = Box::new(move |mib| send(&socket, &Reply::Resized { id, mib }));
         if let Err(error) = memory.resize(mib, done) {
-            self.fail(id, describe(&error));
+            self.fail(id, chain(&error));
         }
     }
 
@@ -168,20 +168,8 @@ fn lock_in(spec: &VmSpec, fds: &mut Descriptors) -> Result<(), MachineError> {
 /// Sends a reply. If the shim is gone, the main thread learns it from the socket.
 fn send(socket: &OwnedFd, reply: &Reply) {
     if let Err(error) = control::send(socket, reply, &[]) {
-        crate::vmm_log!("cannot reply to the shim: {}", describe(&error));
+        crate::vmm_log!("cannot reply to the shim: {}", chain(&error));
     }
-}
-
-/// An error and what caused it, in one line.
-pub fn describe(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 /// A service that could not go on.

@@ -4,9 +4,8 @@
 //! The first rule that matches decides: what every container has, then OCI's `linux.resources.devices`, later ones before
 //! earlier ones.
 
+use bulkhead_bpf::{Instruction, Register};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
-
-use super::bpf::{Instruction, Register};
 
 /// Kinds of device and of access, as `linux/bpf.h` numbers them (BPF_DEVCG_*).
 const BLOCK: i32 = 1;
@@ -15,6 +14,21 @@ const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MKNOD | READ | WRITE;
+
+/// The answer: 1 allows.
+const RESULT: Register = Register::R0;
+/// The program's argument.
+const CONTEXT: Register = Register::R1;
+/// What the request is about: kind of the device, kinds of access, major and minor number.
+const REQUEST_KIND: Register = Register::R2;
+const REQUEST_ACCESS: Register = Register::R3;
+const REQUEST_MAJOR: Register = Register::R4;
+const REQUEST_MINOR: Register = Register::R5;
+/// For computing.
+const SCRATCH: Register = Register::R6;
+
+/// How far a jump goes that is set when all of its rule is there.
+const TO_BE_SET: i16 = 0;
 
 /// Most rules that are taken: the kernel's verifier has a limit too, and a spec has a dozen.
 const MAX_RULES: usize = 512;
@@ -57,19 +71,19 @@ pub fn program(rules: &[LinuxDeviceCgroup]) -> Option<Vec<Instruction>> {
         }
     }
     // Version 1 starts with everything allowed; specs start with a rule that denies it all, so this is for those without.
-    program.extend([Instruction::set(Register::Result, 0), Instruction::exit()]);
+    program.extend([Instruction::set(RESULT, 0), Instruction::exit()]);
     Some(program)
 }
 
 /// Loads the request, a `struct bpf_cgroup_dev_ctx`: access and kind in one word, major, minor.
 fn prologue() -> Vec<Instruction> {
     vec![
-        Instruction::load(Register::Kind, 0),
-        Instruction::and(Register::Kind, 0xffff),
-        Instruction::load(Register::Access, 0),
-        Instruction::shift_right(Register::Access, 16),
-        Instruction::load(Register::Major, 4),
-        Instruction::load(Register::Minor, 8),
+        Instruction::load_word(REQUEST_KIND, CONTEXT, 0),
+        Instruction::and(REQUEST_KIND, 0xffff),
+        Instruction::load_word(REQUEST_ACCESS, CONTEXT, 0),
+        Instruction::shift_right(REQUEST_ACCESS, 16),
+        Instruction::load_word(REQUEST_MAJOR, CONTEXT, 4),
+        Instruction::load_word(REQUEST_MINOR, CONTEXT, 8),
     ]
 }
 
@@ -106,26 +120,24 @@ impl Rule {
     fn assemble(&self, program: &mut Vec<Instruction>) -> Option<()> {
         let mut conditions = Vec::new();
         if let Some(kind) = self.kind {
-            conditions.push((Register::Kind, kind));
+            conditions.push((REQUEST_KIND, kind));
         }
         let mut body = Vec::new();
         if self.access != ALL {
             // A permission covers a request whose every access it names, a prohibition one of which it names any.
             let mask = if self.allow { ALL & !self.access } else { self.access };
-            body.extend([
-                Instruction::copy(Register::Scratch, Register::Access),
-                Instruction::and(Register::Scratch, mask),
-            ]);
+            body.extend([Instruction::copy(SCRATCH, REQUEST_ACCESS), Instruction::and(SCRATCH, mask)]);
             body.push(if self.allow {
-                Instruction::jump_unless_equal(Register::Scratch, 0)
+                Instruction::jump_unless_equal(SCRATCH, 0, TO_BE_SET)
             } else {
-                Instruction::jump_if_equal(Register::Scratch, 0)
+                Instruction::jump_if_equal(SCRATCH, 0, TO_BE_SET)
             });
         }
-        conditions.extend(self.major.map(|major| (Register::Major, major)));
-        conditions.extend(self.minor.map(|minor| (Register::Minor, minor)));
-        body.extend(conditions.into_iter().map(|(register, value)| Instruction::jump_unless_equal(register, value)));
-        body.extend([Instruction::set(Register::Result, i32::from(self.allow)), Instruction::exit()]);
+        conditions.extend(self.major.map(|major| (REQUEST_MAJOR, major)));
+        conditions.extend(self.minor.map(|minor| (REQUEST_MINOR, minor)));
+        let unmet = |(register, value)| Instruction::jump_unless_equal(register, value, TO_BE_SET);
+        body.extend(conditions.into_iter().map(unmet));
+        body.extend([Instruction::set(RESULT, i32::from(self.allow)), Instruction::exit()]);
         let end = body.len();
         for (at, instruction) in body.iter_mut().enumerate() {
             instruction.jump_over(i16::try_from(end - at - 1).ok()?);

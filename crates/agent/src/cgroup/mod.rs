@@ -4,7 +4,6 @@
 //! processes into a container's group when it creates them; everything after that is done here, by files and by the
 //! kernel's notifications on them, never by trying again after a while.
 
-mod bpf;
 mod devices;
 pub mod notify;
 pub mod stats;
@@ -14,11 +13,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_bpf::ProgramType;
+use bulkhead_protocol::error::chain;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
-use crate::{patience, sys};
+use crate::{guest_time, sys};
 use notify::KernfsFile;
 
 /// Where cgroup v2 is mounted.
@@ -29,8 +30,8 @@ const AGENT: &str = "agent";
 const POD: &str = "pod";
 
 /// How long the kernel may take to freeze or empty a group. Both are quick unless a process sits in an uninterruptible
-/// wait (a share whose host does not answer), and then the caller must hear of it before its own patience ends (10 s).
-const SETTLE: Duration = Duration::from_secs(5);
+/// wait (a share whose host does not answer), and then the caller must hear of it before it gives up (20 s).
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Depth to which containers can make groups below their own, and to which these are followed.
 const MAX_DEPTH: usize = 16;
@@ -96,14 +97,16 @@ impl Cgroup {
     }
 
     fn refused(&self, error: &dyn std::error::Error) -> CgroupError {
-        CgroupError::Update { path: self.dir.clone(), reason: sys::chain(error) }
+        CgroupError::Update { path: self.dir.clone(), reason: chain(error) }
     }
 
     /// Lets the group's processes use the devices of these rules only, and those that every container has.
     pub fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), CgroupError> {
         let program = devices::program(rules).ok_or_else(|| CgroupError::DeviceRules { path: self.dir.clone() })?;
-        let attach =
-            || bpf::attach_device_program(std::fs::File::open(&self.dir)?, bpf::load_device_program(&program)?);
+        let attach = || {
+            let program = bulkhead_bpf::load(ProgramType::CgroupDevice, &program)?;
+            bulkhead_bpf::attach_to_cgroup(&program, &std::fs::File::open(&self.dir)?)
+        };
         attach().map_err(|source| CgroupError::Devices { path: self.dir.clone(), source })
     }
 
@@ -202,7 +205,7 @@ impl Cgroup {
             }
         };
         let unsettled = || CgroupError::Unsettled { path: self.dir.clone() };
-        patience::timeout(SETTLE, wait).await.ok_or_else(unsettled)?
+        guest_time::timeout(SETTLE_TIMEOUT, wait).await.ok_or_else(unsettled)?
     }
 }
 

@@ -11,12 +11,12 @@ use super::error::ContainerError;
 use super::process::Process;
 use super::spec;
 use crate::cgroup::Cgroup;
-use crate::{events, patience, sys};
+use crate::{events, guest_time, sys};
 
 /// How long execs that are being created may take when their container's init has ended and its processes are killed, which is
 /// what they wait for if they wait for anything in the guest. With twice 5 s for the killing it is less than the 20 s that a
 /// deletion has.
-const EXECS_MADE: Duration = Duration::from_secs(8);
+const EXECS_MADE_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How far a container has come. That its init has ended is init's own state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -188,7 +188,7 @@ impl Container {
             }
         };
         let late = || self.wrong_state("entered by an exec", "left alone");
-        patience::timeout(EXECS_MADE, made).await.ok_or_else(late)
+        guest_time::timeout(EXECS_MADE_TIMEOUT, made).await.ok_or_else(late)
     }
 
     fn expect_running(&self) -> Result<(), ContainerError> {

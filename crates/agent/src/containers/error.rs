@@ -38,6 +38,11 @@ pub enum ContainerError {
     /// The spec lacks something.
     #[error("the OCI spec has no {what}")]
     Incomplete { what: &'static str },
+    /// Something that is not the container's.
+    #[error(
+        "the OCI spec has {field} of the host's or the pod's, which the shim leaves out; are shim and guest image of one release?"
+    )]
+    LeftIn { field: &'static str },
     /// It names something else.
     #[error("chdir to cwd {cwd:?} set in config.json failed")]
     WorkingDirectory { cwd: std::path::PathBuf, source: rustix::io::Errno },

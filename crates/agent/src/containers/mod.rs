@@ -113,11 +113,11 @@ impl Containers {
             holder: self.holder()?,
             terminal: request.streams.terminal,
         };
-        let (json, volumes, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
-        let (share, owner) = (self.share.clone(), id.to_owned());
+        let (json, copies, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
+        let (share, owner, volumes) = (self.share.clone(), id.to_owned(), request.volumes.clone());
         let spec = blocking(move || {
-            share.enter(&owner);
-            volumes.create(&copied)?;
+            share.enter(&owner, &volumes);
+            copies.create(&copied)?;
             spec::adapt(&json, &placement)
         })
         .await?;

@@ -6,14 +6,14 @@ use std::time::Duration;
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::net::unix::pipe;
 
-use crate::patience;
+use crate::guest_time;
 use crate::reaper::{Exit, ExitWatch};
 use crate::runtime::Created;
 use crate::runtime::message::WindowSize;
 
 /// How long an init that was started may take to its program. It runs the container's own startContainer hooks on its way,
 /// and reads the program from the host.
-const TO_PROGRAM: Duration = Duration::from_secs(10);
+const EXECUTE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A process, running or ended.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl Process {
     pub async fn executed(&self) {
         if let Some(pipe) = &self.until_executed {
             // Nobody writes: readable is at its end.
-            let _ = patience::timeout(TO_PROGRAM, pipe.readable()).await;
+            let _ = guest_time::timeout(EXECUTE_TIMEOUT, pipe.readable()).await;
         }
     }
 

@@ -1,21 +1,21 @@
 //! From the shim's OCI spec to the one that libcontainer gets.
 //!
-//! The guest is the pod's IPC and UTS namespace, and its network namespace unless the pod has a user namespace, so what would
-//! set those up in a container is taken out; so is what the guest kernel has no module for (AppArmor, SELinux) and what ran on
-//! the host (hooks). What libcontainer would otherwise look up through NSS or inherit from the agent is filled in.
+//! The shim has left out what is the host's and what is the pod's ([`left_out`]). Here the container gets its place in the guest,
+//! and what libcontainer would otherwise look up through NSS or inherit from the agent is filled in.
 
 mod devices;
+mod left_out;
 mod links;
 
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Capabilities, Hooks, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    Mount, Process, Spec,
+    Capabilities, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 
 use super::error::ContainerError;
-use crate::runtime::{directory, home, tmpfs};
+use crate::runtime::{directory, home_dir, tmpfs};
 use crate::sandbox::size;
 
 /// Where the agent puts a container.
@@ -35,6 +35,7 @@ pub struct Placement {
 pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError> {
     let mut spec: Spec =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "spec", source })?;
+    left_out::of_spec(&spec)?;
     let rootfs = spec.root().as_ref().ok_or(ContainerError::Incomplete { what: "root" })?.path().clone();
     let mut process = spec.process().clone().ok_or(ContainerError::Incomplete { what: "process" })?;
     let mut linux = spec.linux().clone().ok_or(ContainerError::Incomplete { what: "linux section" })?;
@@ -47,21 +48,8 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
         bind_what_a_user_namespace_cannot_mount(spec.mounts_mut().as_deref_mut().unwrap_or_default());
     }
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), placement)?;
-    linux
-        .set_uid_mappings(None)
-        .set_gid_mappings(None)
-        .set_cgroups_path(Some(placement.cgroup.clone()))
-        .set_namespaces(Some(namespaces))
-        .set_sysctl(None)
-        .set_mount_label(None)
-        .set_intel_rdt(None);
-    // Only these are programs of the container's; the shim has taken the others out.
-    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.start_container().clone()).map(|list| {
-        let mut kept = Hooks::default();
-        kept.set_start_container(Some(list));
-        kept
-    });
-    spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(hooks).set_hostname(None).set_domainname(None);
+    linux.set_cgroups_path(Some(placement.cgroup.clone())).set_namespaces(Some(namespaces));
+    spec.set_process(Some(process)).set_linux(Some(linux));
     links::follow(spec.mounts_mut().as_deref_mut().unwrap_or_default(), &rootfs);
     tmpfs::provide(&mut spec);
     if !has_user {
@@ -78,6 +66,7 @@ pub fn adapt(json: &[u8], placement: &Placement) -> Result<Spec, ContainerError>
 pub fn adapt_process(json: &[u8], terminal: bool, init: Option<&Process>) -> Result<Process, ContainerError> {
     let mut process: Process =
         serde_json::from_slice(json).map_err(|source| ContainerError::Json { what: "process", source })?;
+    left_out::of_process(&process)?;
     if process.rlimits().as_ref().is_none_or(Vec::is_empty) {
         process.set_rlimits(init.and_then(|init| init.rlimits().clone()));
     }
@@ -103,7 +92,7 @@ fn bind_what_a_user_namespace_cannot_mount(mounts: &mut [Mount]) {
     }
 }
 
-/// Container engines write 0 for what they do not limit; libcgroups takes a swap of 0 for less than any limit.
+/// Says to libcgroups what it would take for something else.
 fn fit_resources(resources: &mut LinuxResources) {
     fit_shares(resources);
     if let Some(mut limits) = resources.hugepage_limits().clone() {
@@ -111,16 +100,11 @@ fn fit_resources(resources: &mut LinuxResources) {
         limits.retain(|limit| limit.limit() != 0 || size::has_huge_pages(limit.page_size()));
         resources.set_hugepage_limits(Some(limits));
     }
-    let Some(mut memory) = *resources.memory() else { return };
-    let given = |value: Option<i64>| value.filter(|value| *value != 0);
-    memory.set_limit(given(memory.limit()));
-    memory.set_reservation(given(memory.reservation()));
-    memory.set_swap(given(memory.swap()).filter(|_| memory.limit().is_some()));
+    let Some(memory) = *resources.memory() else { return };
     // No swap at all: libcgroups takes the difference of 0 for no wish.
     if memory.swap().is_some_and(|swap| swap > 0) && memory.swap() == memory.limit() {
         set_unified(resources, "memory.swap.max", "0".into());
     }
-    resources.set_memory(Some(memory));
 }
 
 /// Sets a file of the control group unless the spec does.
@@ -134,9 +118,7 @@ fn set_unified(resources: &mut LinuxResources, file: &str, value: String) {
 /// both ends of the two ranges. libcgroups has a newer curve, and programs (the JVM) that read the weight reckon back. A group
 /// that is to be idle has no weight: the kernel refuses one (cgroup-v2.rst, cpu.idle).
 fn fit_shares(resources: &mut LinuxResources) {
-    let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()).filter(|shares| *shares != 0) else {
-        return;
-    };
+    let Some(shares) = resources.cpu().as_ref().and_then(|cpu| cpu.shares()) else { return };
     let mut idle = false;
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_shares(None);
@@ -154,7 +136,7 @@ fn weight(shares: u64) -> u64 {
 
 fn fit_process(process: &mut Process, terminal: bool, capabilities: Option<LinuxCapabilities>) {
     fit_capabilities(process, capabilities);
-    process.set_terminal(Some(terminal)).set_apparmor_profile(None).set_selinux_label(None);
+    process.set_terminal(Some(terminal));
     // libcontainer takes the mere presence of the flag for the promise that filters can be installed without privilege.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
@@ -166,7 +148,7 @@ fn fit_process(process: &mut Process, terminal: bool, capabilities: Option<Linux
     let mut env = process.env().clone().unwrap_or_default();
     if !env.iter().any(|pair| pair.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
         env.retain(|pair| pair != "HOME=");
-        env.push(home::PLACEHOLDER.into());
+        env.push(home_dir::PLACEHOLDER.into());
     }
     process.set_env(Some(env));
 }
@@ -184,16 +166,11 @@ fn fit_capabilities(process: &mut Process, otherwise: Option<LinuxCapabilities>)
     process.set_capabilities(Some(sets));
 }
 
-/// The container's namespaces: those of the spec that are not the pod's, those of the pod that are not the guest's, and the
-/// pid namespace that was asked for.
+/// The container's namespaces: its own, those of the pod that are not the guest's, and the pid namespace that was asked for.
 fn namespaces(wanted: &[LinuxNamespace], placement: &Placement) -> Result<Vec<LinuxNamespace>, ContainerError> {
-    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, User, Uts};
-    let mut kept: Vec<LinuxNamespace> = wanted
-        .iter()
-        .filter(|namespace| !matches!(namespace.typ(), Network | Ipc | Uts | Pid | User))
-        .filter(|namespace| namespace.path().is_none())
-        .cloned()
-        .collect();
+    use LinuxNamespaceType::{Mount, Network, Pid, User};
+    let own = wanted.iter().filter(|namespace| namespace.typ() != User);
+    let mut kept: Vec<LinuxNamespace> = own.cloned().collect();
     // Without a mount namespace libcontainer would chroot, and mounts would be made in the guest's own.
     if !kept.iter().any(|namespace| namespace.typ() == Mount) {
         kept.push(namespace(Mount, None)?);

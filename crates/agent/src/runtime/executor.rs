@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::error::chain;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
@@ -20,7 +21,7 @@ use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fcntl_g
 use rustix::io::Errno;
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use super::home;
+use super::home_dir;
 use super::message::WindowSize;
 use super::seccomp::Filter;
 use crate::sys;
@@ -57,7 +58,7 @@ impl Init {
         let mut state = State::new(&self.id, ContainerStatus::Created, pid, self.bundle.clone());
         state.annotations = annotations.cloned();
         run_hooks(Some(&self.hooks), Some(&state), None, None, Some(&parse_env(env)))
-            .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", sys::chain(&error))))
+            .map_err(|error| ExecutorError::Other(format!("startContainer hook: {}", chain(&error))))
     }
 }
 
@@ -98,7 +99,7 @@ impl Confinement {
 
     fn apply(&self) -> Result<(), ExecutorError> {
         let failed = |what: &str, error: &dyn std::error::Error| {
-            ExecutorError::Other(format!("cannot {what}: {}", sys::chain(error)))
+            ExecutorError::Other(format!("cannot {what}: {}", chain(error)))
         };
         self.filter.install().map_err(|error| failed("install the seccomp filter", &error))?;
         if let Some(capabilities) = &self.capabilities {
@@ -115,7 +116,7 @@ impl AgentExecutor {
         let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
         let program = find_program(process).map_err(ExecutorError::Other)?;
         let mut env = process.env().clone().unwrap_or_default();
-        home::fill_in(&mut env, process.user().uid());
+        home_dir::fill_in(&mut env, process.user().uid());
         let path = c_string(program.as_os_str().as_encoded_bytes())?;
         let args = c_strings(process.args().as_deref())?;
         let environment = c_strings(Some(&env))?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bulkhead_protocol::control::{self, ControlError};
+use bulkhead_protocol::error::chain;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
@@ -18,12 +19,11 @@ use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::de::DeserializeOwned;
 
-use super::causes::Causes;
+use super::captured_errors::CapturedErrors;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request, Seccomp};
 use super::seccomp::{Filter, FilterError};
 use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
-use crate::sys;
 
 /// Standard streams of a process.
 const STREAMS: usize = 3;
@@ -31,19 +31,20 @@ const STREAMS: usize = 3;
 /// Runs a helper with its end of the socket to the agent. Answers the exit status.
 pub fn main(agent: &OwnedFd) -> i32 {
     let Ok(Some((request, stdio))) = control::receive::<Request>(agent) else { return 1 };
-    let mut causes = Causes::keep();
+    let mut captured = CapturedErrors::capture();
     let sent = match perform(request, stdio) {
         Ok((pid, terminal)) => {
             let terminal: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
             control::send(agent, &Reply::Created { pid }, &terminal)
         }
         Err(error) => {
-            let message = sys::chain(&error);
+            let message = chain(&error);
             let told = of_program(&message).map(str::to_owned);
-            let told = told.unwrap_or_else(|| match causes.as_mut().ok().and_then(|causes| causes.behind(&message)) {
-                Some(behind) => format!("{message} ({behind})"),
-                None => message,
-            });
+            let told =
+                told.unwrap_or_else(|| match captured.as_mut().ok().and_then(|captured| captured.behind(&message)) {
+                    Some(behind) => format!("{message} ({behind})"),
+                    None => message,
+                });
             control::send(agent, &Reply::Failed { message: told }, &[])
         }
     };

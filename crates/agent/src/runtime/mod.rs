@@ -6,11 +6,11 @@
 //! agent's children, not the helper's. Once a process exists libcontainer has no further part in it: signals, limits,
 //! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
 
-mod causes;
+mod captured_errors;
 pub mod directory;
 mod executor;
 pub mod helper;
-pub mod home;
+pub mod home_dir;
 pub mod id_maps;
 mod limits;
 pub mod message;
@@ -36,7 +36,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
 use crate::reaper::{Birth, Exit, ExitWatch, Reaper};
-use crate::{patience, sys};
+use crate::{guest_time, sys};
 use executor::Confinement;
 use message::{Action, IdMaps, Reply, Request, Seccomp, WindowSize};
 use zygote::Zygote;
@@ -53,9 +53,9 @@ const EXEC_STATE: &str = "/run/bulkhead/x";
 /// Name of the file, there, in which libcontainer leaves the pid of an exec before it has an answer.
 const EXEC_PID: &str = "pid";
 /// Time for a helper to answer. A container's root may stop whatever comes into it, and its share's host be slow. The caller
-/// hears of it before its own patience ends, which is 60 s: an exec waits 10 s for its init's program before this. Neither
+/// hears of it before it gives up, which is after 60 s: an exec waits 10 s for its init's program before this. Neither
 /// counts time in which the pod has no CPU.
-const ANSWER: Duration = Duration::from_secs(45);
+const HELPER_TIMEOUT: Duration = Duration::from_secs(45);
 /// Filter of a container beside its configuration, compiled, for its execs.
 const SECCOMP_FILE: &str = "seccomp.bpf";
 /// The profile that it is compiled from, in the same place.
@@ -266,7 +266,7 @@ impl Runtime {
         drop((stdio, held));
         let helper = self.zygote.helper(theirs).await?;
         let mut helper_exit = birth.claim(helper);
-        let answered = answer(&channel, &mut helper_exit, ANSWER).await.and_then(|(reply, fds)| match reply {
+        let answered = answer(&channel, &mut helper_exit, HELPER_TIMEOUT).await.and_then(|(reply, fds)| match reply {
             Reply::Created { pid } => Ok((pid, fds)),
             Reply::Failed { message } => Err(RuntimeError::Refused(message)),
         });
@@ -310,7 +310,7 @@ async fn answer(
             exit = helper_exit.wait() => last_words(channel, exit),
         }
     };
-    patience::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
+    guest_time::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
 }
 
 /// A socket pair for one helper. The agent's end does not block.
@@ -408,7 +408,7 @@ mod tests {
         let slow = answer(&channel, &mut exit, Duration::from_millis(1)).await;
         assert!(matches!(slow, Err(RuntimeError::Slow)), "{slow:?}");
         control::send(&theirs, &Reply::Created { pid: 7 }, &[]).unwrap();
-        let (reply, _) = answer(&channel, &mut exit, ANSWER).await.unwrap();
+        let (reply, _) = answer(&channel, &mut exit, HELPER_TIMEOUT).await.unwrap();
         assert_eq!(reply, Reply::Created { pid: 7 });
     }
 }

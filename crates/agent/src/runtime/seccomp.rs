@@ -22,11 +22,11 @@ const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const X32_BIT: u32 = 1 << 30;
 
 /// Number of a call that a tracer skips: no call of x32's, although it has the bit.
-const SKIPPED: u32 = u32::MAX;
+const SKIPPED_CALL: u32 = u32::MAX;
 
 /// Offsets in `struct seccomp_data` (linux/seccomp.h).
-const NUMBER: u32 = 0;
-const ARCHITECTURE: u32 = 4;
+const NUMBER_OFFSET: u32 = 0;
+const ARCHITECTURE_OFFSET: u32 = 4;
 
 /// The instructions that are needed here (linux/bpf_common.h): load a word, jump, jump if equal, greater or a bit is set, return.
 const LOAD: u16 = 0x20;
@@ -41,7 +41,7 @@ const MAX_INSTRUCTIONS: usize = 4096;
 
 /// Calls of the guest's kernel that libseccomp 2.5.4 has no names for. They have one number everywhere
 /// (scripts/syscall.tbl of Linux), x32's with its bit.
-const YOUNG: [(&str, u32); 6] = [
+const NOT_IN_LIBSECCOMP: [(&str, u32); 6] = [
     ("statmount", 457),
     ("listmount", 458),
     ("lsm_get_self_attr", 459),
@@ -152,13 +152,13 @@ fn guard(architecture: ScmpArch, instructions: usize) -> Vec<sock_filter> {
     let over = instruction(JUMP, u32::try_from(instructions).unwrap_or(u32::MAX), 0, 0);
     match architecture {
         ScmpArch::X86 => {
-            vec![instruction(LOAD, ARCHITECTURE, 0, 0), instruction(JUMP_EQUAL, AUDIT_ARCH_I386, 1, 0), over]
+            vec![instruction(LOAD, ARCHITECTURE_OFFSET, 0, 0), instruction(JUMP_EQUAL, AUDIT_ARCH_I386, 1, 0), over]
         }
         ScmpArch::X32 => vec![
-            instruction(LOAD, ARCHITECTURE, 0, 0),
+            instruction(LOAD, ARCHITECTURE_OFFSET, 0, 0),
             instruction(JUMP_EQUAL, AUDIT_ARCH_X86_64, 0, 3),
-            instruction(LOAD, NUMBER, 0, 0),
-            instruction(JUMP_EQUAL, SKIPPED, 1, 0),
+            instruction(LOAD, NUMBER_OFFSET, 0, 0),
+            instruction(JUMP_EQUAL, SKIPPED_CALL, 1, 0),
             instruction(JUMP_SET, X32_BIT, 1, 0),
             over,
         ],
@@ -224,7 +224,7 @@ fn number(name: &str, architecture: ScmpArch) -> Option<u32> {
         Ok(call) => u32::try_from(i32::from(call)).ok(),
         Err(_) => {
             let bit = if architecture == ScmpArch::X32 { X32_BIT } else { 0 };
-            YOUNG.iter().find(|(young, _)| *young == name).map(|(_, number)| number | bit)
+            NOT_IN_LIBSECCOMP.iter().find(|(young, _)| *young == name).map(|(_, number)| number | bit)
         }
     }
 }
@@ -242,9 +242,9 @@ fn stub(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<sock_filter> 
         let Some(audit) = audit(*architecture) else { continue };
         let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
         let Some(last) = names.filter_map(|name| number(name, *architecture)).max() else { continue };
-        program.extend([instruction(LOAD, ARCHITECTURE, 0, 0)]);
+        program.extend([instruction(LOAD, ARCHITECTURE_OFFSET, 0, 0)]);
         program.extend([instruction(JUMP_EQUAL, audit, 0, if x32.is_some() { 4 } else { 3 })]);
-        program.extend([instruction(LOAD, NUMBER, 0, 0)]);
+        program.extend([instruction(LOAD, NUMBER_OFFSET, 0, 0)]);
         program.extend(x32.map(|(set, clear)| instruction(JUMP_SET, X32_BIT, set, clear)));
         program.extend([instruction(JUMP_GREATER, last, 0, 1)]);
         program.extend([instruction(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(), 0, 0)]);
@@ -255,7 +255,7 @@ fn stub(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<sock_filter> 
 /// Answers the calls that the profile names and libseccomp does not know.
 fn young(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Result<Vec<sock_filter>, FilterError> {
     let mut answers = Vec::new();
-    for (name, _) in YOUNG.iter().filter(|(name, _)| ScmpSyscall::from_name(name).is_err()) {
+    for (name, _) in NOT_IN_LIBSECCOMP.iter().filter(|(name, _)| ScmpSyscall::from_name(name).is_err()) {
         if let Some(answer) = young_answer(profile, name)? {
             answers.push((name, answer));
         }
@@ -263,8 +263,8 @@ fn young(profile: &LinuxSeccomp, architectures: &[ScmpArch]) -> Result<Vec<sock_
     let mut program = Vec::new();
     for architecture in architectures {
         let (Some(audit), Ok(skip)) = (audit(*architecture), u8::try_from(1 + 2 * answers.len())) else { continue };
-        program.extend([instruction(LOAD, ARCHITECTURE, 0, 0), instruction(JUMP_EQUAL, audit, 0, skip)]);
-        program.extend([instruction(LOAD, NUMBER, 0, 0)]);
+        program.extend([instruction(LOAD, ARCHITECTURE_OFFSET, 0, 0), instruction(JUMP_EQUAL, audit, 0, skip)]);
+        program.extend([instruction(LOAD, NUMBER_OFFSET, 0, 0)]);
         for (name, answer) in &answers {
             let number = number(name, *architecture).unwrap_or(u32::MAX);
             program.extend([instruction(JUMP_EQUAL, number, 0, 1), instruction(RETURN, *answer, 0, 0)]);

@@ -17,11 +17,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
 use super::{RuntimeError, control_pair, helper, receive};
-use crate::patience;
+use crate::guest_time;
 use crate::sys::{self, Forked, Parent};
 
 /// How long a helper may take to be there: fork(2) waits for nothing but memory.
-const FORKED: Duration = Duration::from_secs(5);
+const FORK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The agent's end.
 #[derive(Debug)]
@@ -116,7 +116,7 @@ impl Zygote {
                 }
             }
         };
-        match patience::timeout(FORKED, born).await.unwrap_or(Err(RuntimeError::Slow))? {
+        match guest_time::timeout(FORK_TIMEOUT, born).await.unwrap_or(Err(RuntimeError::Slow))? {
             Born::Helper { pid } => Ok(pid),
             Born::Failed { errno } => Err(RuntimeError::Spawn(io::Error::from_raw_os_error(errno))),
         }

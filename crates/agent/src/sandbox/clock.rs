@@ -17,27 +17,27 @@ use tokio::sync::Notify;
 use crate::sys;
 
 /// A guest that is behind by more is stepped: files that the host stamps would be newer than the clock that programs see.
-const BEHIND: i64 = 5_000_000;
+const MAX_BEHIND_NS: i64 = 5_000_000;
 
 /// A guest that is ahead by more is stepped back. Below that programs keep a clock that never goes back, and files are older
 /// by as much as a busy file server makes them.
-const AHEAD: i64 = 100_000_000;
+const MAX_AHEAD_NS: i64 = 100_000_000;
 
 /// Time between two looks at the host's clock, at first and later. A quartz is off by 100 ppm at most, 6.4 ms in the longer
 /// one, and after a few looks the guest knows by how much.
-const FIRST_LOOK: Duration = Duration::from_secs(8);
-const LONGEST_LOOK: Duration = Duration::from_secs(64);
+const FIRST_INTERVAL: Duration = Duration::from_secs(8);
+const LONGEST_INTERVAL: Duration = Duration::from_secs(64);
 
 /// Looks of which the best counts: the guest may be interrupted in one.
-const TRIES: usize = 5;
+const READINGS: usize = 5;
 
 const NS_PER_S: i64 = 1_000_000_000;
 
 /// What the kernel slews a second at most (`MAX_TICKADJ`), and the largest frequency that it takes (`MAXFREQ`), in ppm.
-const MOST_PPM: i64 = 500;
+const MAX_PPM: i64 = 500;
 
 /// Units of adjtimex(2)'s frequency in a ppm.
-const PPM: i64 = 1 << 16;
+const FREQUENCY_OF_A_PPM: i64 = 1 << 16;
 
 /// The clock of this guest.
 #[derive(Debug, Default)]
@@ -76,16 +76,16 @@ impl Clock {
     /// Looks at the host's clock from time to time, for ever, if it can be read from here: nothing tells of its drift.
     pub async fn follow(&self) {
         let Some(host) = &self.host else { return };
-        let mut wait = FIRST_LOOK;
+        let mut wait = FIRST_INTERVAL;
         loop {
             match tokio::time::timeout(wait, self.asked.notified()).await {
                 // The host's clock was set, and may have another speed from now on.
-                Ok(()) => wait = FIRST_LOOK,
+                Ok(()) => wait = FIRST_INTERVAL,
                 Err(_) => {
                     if let Err(error) = compare(host).and_then(|offset| self.correct(offset)) {
                         tracing::warn!(%error, "cannot follow the host's clock");
                     }
-                    wait = LONGEST_LOOK.min(wait * 2);
+                    wait = LONGEST_INTERVAL.min(wait * 2);
                 }
             }
         }
@@ -117,7 +117,7 @@ fn open_host_clock() -> Option<OwnedFd> {
 /// Reads the host's clock between two looks at the guest's (ptp(4)).
 fn compare(host: &OwnedFd) -> io::Result<Offset> {
     let mut best = None::<Offset>;
-    for _ in 0..TRIES {
+    for _ in 0..READINGS {
         let before = now();
         let theirs = nanoseconds(clock_gettime_dynamic(DynamicClockId::Dynamic(host.as_fd()))?);
         let offset = between(before, theirs, now());
@@ -159,7 +159,7 @@ impl Discipline {
         if certain <= 0 {
             return Correction::None;
         }
-        if certain > if ahead > 0 { BEHIND } else { AHEAD } {
+        if certain > if ahead > 0 { MAX_BEHIND_NS } else { MAX_AHEAD_NS } {
             // Nothing can be learnt of the clock's speed from it.
             self.last = None;
             return Correction::Step(ahead);
@@ -169,9 +169,10 @@ impl Discipline {
             && let Some(drift) = drift(ahead, now.saturating_sub(corrected))
         {
             // Half of it: what is seen in a single look is the error of two.
-            self.frequency = (self.frequency + drift / 2).clamp(-MOST_PPM * PPM, MOST_PPM * PPM);
+            self.frequency =
+                (self.frequency + drift / 2).clamp(-MAX_PPM * FREQUENCY_OF_A_PPM, MAX_PPM * FREQUENCY_OF_A_PPM);
         }
-        let slew = Duration::from_nanos(ahead.unsigned_abs()) * u32::try_from(1_000_000 / MOST_PPM).unwrap_or(2000);
+        let slew = Duration::from_nanos(ahead.unsigned_abs()) * u32::try_from(1_000_000 / MAX_PPM).unwrap_or(2000);
         self.last = Some((now, now + slew));
         Correction::Slew { ahead, frequency: self.frequency }
     }
@@ -183,7 +184,7 @@ fn drift(ahead: i64, elapsed: Duration) -> Option<i64> {
     if elapsed < i128::from(NS_PER_S) {
         return None;
     }
-    i64::try_from(i128::from(ahead) * 1_000_000 * i128::from(PPM) / elapsed).ok()
+    i64::try_from(i128::from(ahead) * 1_000_000 * i128::from(FREQUENCY_OF_A_PPM) / elapsed).ok()
 }
 
 impl Correction {
@@ -244,14 +245,14 @@ mod tests {
         // A guest that loses 80 ppm. Each slew ends before the next look.
         let (mut clock, mut frequency, mut left) = (Discipline::default(), 0, 0);
         for look in 1..=20_u64 {
-            left = (80 * PPM - frequency) * 32_000 / PPM;
+            left = (80 * FREQUENCY_OF_A_PPM - frequency) * 32_000 / FREQUENCY_OF_A_PPM;
             match clock.correct(Offset { ahead: left, error: 0 }, at(look * 32)) {
                 Correction::Slew { frequency: new, .. } => frequency = new,
                 Correction::None => {}
                 step @ Correction::Step(_) => panic!("{step:?}"),
             }
         }
-        assert!(left.abs() < 10_000, "{left} ns, {} ppm", frequency / PPM);
+        assert!(left.abs() < 10_000, "{left} ns, {} ppm", frequency / FREQUENCY_OF_A_PPM);
     }
 
     #[test]

@@ -19,19 +19,19 @@ use crate::cgroup::stats::flat_keyed;
 
 /// Time between the two looks that must find memory of no use before it is given back. It costs the host next to nothing
 /// meanwhile: pages that are free go back at once.
-const WHILE: Duration = Duration::from_secs(15);
+const UNUSED_BEFORE_SHRINKING: Duration = Duration::from_secs(15);
 /// How long a refusal holds. The node may have something again at any time, and says so to nobody; no process waits for it.
-const AGAIN: Duration = Duration::from_secs(10);
+const REFUSAL_HOLDS: Duration = Duration::from_secs(10);
 
 /// Time from one event that needed nothing to the next look: a container that reads many files is at the mark all the time,
 /// and one that takes memory meanwhile waits so much longer.
-const PACE: Duration = Duration::from_millis(100);
+const TIME_BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 const MIB: u64 = 1 << 20;
 
 /// What of the guest's memory the containers cannot have: that of the kernel and the agent, and some to work with while
 /// more is plugged.
-const KEPT: u64 = 64 * MIB;
+const RESERVED_FOR_GUEST: u64 = 64 * MIB;
 
 /// Amounts at which something is done, in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -48,7 +48,7 @@ struct Marks {
 impl Marks {
     /// Of a guest with so much memory for others than the users of huge pages.
     fn of(bytes: u64) -> Self {
-        let high = bytes.saturating_sub(bytes / 16 + KEPT).max(bytes / 2);
+        let high = bytes.saturating_sub(bytes / 16 + RESERVED_FOR_GUEST).max(bytes / 2);
         Self { high, more: high - bytes / 8, less: bytes / 4 }
     }
 }
@@ -100,7 +100,7 @@ impl Memory {
         let mut resized = self.resized.subscribe();
         if request.refused {
             self.mark(false).await?;
-            let _ = tokio::time::timeout(AGAIN, resized.changed()).await;
+            let _ = tokio::time::timeout(REFUSAL_HOLDS, resized.changed()).await;
         }
         // Of the group itself: those below have limits of their own.
         let path = self.group.join("memory.events.local");
@@ -117,11 +117,11 @@ impl Memory {
             }
             self.mark(true).await?;
             if std::mem::take(&mut told) {
-                tokio::time::sleep(PACE).await;
+                tokio::time::sleep(TIME_BETWEEN_LOOKS).await;
             }
             let for_a_while = async {
                 if request.may_shrink {
-                    tokio::time::sleep(WHILE).await;
+                    tokio::time::sleep(UNUSED_BEFORE_SHRINKING).await;
                 } else {
                     std::future::pending().await
                 }
@@ -244,7 +244,7 @@ mod tests {
         for mib in [64, 256, 512, 4 << 10, 1 << 20] {
             let marks = Marks::of(mib * MIB);
             assert!(marks.less < marks.more && marks.more < marks.high && marks.high < mib * MIB, "{mib}: {marks:?}");
-            assert!(mib < 256 || marks.high + mib * MIB / 64 + KEPT / 2 < mib * MIB, "{mib}: {marks:?}");
+            assert!(mib < 256 || marks.high + mib * MIB / 64 + RESERVED_FOR_GUEST / 2 < mib * MIB, "{mib}: {marks:?}");
             // What has just been doubled is not halved again, and the other way round.
             assert!(mib < 256 || Marks::of(2 * mib * MIB).less <= marks.more, "{mib}: {marks:?}");
             assert!(mib < 256 || marks.less * 2 <= marks.more + mib * MIB / 8, "{mib}: {marks:?}");

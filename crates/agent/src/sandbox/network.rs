@@ -26,11 +26,11 @@ const IFLA_NET_NS_PID: u16 = 19;
 const IFF_UP: u32 = 1;
 
 /// Loopback's index, in the namespace on the host as in the guest.
-const LO: u32 = 1;
+const LOOPBACK_INDEX: u32 = 1;
 
 /// Most failures that an answer tells of, and most bytes of each: an answer is bounded (`MAX_ANSWER`).
 const MAX_FAILURES: usize = 32;
-const MAX_FAILURE: usize = 256;
+const MAX_FAILURE_LEN: usize = 256;
 
 /// The pod's links: where those of the namespace on the host, which the steps name, are in the guest.
 #[derive(Debug, Default)]
@@ -72,9 +72,9 @@ async fn take(
     request: AddNetworkRequest,
 ) -> Result<(HashMap<u32, u32>, Vec<String>), NetworkError> {
     let kernel = Kernel::connect()?;
-    if links.insert(LO, LO).is_none() {
+    if links.insert(LOOPBACK_INDEX, LOOPBACK_INDEX).is_none() {
         // Nothing works without it, whatever else a pod has.
-        let up = kernel.socket.change(link(LO, IFF_UP), 0).await;
+        let up = kernel.socket.change(link(LOOPBACK_INDEX, IFF_UP), 0).await;
         up.map_err(|source| NetworkError::Step { what: "bring up loopback".to_owned(), source })?;
     }
     for device in &request.devices {
@@ -106,7 +106,7 @@ async fn take(
     }
     failed.truncate(MAX_FAILURES);
     for text in &mut failed {
-        text.truncate(text.floor_char_boundary(MAX_FAILURE));
+        text.truncate(text.floor_char_boundary(MAX_FAILURE_LEN));
     }
     Ok((links, failed))
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use bulkhead_protocol::error::chain;
+
 /// Sets one parameter of the guest.
 pub fn set(name: &str, value: &str) -> Result<(), SysctlError> {
     let path = path_of(name).ok_or_else(|| SysctlError::Name { name: name.into() })?;
@@ -12,7 +14,7 @@ pub fn set(name: &str, value: &str) -> Result<(), SysctlError> {
 /// Takes a value of the node's. One that this kernel does not take is left: no pod has asked for it.
 pub fn follow(name: &str, value: &str) {
     if let Err(error) = set(name, value) {
-        tracing::warn!("{}", crate::sys::chain(&error));
+        tracing::warn!("{}", chain(&error));
     }
 }
 

@@ -160,15 +160,16 @@ fn links_of_a_volume_are_copied_as_links() {
 }
 
 #[test]
-fn volume_itself_may_be_a_link_of_the_share() {
+fn volume_itself_is_no_link() {
     let volume = Fixture::new();
     volume.version("..1", &[("a", "one")]);
     let link = volume.dir.path().join("link");
     symlink("source", &link).unwrap();
     let made = volume.dir.path().join("made");
-    make_and_switch(&link, &made, OsStr::new("..1")).unwrap();
-    assert_eq!(std::fs::read_to_string(made.join("a")).unwrap(), "one");
-    assert!(!made.is_symlink() && !made.join("..1").is_symlink());
+    let refused = make_and_switch(&link, &made, OsStr::new("..1")).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::NotADirectory);
+    assert_eq!(std::fs::read_dir(&made).unwrap().count(), 0);
+    make_and_switch(&volume.source(), &volume.dir.path().join("other"), OsStr::new("..1")).unwrap();
 }
 
 /// What a container would reach by links in its copy, and how it was.

@@ -19,7 +19,7 @@ use ttrpc::context::Context;
 use ttrpc::{Code, Result};
 
 /// No call of these tests takes long; one that does fails instead of blocking the suite.
-const CALL: i64 = 30_000_000_000;
+const CALL_TIMEOUT_NS: i64 = 30_000_000_000;
 
 /// Prepares the namespaces as boot does in a guest: /run and the cgroup hierarchy are the agent's own. The hierarchy is a
 /// group of the host's, made the root by a cgroup namespace. $1 is the directory, $2 the group's name.
@@ -128,8 +128,8 @@ impl Guest {
 
     /// Waits as long for an exec as the shim does.
     pub async fn exec_patiently(&self, id: &str, exec_id: &str, args: &[&str]) -> Result<()> {
-        let patience = ttrpc::context::with_timeout(2 * CALL);
-        self.client.exec(patience, &exec_request(id, exec_id, &process(args), streams(""))).await.map(drop)
+        let twice_as_long = ttrpc::context::with_timeout(2 * CALL_TIMEOUT_NS);
+        self.client.exec(twice_as_long, &exec_request(id, exec_id, &process(args), streams(""))).await.map(drop)
     }
 
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<ExitStatus> {
@@ -373,7 +373,7 @@ pub fn make_rootfs(rootfs: &Path) {
 }
 
 fn context() -> Context {
-    ttrpc::context::with_timeout(CALL)
+    ttrpc::context::with_timeout(CALL_TIMEOUT_NS)
 }
 
 fn container(id: &str) -> ContainerRequest {

@@ -387,14 +387,8 @@ async fn hostile_25_proc_of_the_image_takes_no_writes_of_the_runtimes() {
     let script = format!(
         "cat /proc/sys/kernel/ostype /proc/self/oom_score_adj; echo x > /proc/sys/kernel/hostname; cat {secret}; true"
     );
-    // What the runtime writes for: OOM score, labels, namespaced parameters, all of which go to /proc elsewhere.
-    let with_writes = |spec: &mut Value| {
-        spec["process"]["oomScoreAdj"] = 500.into();
-        spec["process"]["apparmorProfile"] = "unconfined".into();
-        spec["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0".into();
-        spec["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0".into();
-        spec["linux"]["sysctl"] = json!({"kernel.hostname": "redirected", "../../../tmp/x": "1"});
-    };
+    // What the runtime writes to /proc for. Labels and namespaced parameters, for which others do, are refused: see the next test.
+    let with_writes = |spec: &mut Value| spec["process"]["oomScoreAdj"] = 500.into();
     assert_shows(&guest, &secret, &script).await;
     let mut outcomes = Outcomes::default();
     let ordinary = run(&guest, "ordinary", &["sh", "-c", &script], with_writes).await;
@@ -419,18 +413,33 @@ async fn hostile_25_proc_of_the_image_takes_no_writes_of_the_runtimes() {
     assert_eq!(guest.leftovers(), Vec::<String>::new());
 }
 
+/// Without such a spec the runtime has no reason to write to them.
 #[tokio::test]
-async fn hostile_25_labels_of_the_spec_change_nothing() {
+async fn hostile_25_labels_and_parameters_of_the_spec_are_refused_and_change_nothing() {
     let guest = Guest::start().await;
-    let own = guest.run("cat /proc/1/attr/current 2>/dev/null || echo none");
-    let script = "cat /proc/self/attr/current 2>/dev/null || echo none";
-    let outcome = run(&guest, "c", &["sh", "-c", script], |spec| {
-        spec["process"]["apparmorProfile"] = "/proc/self/attr/../../1/attr".into();
-        spec["process"]["selinuxLabel"] = "no:such:label".into();
-        spec["linux"]["mountLabel"] = "\u{1b}context=\"x\",rw".into();
-    })
-    .await;
-    assert_eq!(outcome.unwrap().trim(), own.trim());
+    let state = "cat /proc/1/attr/current 2>/dev/null || echo none; hostname";
+    let before = guest.run(state);
+    for (part, field, value) in [
+        ("process", "apparmorProfile", json!("unconfined")),
+        ("process", "apparmorProfile", json!("/proc/self/attr/../../1/attr")),
+        ("process", "selinuxLabel", json!("system_u:system_r:container_t:s0")),
+        ("process", "selinuxLabel", json!("no:such:label")),
+        ("linux", "mountLabel", json!("system_u:object_r:container_file_t:s0")),
+        ("linux", "mountLabel", json!("\u{1b}context=\"x\",rw")),
+        ("linux", "sysctl", json!({"kernel.hostname": "redirected"})),
+        ("linux", "sysctl", json!({"../../../tmp/x": "1"})),
+    ] {
+        let outcome = run(&guest, "c", &["true"], |spec| spec[part][field] = value.clone()).await;
+        let refusal = outcome.unwrap_err();
+        assert!(refusal.contains(&format!("{part}.{field}")), "{field}: {refusal}");
+        assert_eq!(std::fs::read_dir(guest.dir().join("c/rootfs/tmp")).unwrap().count(), 0, "{field}");
+        assert_eq!(guest.run(state), before, "{field}");
+    }
+    assert_eq!(guest.leftovers(), Vec::<String>::new());
+    // Where none is asked for it has the agent's own.
+    let script = "cat /proc/self/attr/current 2>/dev/null || echo none; hostname";
+    let own = run(&guest, "c", &["sh", "-c", script], |_| {}).await;
+    assert_eq!(own.unwrap(), before);
 }
 
 #[tokio::test]

@@ -130,10 +130,13 @@ async fn start_container_hook_runs_in_the_container_before_its_program() {
     let spec = fixture::spec(&guest, "c", &["cat", "/tmp/hook"], |spec| {
         let script = "echo $FOO $$ >/tmp/hook; grep -o '\"id\":\"c\"' >>/tmp/hook";
         let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
-        // Only the first is the container's own; the other must not run in the guest.
-        let elsewhere = serde_json::json!({"path": "/bin/false"});
-        spec["hooks"] = serde_json::json!({"startContainer": [hook], "createRuntime": [elsewhere]});
+        spec["hooks"] = serde_json::json!({"startContainer": [hook]});
     });
+    // Only that one is the container's own; a hook of the host's must not run in the guest.
+    let mut foreign = spec.clone();
+    foreign["hooks"]["createRuntime"] = serde_json::json!([{"path": "/bin/false"}]);
+    let refused = message_of(guest.create_with("c", foreign, streams(""), PidNamespace::PID_NAMESPACE_OWN, "").await);
+    assert!(refused.contains("has hooks of the host's"), "{refused}");
     guest.create_with("c", spec, streams("o"), PidNamespace::PID_NAMESPACE_OWN, "").await.unwrap();
     guest.start_container("c").await.unwrap();
     assert_eq!(guest.wait("c", "").await.unwrap().code, 0);

@@ -6,10 +6,10 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::error::chain;
 use bulkhead_protocol::node::RUN_ROOT;
 
 use crate::paths::{RunDir, SOCKET_DIR};
-use crate::pod::error::chain;
 use crate::sandbox::{Cgroup, has_ended, kill_recorded};
 use crate::share::Share;
 

@@ -3,9 +3,9 @@
 
 use bulkhead_netfilter::Uncarried;
 use bulkhead_protocol::agent::{Firewall, FirewallFailure};
+use bulkhead_protocol::error::chain;
 
 use super::unsupported::Unsupported;
-use crate::pod::error::chain;
 
 /// Most rules that a guest may say it has not taken, as many as the agent tells.
 const MAX_FAILURES: usize = 64;

@@ -117,7 +117,7 @@ async fn carry_all(
         ended = carrying => if let Err(error) = ended
             && tokio::time::timeout(ENDING, agent.vm_ended()).await.is_err()
         {
-            tracing::warn!("servers in the container's namespace are no longer reached: {}", crate::pod::error::chain(&error));
+            tracing::warn!("servers in the container's namespace are no longer reached: {}", bulkhead_protocol::error::chain(&error));
         },
         () = agent.vm_ended() => {}
     }

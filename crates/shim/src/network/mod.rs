@@ -34,10 +34,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse, Firewall, NetworkDevice, NetworkStep};
+use bulkhead_protocol::error::chain;
 use links::{IFF_UP, Link};
 use policy::Policy;
 
-use crate::pod::error::chain;
 pub use connector::{Connector, NoConnection};
 pub use error::NetworkError;
 pub use events::Events;

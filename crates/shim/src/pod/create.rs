@@ -27,7 +27,9 @@ use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
 use crate::sandbox::{Sandbox, demand, mounting, patience, removing};
 use crate::share::ShareError;
-use crate::spec::{self, Asker, ConsoleSize, Given, GuestSpec, HugeVolume, PidChoice, SandboxSpec};
+use crate::spec::{
+    self, Asker, ConsoleSize, Given, GuestSpec, GuestVolume, HugeVolume, PidChoice, SandboxSpec, Volume,
+};
 
 /// Events of a guest that are listened to in its life. A guest that is out of memory again and again has said so.
 const MAX_EVENTS: u32 = 4096;
@@ -216,25 +218,20 @@ impl Pod {
         let wanted = spec::disks(&spec)?;
         let mut limits = spec::limits(&spec);
         let (spec, huge_volumes) = with_huge_volumes(sandbox, spec).await?;
+        let volumes = spec::volumes(&spec, &huge_volumes)?;
         for page_kib in huge_volumes.iter().map(|volume| volume.page_kib) {
             sandbox.complete_huge_pages(&mut limits, page_kib);
         }
         sandbox.make_room(&task.id, limits).await?;
         let disks = sandbox.attach_disks(&task.id, &wanted).await?;
-        let guest = spec::translate(spec, &task.id, &Given { disks, huge_volumes })?;
-        let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
-        let volumes = guest.volumes.clone();
-        let (abandoned, its_id) = (share.clone(), id.clone());
-        let mount = move || {
-            if rootfs.is_empty() {
-                refuse_link(&prepared)?;
-            }
-            share.add_rootfs(&id, &rootfs, &prepared)?;
-            share.add_volumes(&id, &volumes)
+        let volumes = mount(sandbox, task, prepared, volumes).await?;
+        let given = Given { disks, huge_volumes, volumes };
+        let guest = spec::translate(spec, &task.id, &given)?;
+        let request = CreateContainerRequest {
+            volumes: given.volumes.iter().map(|volume| volume.number).collect(),
+            copied_volumes: sandbox.volumes.add(&sandbox.agent, &task.id, &given.volumes),
+            ..self.request(task, guest)
         };
-        mounting(mount, move || warn_of(abandoned.remove_container(&its_id))).await?;
-        let copied_volumes = sandbox.volumes.add(&sandbox.agent, &task.id, &guest.volumes);
-        let request = CreateContainerRequest { copied_volumes, ..self.request(task, guest) };
         sandbox.agent.create_container(request).await?;
         sandbox.volumes.activate(&task.id);
         init.assign_pid(&self.keeper, &arguments)?;
@@ -294,6 +291,25 @@ impl Pod {
     }
 }
 
+/// Mounts a container's root file system and volumes in the pod's share.
+async fn mount(
+    sandbox: &Sandbox,
+    task: &CreateTask,
+    prepared: PathBuf,
+    volumes: Vec<Volume>,
+) -> Result<Vec<GuestVolume>, ShareError> {
+    let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
+    let (abandoned, its_id) = (share.clone(), id.clone());
+    let mount = move || {
+        if rootfs.is_empty() {
+            refuse_link(&prepared)?;
+        }
+        share.add_rootfs(&id, &rootfs, &prepared)?;
+        share.add_volumes(&id, volumes)
+    };
+    mounting(mount, move || warn_of(abandoned.remove_container(&its_id))).await
+}
+
 /// Removes what there is of a container that could not be created.
 async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
     let (share, id) = (sandbox.share.clone(), init.container.clone());
@@ -315,7 +331,7 @@ async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
 /// What cannot be removed goes with the pod.
 fn warn_of(removed: Result<(), ShareError>) {
     if let Err(error) = removed {
-        tracing::warn!("{}", super::error::chain(&error));
+        tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
     }
 }
 

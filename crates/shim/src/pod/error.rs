@@ -1,7 +1,5 @@
 //! Why a task call failed, in the terms of containerd's errors (containerd: api errdefs, gRPC codes).
 
-use std::error::Error;
-
 use ttrpc::Code;
 
 use super::hooks::HookError;
@@ -158,38 +156,11 @@ fn agent_code(error: &AgentError) -> Code {
     }
 }
 
-/// An error with its causes, in one line. A transparent error is its cause, and is not said twice.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let said = error.to_string();
-        if !text.ends_with(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        source = error.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
-
-    #[test]
-    fn chain_names_every_cause_once() {
-        let error = TaskError::Config(ConfigError::Read {
-            path: "/x".into(),
-            source: std::io::ErrorKind::PermissionDenied.into(),
-        });
-        assert_eq!(
-            chain(&error),
-            "cannot read Bulkhead's configuration /x; make it readable for root, or remove it for the defaults: permission denied"
-        );
-    }
 
     #[test]
     fn guest_cannot_claim_that_a_method_is_missing() {

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use bulkhead_protocol::error::chain;
 use oci_spec::runtime::{ContainerState, Hook, Spec, State};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use super::error::chain;
 use crate::spec::HostHooks;
 
 /// How long a hook may take that does not say itself: the kubelet gives the whole call two minutes.

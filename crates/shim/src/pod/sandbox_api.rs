@@ -187,7 +187,7 @@ impl ApiSandbox {
     fn restore_files(&self) {
         let missing = self.files.as_ref().filter(|files| self.process.exit().is_none() && !files.exist());
         if let Some(Err(error)) = missing.map(|files| files.create(&self.config)) {
-            tracing::warn!("{}", super::error::chain(&error));
+            tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Calls of containerd's on a pod whose VM and agent are fakes ([`crate::sandbox::fake`]).
 
+mod volumes;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -44,6 +44,8 @@ struct State {
     clock: i64,
     /// Processes by container and exec id, with the exit codes of those that have ended.
     processes: HashMap<(String, String), Option<u32>>,
+    /// What containers were created from.
+    created: HashMap<String, proto::CreateContainerRequest>,
 }
 
 impl FakeAgent {
@@ -75,6 +77,11 @@ impl FakeAgent {
     /// Whether there is such a process, ended or not.
     pub fn has(&self, container: &str, exec: &str) -> bool {
         self.state().processes.contains_key(&(container.to_owned(), exec.to_owned()))
+    }
+
+    /// What a container was created from, at last.
+    pub fn created(&self, container: &str) -> proto::CreateContainerRequest {
+        self.state().created[container].clone()
     }
 
     /// Sets the guest's clock, by how many nanoseconds it is ahead of the host's.
@@ -168,6 +175,7 @@ impl proto::Agent for FakeAgent {
     ) -> ttrpc::Result<proto::Empty> {
         self.call("CreateContainer", &request.container_id).await?;
         self.run(&request.container_id, "");
+        self.change(|state| _ = state.created.insert(request.container_id.clone(), request));
         Ok(proto::Empty::new())
     }
 
@@ -190,7 +198,7 @@ impl proto::Agent for FakeAgent {
     }
 
     async fn update_volume(&self, _: &TtrpcContext, r: proto::UpdateVolumeRequest) -> ttrpc::Result<proto::Empty> {
-        let about = format!("{}/{} {}", r.container_id, r.volume.index, r.volume.version);
+        let about = format!("{}/{} {}", r.container_id, r.volume.number, r.volume.version);
         self.call("UpdateVolume", &about).await.map(|()| proto::Empty::new())
     }
 

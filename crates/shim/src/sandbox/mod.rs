@@ -303,7 +303,7 @@ async fn leave(vm: Vm, cgroup: Cgroup) {
 /// Removes redirects, the cgroup, mounts and the pod's directory, after the VMM has ended. Goes on after a failure: each step is worth doing.
 async fn release(run_dir: &RunDir, network: &PodNetwork) {
     if let Err(error) = network.release().await {
-        tracing::warn!("{}", crate::pod::error::chain(&error));
+        tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
     }
     if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
         cgroup.leave();
@@ -311,7 +311,7 @@ async fn release(run_dir: &RunDir, network: &PodNetwork) {
     }
     let run_dir = run_dir.clone();
     if let Err(error) = removing(move || Share::destroy(&run_dir)).await {
-        tracing::warn!("{}", crate::pod::error::chain(&error));
+        tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
     }
 }
 

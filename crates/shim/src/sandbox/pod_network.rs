@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse};
+use bulkhead_protocol::error::chain;
 use tokio::sync::Mutex;
 
 use super::agent::Agent;
@@ -23,7 +24,6 @@ use super::vm::Vm;
 use super::{SandboxError, patience};
 use crate::network::policy::Policy;
 use crate::network::{self, Events, Handover, NetDevice, Network, NetworkError, State, Take, netns};
-use crate::pod::error::chain;
 use crate::spec::Netns;
 
 /// How long one change may take in all. A guest answers in milliseconds, and each question that it is asked has a bound as well.

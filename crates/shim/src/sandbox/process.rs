@@ -78,9 +78,10 @@ fn wait(mut processes: Vec<OwnedFd>, deadline: Instant) {
     }
 }
 
-fn start_time(pid: u32) -> Option<u64> {
+/// When a process was started, in clock ticks since the boot (proc_pid_stat(5), field 22).
+pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, field 2, is in parentheses and may hold spaces; field 3 comes after the last one.
+    // The name, field 2, is in parentheses and may hold anything; field 3 comes after the last one.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::process;
+
 /// The steps so far.
 pub struct Timeline {
     last: Instant,
@@ -52,11 +54,9 @@ impl Timeline {
     }
 }
 
-/// How long this process has lived: field 22 of proc_pid_stat(5), clock ticks since boot.
+/// How long this process has lived.
 fn process_age() -> Option<Duration> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field is the command's name in parentheses, and may hold anything.
-    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let ticks = process::start_time(std::process::id())?;
     let started = Duration::from_millis(ticks.checked_mul(1000)?.checked_div(rustix::param::clock_ticks_per_second())?);
     let now = Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Boottime)).ok()?;
     now.checked_sub(started)

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::agent::{Agent, AgentError};
-use crate::spec::Volume;
+use crate::spec::GuestVolume;
 
 /// The followed volumes of a pod.
 #[derive(Debug, Default)]
@@ -39,16 +39,19 @@ impl Drop for Follower {
 impl FollowedVolumes {
     /// Begins to follow those of a container that are to be copied, and answers which version each has. Nothing is told
     /// to the guest before [`Self::activate`].
-    pub fn add(&self, agent: &Agent, container: &str, volumes: &[Volume]) -> Vec<CopiedVolume> {
-        let copied = volumes.iter().zip(0..).filter(|(volume, _)| volume.copied);
-        let followed = copied.map(|(volume, index)| {
-            let version = self.watch(agent).and_then(|watch| watch.add(container, index, &volume.source));
+    pub fn add(&self, agent: &Agent, container: &str, volumes: &[GuestVolume]) -> Vec<CopiedVolume> {
+        let mut copied: Vec<_> = volumes.iter().filter(|volume| volume.host.copied).collect();
+        // A container may bind one in several ways. It has one copy of it.
+        copied.sort_by_key(|volume| volume.number);
+        copied.dedup_by_key(|volume| volume.number);
+        let followed = copied.into_iter().map(|GuestVolume { host, number }| {
+            let version = self.watch(agent).and_then(|watch| watch.add(container, *number, &host.source));
             let version = version.unwrap_or_else(|error| {
-                let dir = volume.source.display();
+                let dir = host.source.display();
                 tracing::warn!(%error, %dir, "updates of a volume raise no events in the guest; fs.inotify.max_user_instances may be too low");
                 String::new()
             });
-            CopiedVolume { index, version, ..CopiedVolume::default() }
+            CopiedVolume { number: *number, version, ..CopiedVolume::default() }
         });
         followed.collect()
     }
@@ -114,7 +117,8 @@ struct Watch {
 #[derive(Debug)]
 struct Entry {
     container: String,
-    index: u32,
+    /// The volume's, in the share.
+    number: u64,
     dir: PathBuf,
     /// inotify's name for the directory; the same for every entry of it.
     descriptor: i32,
@@ -133,14 +137,14 @@ impl Watch {
         })
     }
 
-    fn add(&self, container: &str, index: u32, dir: &Path) -> io::Result<String> {
+    fn add(&self, container: &str, number: u64, dir: &Path) -> io::Result<String> {
         let flags = WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
         let descriptor = inotify::add_watch(&self.inotify, dir, flags)?;
         // Read after the watch is set, so that no version is missed.
         let version = version(dir).unwrap_or_default();
         self.entries().push(Entry {
             container: container.to_owned(),
-            index,
+            number,
             dir: dir.to_path_buf(),
             descriptor,
             version: version.clone(),
@@ -184,7 +188,7 @@ impl Watch {
         let mut updates = Vec::new();
         for entry in self.entries().iter().filter(|entry| entry.active) {
             if let Some(version) = version(&entry.dir).filter(|version| *version != entry.version) {
-                let volume = CopiedVolume { index: entry.index, version, ..CopiedVolume::default() };
+                let volume = CopiedVolume { number: entry.number, version, ..CopiedVolume::default() };
                 updates.push((entry.container.clone(), volume));
             }
         }
@@ -194,7 +198,7 @@ impl Watch {
     /// The guest knows a version from now on.
     fn taken(&self, container: &str, volume: CopiedVolume) {
         let mut entries = self.entries();
-        let entry = entries.iter_mut().find(|entry| entry.container == container && entry.index == volume.index);
+        let entry = entries.iter_mut().find(|entry| entry.container == container && entry.number == volume.number);
         if let Some(entry) = entry {
             entry.version = volume.version;
         }
@@ -216,7 +220,7 @@ fn version(dir: &Path) -> Option<String> {
 mod tests {
     use super::*;
     use crate::sandbox::Sandbox;
-    use crate::spec::Access;
+    use crate::spec::{Access, Volume};
     use std::os::unix::fs::symlink;
 
     fn switch(dir: &Path, version: &str) {
@@ -239,7 +243,7 @@ mod tests {
         switch(dir.path(), "..2");
         watch.changed().await.unwrap();
         let updates = watch.updates();
-        let told: Vec<_> = updates.iter().map(|(id, volume)| (&**id, volume.index, &*volume.version)).collect();
+        let told: Vec<_> = updates.iter().map(|(id, volume)| (&**id, volume.number, &*volume.version)).collect();
         assert_eq!(told, [("a", 0, "..2"), ("b", 3, "..2")]);
         updates.into_iter().for_each(|(id, volume)| watch.taken(&id, volume));
         assert!(watch.updates().is_empty());
@@ -272,7 +276,7 @@ mod tests {
         for (container, source) in ["a", "b"].into_iter().zip(&sources) {
             std::fs::create_dir(source).unwrap();
             switch(source, "..1");
-            let volume = Volume {
+            let host = Volume {
                 source: source.clone(),
                 recursive: true,
                 access: Access::ReadOnly,
@@ -281,24 +285,43 @@ mod tests {
                 scratch: false,
                 mapped_by: None,
             };
-            sandbox.volumes.add(&sandbox.agent, container, &[volume]);
+            sandbox.volumes.add(&sandbox.agent, container, &[GuestVolume { host, number: 7 }]);
             sandbox.volumes.activate(container);
         }
         guest.hold("UpdateVolume");
         switch(&sources[0], "..2");
-        guest.called("UpdateVolume a/0 ..2", 1).await;
+        guest.called("UpdateVolume a/7 ..2", 1).await;
         tokio::time::pause();
         tokio::time::advance(std::time::Duration::from_secs(61)).await;
         tokio::time::resume();
         guest.release("UpdateVolume");
         guest.refuse("UpdateVolume");
         switch(&sources[1], "..2");
-        guest.called("UpdateVolume a/0 ..2", 2).await;
-        guest.called("UpdateVolume b/0 ..2", 1).await;
+        guest.called("UpdateVolume a/7 ..2", 2).await;
+        guest.called("UpdateVolume b/7 ..2", 1).await;
         guest.accept("UpdateVolume");
         switch(&sources[0], "..3");
-        guest.called("UpdateVolume a/0 ..3", 1).await;
-        guest.called("UpdateVolume b/0 ..2", 2).await;
+        guest.called("UpdateVolume a/7 ..3", 1).await;
+        guest.called("UpdateVolume b/7 ..2", 2).await;
+    }
+
+    #[tokio::test]
+    async fn container_has_one_copy_of_a_volume_that_it_binds_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sandbox, _guest) = Sandbox::fake(dir.path()).await;
+        let source = dir.path().join("map");
+        std::fs::create_dir(&source).unwrap();
+        switch(&source, "..1");
+        let given = |recursive, copied, number| {
+            let (source, access) = (source.clone(), Access::ReadOnly);
+            let (follows_host, scratch, mapped_by) = (false, false, None);
+            let host = Volume { source, recursive, access, follows_host, copied, scratch, mapped_by };
+            GuestVolume { host, number }
+        };
+        let volumes = [given(true, true, 7), given(true, false, 8), given(false, true, 7)];
+        let copied = sandbox.volumes.add(&sandbox.agent, "c", &volumes);
+        let copied: Vec<_> = copied.iter().map(|volume| (volume.number, &*volume.version)).collect();
+        assert_eq!(copied, [(7, "..1")]);
     }
 
     #[test]

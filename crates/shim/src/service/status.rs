@@ -1,7 +1,9 @@
 //! How a call runs and how its error is told, the same for every service.
 
+use bulkhead_protocol::error::chain;
+
 use crate::about;
-use crate::pod::error::{TaskError, chain};
+use crate::pod::error::TaskError;
 
 /// The one place where an error becomes a status.
 pub fn status(error: TaskError) -> ttrpc::Error {

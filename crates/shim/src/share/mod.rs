@@ -1,7 +1,7 @@
 //! The pod's share: the one directory of the host that the guest sees, through virtio-fs (ARCHITECTURE.md, D5).
 //!
-//! `share/<container id>/rootfs` is the container's root, `share/<container id>/mounts/<n>` its volumes, most of them as links
-//! to what containers have in common ([`volumes`]). Nothing is copied. The mounts are in the VMM's mount namespace and not in
+//! `share/<container id>/rootfs` is the container's root, `share/.volumes/<n>` a volume, which containers may have in common
+//! ([`volumes`]). Nothing is copied. The mounts are in the VMM's mount namespace and not in
 //! the node's ([`jail`]), where the share is a tree of empty directories, and removing a container is removing its part of it.
 //! What the pod may only read is mounted read-only, never only in the guest; [`tree`] says why mounts are finished before they
 //! are attached.
@@ -16,16 +16,15 @@ mod tree;
 mod volumes;
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
 
-use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES};
+use bulkhead_protocol::guest::ROOT_DIR;
 
 use crate::paths::RunDir;
-use crate::spec::{Access, Volume};
+use crate::spec::{Access, GuestVolume, Volume};
 use directories::{ignore_absent, make_dir, remove_tree};
 pub use error::ShareError;
 use jail::{Jail, Place};
@@ -78,22 +77,13 @@ impl Share {
         mounts.iter().try_for_each(|mount| attach(rootfs::make(mount, &target)?))
     }
 
-    /// Shows the volumes of a container. Those that it may write come first, so that it has the same ones to read.
-    pub fn add_volumes(&self, id: &str, volumes: &[Volume]) -> Result<(), ShareError> {
+    /// Shows the volumes of a container, and answers under which number each is in the share. Those that it may write come first,
+    /// so that it has the same ones to read.
+    pub fn add_volumes(&self, id: &str, volumes: Vec<Volume>) -> Result<Vec<GuestVolume>, ShareError> {
         let (writable, others): (Vec<_>, Vec<_>) =
-            volumes.iter().enumerate().partition(|(_, volume)| volume.access == Access::ReadWrite);
-        writable.into_iter().chain(others).try_for_each(|(index, volume)| self.add_volume(id, index, volume))
-    }
-
-    fn add_volume(&self, id: &str, index: usize, volume: &Volume) -> Result<(), ShareError> {
-        let place = self.place.dir.join(id).join("mounts").join(index.to_string());
-        if volume.copied {
-            return volumes::show(&self.place, volume, &place);
-        }
-        let number = self.volumes.add(&self.place, id, volume)?;
-        let failed = |error| ShareError::at("make", &place, error);
-        place.parent().map_or(Ok(()), make_dir).map_err(failed)?;
-        symlink(Path::new("../..").join(SHARED_VOLUMES).join(number.to_string()), &place).map_err(failed)
+            volumes.into_iter().partition(|volume| volume.access == Access::ReadWrite);
+        let add = |host: Volume| Ok(GuestVolume { number: self.volumes.add(&self.place, id, &host)?, host });
+        writable.into_iter().chain(others).map(add).collect()
     }
 
     /// Removes what a container had, and with that its mounts. What is already gone is no error.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::directories::outermost;
 use super::*;
+use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount};
 use stage::{Pod, mounts_of_the_node, tmpfs};
 pub use stage::{in_mount_namespace, jail_of};
@@ -50,11 +51,11 @@ fn container_appears_for_the_vmm_alone_and_leaves_nothing() {
         std::fs::create_dir(dir.join("vol")).unwrap();
         std::fs::write(dir.join("vol/data"), "v").unwrap();
         pod.share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
-        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        pod.share.add_volume("c", 1, &Volume { access: Access::ReadOnly, ..volume(&dir.join("vol/data")) }).unwrap();
+        let shown = pod.show("c", volume(&dir.join("vol")));
+        let read_only = pod.show("c", Volume { access: Access::ReadOnly, ..volume(&dir.join("vol/data")) });
         assert_eq!(pod.read("c/rootfs/file").unwrap(), "lower");
-        assert_eq!(pod.read("c/mounts/0/data").unwrap(), "v");
-        assert!(!pod.can_write("c/mounts/1"), "read-only on the host side");
+        assert_eq!(pod.read(shown.join("data")).unwrap(), "v");
+        assert!(!pod.can_write(&read_only), "read-only on the host side");
         assert_eq!((pod.mounts(), mounts_of_the_node()), (3, before));
         let at = pod.run.share().join("c");
         assert_eq!(std::fs::read_dir(at.join("rootfs")).unwrap().count(), 0, "nothing is there for the node");
@@ -81,7 +82,7 @@ fn nothing_is_mounted_where_no_vmm_is_locked_in() {
         for vmm in [None, Some(node)] {
             let share = Share::of(&pod.run);
             vmm.into_iter().for_each(|vmm| share.is_jail_of(vmm));
-            let added = share.add_volume("c", 0, &volume(&dir.join("vol")));
+            let added = share.add_volumes("c", vec![volume(&dir.join("vol"))]);
             assert!(matches!(added, Err(ShareError::Attach { .. })), "{added:?}");
             share.remove_container("c").unwrap();
         }
@@ -95,11 +96,12 @@ fn directory_below_a_volume_is_the_nodes_to_unmount_and_remove() {
     in_mount_namespace(|dir| {
         tmpfs(&dir.join("vol/inner/deep"));
         let pod = Pod::new(dir);
-        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        let open = pod.inside(|| File::create("/c/mounts/0/inner/deep/file").unwrap());
+        let shown = pod.show("c", volume(&dir.join("vol")));
+        let file = shown.join("inner/deep/file");
+        let open = pod.inside(|| File::create(Path::new("/").join(&file)).unwrap());
         unmount(dir.join("vol/inner/deep"), UnmountFlags::empty()).unwrap();
         std::fs::remove_dir(dir.join("vol/inner/deep")).unwrap();
-        assert_eq!(pod.read("c/mounts/0/inner/deep/file"), None, "it went with its place");
+        assert_eq!(pod.read(&file), None, "it went with its place");
         drop(open);
         pod.end();
     });
@@ -131,8 +133,8 @@ fn unmounting_a_volume_leaves_the_hosts_mounts() {
         tmpfs(&dir.join("vol/inner"));
         std::fs::write(dir.join("vol/inner/kept"), "").unwrap();
         let pod = Pod::new(dir);
-        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        assert!(pod.read("c/mounts/0/inner/kept").is_some());
+        let shown = pod.show("c", volume(&dir.join("vol")));
+        assert!(pod.read(shown.join("inner/kept")).is_some());
         pod.share.remove_container("c").unwrap();
         assert!(dir.join("vol/inner/kept").exists());
         pod.end();
@@ -157,16 +159,18 @@ fn root_file_system_for_a_user_namespace_keeps_the_ids_on_disk() {
 #[test]
 fn unsupported_rootfs_and_volumes_are_named() {
     in_mount_namespace(|dir| {
-        let Pod { run, share, .. } = Pod::new(dir);
+        let pod = Pod::new(dir);
+        let share = &pod.share;
         let block = Mount { type_: "ext4".into(), source: "/dev/vda".into(), ..Mount::default() };
         assert!(matches!(share.add_rootfs("c", &[block], dir), Err(ShareError::RootfsType(t)) if t == "ext4"));
         let socket = dir.join("s");
         let _listener = UnixListener::bind(&socket).unwrap();
-        assert!(matches!(share.add_volume("c", 0, &volume(&socket)), Err(ShareError::Socket(_))));
-        assert!(matches!(share.add_volume("c", 1, &volume(Path::new("/dev/null"))), Err(ShareError::Device(_))));
-        assert!(matches!(share.add_volume("c", 2, &volume(&dir.join("none"))), Err(ShareError::Volume { .. })));
+        let refused = |source: &Path| pod.try_show("c", volume(source)).unwrap_err();
+        assert!(matches!(refused(&socket), ShareError::Socket(_)));
+        assert!(matches!(refused(Path::new("/dev/null")), ShareError::Device(_)));
+        assert!(matches!(refused(&dir.join("none")), ShareError::Volume { .. }));
         share.remove_container("c").unwrap();
-        Share::destroy(&run).unwrap();
+        pod.end();
     });
 }
 
@@ -175,15 +179,14 @@ fn hostile_11_read_only_volume_is_read_only_with_what_is_mounted_below() {
     in_mount_namespace(|dir| {
         tmpfs(&dir.join("vol/inner"));
         let pod = Pod::new(dir);
-        for (index, access) in [Access::ReadWrite, Access::ReadOnly].into_iter().enumerate() {
-            pod.share.add_volume("c", index, &Volume { access, ..volume(&dir.join("vol")) }).unwrap();
-        }
-        let write = |at: &str| pod.can_write(Path::new("c/mounts").join(at));
-        assert_eq!(["0/file", "1/file"].map(write), [true, false]);
-        assert_eq!(["0/inner/file", "1/inner/file"].map(write), [true, false], "what is mounted below as well");
+        let shown = [Access::ReadWrite, Access::ReadOnly]
+            .map(|access| pod.show("c", Volume { access, ..volume(&dir.join("vol")) }));
+        let write = |at: &str| shown.each_ref().map(|shown| pod.can_write(shown.join(at)));
+        assert_eq!(write("file"), [true, false]);
+        assert_eq!(write("inner/file"), [true, false], "what is mounted below as well");
         assert!(std::fs::write(dir.join("vol/inner/file"), "").is_ok(), "the host's own mount stays as it is");
         pod.share.remove_container("c").unwrap();
-        assert!(!write("0/file"));
+        assert_eq!(write("file"), [false, false]);
         pod.end();
     });
 }
@@ -195,13 +198,13 @@ fn volumes_are_nothing_but_data_to_the_host() {
         std::fs::create_dir(dir.join("vol")).unwrap();
         let pod = Pod::new(dir);
         pod.share.add_rootfs("c", &[overlay(dir)], Path::new("/nonexistent")).unwrap();
-        pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
-        for at in ["/c/rootfs", "/c/mounts/0"] {
-            let flags = pod.inside(|| rustix::fs::statvfs(at).unwrap().f_flag);
+        let shown = pod.show("c", volume(&dir.join("vol")));
+        for at in [PathBuf::from("c/rootfs"), shown] {
+            let flags = pod.inside(|| rustix::fs::statvfs(Path::new("/").join(&at)).unwrap().f_flag);
             let wanted = rustix::fs::StatVfsMountFlags::NOSUID
                 | rustix::fs::StatVfsMountFlags::NODEV
                 | rustix::fs::StatVfsMountFlags::NOEXEC;
-            assert!(flags.contains(wanted), "{at}: {flags:?}");
+            assert!(flags.contains(wanted), "{at:?}: {flags:?}");
         }
         pod.end();
     });
@@ -214,12 +217,11 @@ fn mount_of_the_host_reaches_the_jail_only_where_a_volume_follows() {
         mount_change(dir, MountPropagationFlags::SHARED).unwrap();
         std::fs::create_dir_all(dir.join("vol/late")).unwrap();
         let pod = Pod::new(dir);
-        for (index, follows_host) in [(0, false), (1, true)] {
-            pod.share.add_volume("c", index, &Volume { follows_host, ..volume(&dir.join("vol")) }).unwrap();
-        }
+        let shown =
+            [false, true].map(|follows_host| pod.show("c", Volume { follows_host, ..volume(&dir.join("vol")) }));
         tmpfs(&dir.join("vol/late"));
-        for at in ["0/late/from-0", "1/late/from-1"] {
-            assert!(pod.can_write(Path::new("c/mounts").join(at)));
+        for (shown, file) in shown.iter().zip(["from-0", "from-1"]) {
+            assert!(pod.can_write(shown.join("late").join(file)));
         }
         assert!(!dir.join("vol/late/from-0").exists(), "the volume that does not follow has what is below the mount");
         assert!(dir.join("vol/late/from-1").exists());
@@ -247,19 +249,20 @@ fn hostile_11_mount_that_the_host_makes_later_in_a_read_only_volume_comes_read_o
         mount_change(dir.join("vol/private"), MountPropagationFlags::PRIVATE).unwrap();
         let pod = Pod::new(dir);
         let follows = Volume { follows_host: true, access: Access::ReadOnly, ..volume(&dir.join("vol")) };
-        pod.share.add_volume("c", 0, &follows).unwrap();
+        let shown = pod.show("c", follows);
         for late in ["vol/private/late", "vol/late", "vol/late/deep", "vol/last"] {
             tmpfs(&dir.join(late));
             std::fs::write(dir.join(late).join("file"), "").unwrap();
         }
-        until("the last one comes", || pod.read("c/mounts/0/last/file").is_some());
+        until("the last one comes", || pod.read(shown.join("last/file")).is_some());
         for at in ["late", "late/deep"] {
-            assert!(pod.read(Path::new("c/mounts/0").join(at).join("file")).is_some(), "{at}");
-            assert!(!pod.can_write(Path::new("c/mounts/0").join(at).join("new")), "{at}");
+            assert!(pod.read(shown.join(at).join("file")).is_some(), "{at}");
+            assert!(!pod.can_write(shown.join(at).join("new")), "{at}");
         }
         assert_eq!(pod.mounts(), 5, "what is mounted on a private mount does not come");
         // Held open by the guest: the host does not have to care.
-        let open = pod.inside(|| File::open("/c/mounts/0/late/deep/file").unwrap());
+        let held = Path::new("/").join(&shown).join("late/deep/file");
+        let open = pod.inside(|| File::open(held).unwrap());
         for late in ["vol/late/deep", "vol/late"] {
             unmount(dir.join(late), UnmountFlags::empty()).unwrap();
         }
@@ -299,6 +302,28 @@ fn volume_of_two_containers_is_one_mount_until_both_have_gone() {
     });
 }
 
+/// ConfigMaps and the like, from which the guest makes a copy for each container, are volumes like all others here.
+#[test]
+fn volume_that_is_copied_is_shown_once_too() {
+    in_mount_namespace(|dir| {
+        std::fs::create_dir(dir.join("map")).unwrap();
+        std::fs::write(dir.join("map/key"), "value").unwrap();
+        let pod = Pod::new(dir);
+        let copied = || Volume { copied: true, access: Access::ReadOnly, ..volume(&dir.join("map")) };
+        let one = pod.show("one", copied());
+        assert_eq!(pod.show("two", copied()), one);
+        assert!(pod.read(one.join("key")).is_some() && !pod.can_write(one.join("key")));
+        for container in ["one", "two"] {
+            let own = pod.run.share().join(container);
+            assert!(!own.exists(), "nothing of a volume is below a container's own name: {}", own.display());
+            assert_eq!(pod.mounts(), 1);
+            pod.share.remove_container(container).unwrap();
+        }
+        assert_eq!(pod.mounts(), 0);
+        pod.end();
+    });
+}
+
 #[test]
 fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
     in_mount_namespace(|dir| {
@@ -325,8 +350,10 @@ fn reader_has_the_writers_mount_if_the_pod_may_write_at_all() {
         assert!(!pod.can_write(linked.join("x")), "a link with the name of one");
 
         // One container with both: whatever their order.
-        pod.share.add_volumes("both", &[read_only(&dir.join("fixed")), volume(&dir.join("fixed"))]).unwrap();
-        assert_eq!(pod.shown("both", 0), pod.shown("both", 1));
+        let wanted = vec![read_only(&dir.join("fixed")), volume(&dir.join("fixed"))];
+        let given = pod.share.add_volumes("both", wanted.clone()).unwrap();
+        assert!(wanted.iter().all(|wanted| given.iter().any(|given| given.host == *wanted)));
+        assert_eq!((given.len(), given[0].number), (2, given[1].number));
         pod.end();
     });
 }
@@ -403,7 +430,7 @@ fn volume_whose_server_is_silent_is_removed_without_asking_it() {
             std::fs::create_dir(dir.join("vol")).unwrap();
             let server = fuse::mount(&dir.join("vol"));
             mount("tmpfs", dir.join("vol/inner"), "tmpfs", MountFlags::empty(), None).unwrap();
-            pod.share.add_volume("c", 0, &volume(&dir.join("vol"))).unwrap();
+            pod.show("c", volume(&dir.join("vol")));
             assert_eq!(pod.mounts(), 2);
             server.fall_silent();
             if !whole_pod {
@@ -455,11 +482,11 @@ fn owners_of_a_volume_are_mapped_by_a_user_namespace_where_its_file_system_can()
         std::fs::write(dir.join("vol/data"), "v").unwrap();
         let namespace = PathBuf::from(format!("/proc/{}/ns/user", keeper.id()));
         let mapped = |source: &Path| Volume { mapped_by: Some(namespace.clone()), ..volume(source) };
-        pod.share.add_volume("c", 0, &mapped(&dir.join("vol"))).unwrap();
+        let shown = pod.show("c", mapped(&dir.join("vol")));
         let owner = |path: &Path| std::fs::metadata(path).unwrap().uid();
-        assert_eq!(pod.inside(|| owner(Path::new("/c/mounts/0/data"))), 100_000);
+        assert_eq!(pod.inside(|| owner(&Path::new("/").join(&shown).join("data"))), 100_000);
         assert_eq!(owner(&dir.join("vol/data")), 0, "the volume itself is as it was");
-        let refused = pod.share.add_volume("c", 1, &mapped(Path::new("/proc/sys")));
+        let refused = pod.try_show("c", mapped(Path::new("/proc/sys")));
         assert!(matches!(refused, Err(ShareError::Unmappable(_))), "{refused:?}");
         pod.share.remove_container("c").unwrap();
         pod.end();

@@ -2,7 +2,7 @@
 //!
 //! Containers that have a volume in common must have its inodes in common in the guest: unix(7) sockets, fifos, locks,
 //! mappings and cached pages are the guest kernel's, by inode. The file server takes what is reached through two mounts for
-//! two inodes. So a volume is one mount, `.volumes/<n>`, and `<container id>/mounts/<n>` is a link to it.
+//! two inodes. So a volume is one mount, `.volumes/<n>`, and has no other name.
 //!
 //! What a container has to itself: a volume with mounts below it or that follows the host, where two copies need not be
 //! the same, and a read-only one that another container later gets to write. A read-only volume that the pod may write
@@ -34,23 +34,23 @@ pub struct Volumes(Arc<Mutex<Table>>);
 struct Table {
     /// Numbers are not used again: the guest may still know what had one.
     next: u64,
-    shown: Vec<Shown>,
+    mounts: Vec<SharedMount>,
 }
 
 /// A volume, whichever mount of the host leads to it. The inode alone would do, but for file systems whose numbers are not
 /// unique.
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct What {
+struct VolumeIdentity {
     inode: Inode,
     place_in_file_system: PathBuf,
 }
 
 /// A mount in the share.
 #[derive(Debug)]
-struct Shown {
+struct SharedMount {
     number: u64,
     /// `None` if nobody else may have it.
-    what: Option<What>,
+    identity: Option<VolumeIdentity>,
     writable: bool,
     containers: BTreeSet<String>,
     /// What the host mounts in it later comes by this.
@@ -66,13 +66,13 @@ impl Volumes {
         let watch = watch.transpose().map_err(ShareError::MountTable)?;
         let tree = copy(volume)?;
         let alone = volume.follows_host || (volume.recursive && has_mounts_below(&place)?);
-        let what = if alone { None } else { what(&tree, &place).map_err(failed)? };
+        let identity = if alone { None } else { identity(&tree, &place).map_err(failed)? };
         let source_writable = match tree.is_read_only() {
             // A file system in user space may not say.
             Err(Errno::NOSYS) => true,
             said => !said.map_err(failed)?,
         };
-        if let Some(number) = self.lock().join(container, volume.access, what.as_ref(), source_writable) {
+        if let Some(number) = self.lock().join(container, volume.access, identity.as_ref(), source_writable) {
             return Ok(number);
         }
         let access = if !alone && is_scratch(volume, &place) { Access::ReadWrite } else { volume.access };
@@ -95,12 +95,12 @@ impl Volumes {
         let containers = BTreeSet::from([container.to_owned()]);
         let mut table = self.lock();
         // Another container may have come with it meanwhile.
-        if let Some(other) = table.join(container, volume.access, what.as_ref(), source_writable) {
+        if let Some(other) = table.join(container, volume.access, identity.as_ref(), source_writable) {
             drop(table);
             let _ = remove_tree(&target);
             return Ok(other);
         }
-        table.shown.push(Shown { number, what, writable, containers, _following: following });
+        table.mounts.push(SharedMount { number, identity, writable, containers, _following: following });
         Ok(number)
     }
 
@@ -111,7 +111,7 @@ impl Volumes {
         for number in unused {
             let removed = remove_tree(&dir.join(SHARED_VOLUMES).join(number.to_string()));
             if removed.is_ok() {
-                self.lock().shown.retain(|shown| shown.number != number);
+                self.lock().mounts.retain(|mount| mount.number != number);
             }
             outcome = outcome.and(removed);
         }
@@ -131,35 +131,32 @@ impl Table {
 
     /// Takes a container out, and answers what has none now. Nobody can join that any more.
     fn leave(&mut self, container: &str) -> Vec<u64> {
-        for shown in &mut self.shown {
-            shown.containers.remove(container);
+        for mount in &mut self.mounts {
+            mount.containers.remove(container);
         }
-        let unused = self.shown.iter_mut().filter(|shown| shown.containers.is_empty());
-        let forget = |shown: &mut Shown| {
-            shown.what = None;
-            shown.number
+        let unused = self.mounts.iter_mut().filter(|mount| mount.containers.is_empty());
+        let forget = |mount: &mut SharedMount| {
+            mount.identity = None;
+            mount.number
         };
         unused.map(forget).collect()
     }
 
     /// Finds what is shown already, preferably where it can be written, and takes part in it.
-    fn join(&mut self, container: &str, access: Access, what: Option<&What>, source_writable: bool) -> Option<u64> {
-        let same = self.shown.iter_mut().filter(|shown| what.is_some() && shown.what.as_ref() == what);
+    fn join(
+        &mut self,
+        container: &str,
+        access: Access,
+        identity: Option<&VolumeIdentity>,
+        source_writable: bool,
+    ) -> Option<u64> {
+        let same = self.mounts.iter_mut().filter(|mount| identity.is_some() && mount.identity.as_ref() == identity);
         // A container that may write must meet what its own mount on the host would do.
-        let fits = same.filter(|shown| access != Access::ReadWrite || shown.writable == source_writable);
-        let shown = fits.max_by_key(|shown| shown.writable)?;
-        shown.containers.insert(container.to_owned());
-        Some(shown.number)
+        let fits = same.filter(|mount| access != Access::ReadWrite || mount.writable == source_writable);
+        let mount = fits.max_by_key(|mount| mount.writable)?;
+        mount.containers.insert(container.to_owned());
+        Some(mount.number)
     }
-}
-
-/// Shows a volume at a place of its own.
-pub fn show(share: &Place, volume: &Volume, target: &Path) -> Result<(), ShareError> {
-    let failed = |error: Errno| ShareError::volume(&volume.source, error.into());
-    let tree = copy(volume)?;
-    restrict(&tree, volume.access).map_err(failed)?;
-    make_target(&volume.source, target)?;
-    share.attach(&tree, target).map_err(|error| ShareError::attach(target, error))
 }
 
 fn copy(volume: &Volume) -> Result<Tree, ShareError> {
@@ -202,11 +199,11 @@ fn make_target(source: &Path, target: &Path) -> Result<(), ShareError> {
     }
 }
 
-fn what(tree: &Tree, place: &Path) -> Result<Option<What>, Errno> {
+fn identity(tree: &Tree, place: &Path) -> Result<Option<VolumeIdentity>, Errno> {
     let inode = tree.inode()?;
     // Without it the container has the volume to itself.
     let place_in_file_system = place_in_file_system(place).unwrap_or_default();
-    Ok(place_in_file_system.map(|place_in_file_system| What { inode, place_in_file_system }))
+    Ok(place_in_file_system.map(|place_in_file_system| VolumeIdentity { inode, place_in_file_system }))
 }
 
 fn has_mounts_below(place: &Path) -> Result<bool, ShareError> {

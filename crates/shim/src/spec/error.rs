@@ -95,6 +95,9 @@ pub enum SpecError {
     /// A bind mount without a source.
     #[error("the mount at {0:?} has no source")]
     NoSource(std::path::PathBuf),
+    /// Cannot happen with volumes that [`volumes`](super::volumes) has named.
+    #[error("the volume {0:?} is not in the pod's share")]
+    NotGiven(std::path::PathBuf),
     /// A pid namespace path that names no process.
     #[error("the pid namespace path {0:?} is not /proc/<pid>/ns/pid")]
     PidPath(std::path::PathBuf),

@@ -1,6 +1,7 @@
 //! A container's OCI spec, rewritten for the guest (the contract is at `CreateContainerRequest` in agent.proto).
 //!
-//! Pure: what has to be bound on the host comes out as a list. Whatever names a thing of the host (namespace paths,
+//! Pure: [`disks`] and [`volumes`] say what of the host a container is to be given, and [`translate`] is told under which names the
+//! guest has it. Whatever names a thing of the host (namespace paths,
 //! cgroups, security labels, cpusets) is dropped, its block devices become the guest's ([`devices`]); what cannot be honoured in a guest is refused.
 
 mod asker;
@@ -25,7 +26,7 @@ pub use error::SpecError;
 pub use hooks::{HostHooks, take as take_hooks};
 pub use host::{refuse_namespaces, refuse_netns, refuse_shared};
 pub use huge_pages::{HugeVolume, huge_volumes};
-pub use mounts::{Access, SCRATCH_DEPTH, Volume};
+pub use mounts::{Access, GuestVolume, SCRATCH_DEPTH, Volume, volumes};
 pub use namespaces::PidChoice;
 pub use pod::pod_sandbox;
 pub use resources::{limits, parse as parse_resources, translate as translate_resources};
@@ -36,8 +37,6 @@ pub use sandbox::{Netns, SandboxSpec, sandbox};
 pub struct GuestSpec {
     /// The spec as JSON.
     pub json: Vec<u8>,
-    /// What to bind into the share, the n-th at `mounts/<n>`.
-    pub volumes: Vec<Volume>,
     /// Where the pid namespace comes from.
     pub pid: PidChoice,
 }
@@ -49,12 +48,15 @@ pub struct Given {
     pub disks: Vec<GuestDisk>,
     /// Those that [`huge_volumes`] has found.
     pub huge_volumes: Vec<HugeVolume>,
+    /// Those that [`volumes`] has named.
+    pub volumes: Vec<GuestVolume>,
 }
 
-/// Refuses what [`translate`] and [`disks`] will refuse, before there is anything to give.
+/// Refuses what [`translate`], [`disks`] and [`volumes`] will refuse, before there is anything to give.
 pub fn check(spec: &Spec, id: &str) -> Result<(), SpecError> {
     disks(spec)?;
-    translate(spec.clone(), id, &Given::default()).map(drop)
+    let volumes = volumes(spec, &[])?.into_iter().map(|host| GuestVolume { host, number: 0 }).collect();
+    translate(spec.clone(), id, &Given { volumes, ..Given::default() }).map(drop)
 }
 
 /// Rewrites a container's spec.
@@ -62,13 +64,14 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
     devices::renumber(&mut spec, &given.disks);
     devices::open_to_privileged(&mut spec);
     refuse_what_is_on_the_host(&spec)?;
-    let users = users::of_volumes(&spec);
+    let binds = mounts::Binds::of(&spec, &given.huge_volumes);
     let pid = namespaces::strip(&mut spec)?;
-    let volumes = mounts::rewrite(&mut spec, id, &given.huge_volumes, users.as_ref())?;
+    mounts::rewrite(&mut spec, id, &binds, &given.volumes)?;
     users::rewrite(&mut spec);
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(format!("{SHARE_DIR}/{id}/rootfs").into());
-    spec.set_root(Some(root));
+    // The names are the pod's: the guest has them since its sandbox was created.
+    spec.set_root(Some(root)).set_hostname(None).set_domainname(None);
     if let Some(process) = spec.process_mut() {
         strip_process(process);
     }
@@ -76,7 +79,7 @@ pub fn translate(mut spec: Spec, id: &str, given: &Given) -> Result<GuestSpec, S
         strip_linux(linux);
     }
     let json = serde_json::to_vec(&spec).map_err(SpecError::Encode)?;
-    Ok(GuestSpec { json, volumes, pid })
+    Ok(GuestSpec { json, pid })
 }
 
 fn refuse_what_is_on_the_host(spec: &Spec) -> Result<(), SpecError> {

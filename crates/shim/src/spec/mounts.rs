@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::guest::{SHARE_DIR, SHM_DIR, VOLUMES_DIR};
+use bulkhead_protocol::guest::{SHARE_DIR, SHARED_VOLUMES, SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, Spec};
 
 use super::devices::COMMON_DEVICES;
@@ -39,40 +39,102 @@ pub enum Access {
     ReadOnly,
 }
 
-/// Points the binds of a spec to the share and answers what belongs there.
-pub fn rewrite(
-    spec: &mut Spec,
-    id: &str,
-    huge: &[HugeVolume],
-    users: Option<&PathBuf>,
-) -> Result<Vec<Volume>, SpecError> {
-    put_devices_in_place(spec);
-    let mut volumes = Vec::new();
-    let pod = spec.annotations().as_ref().and_then(annotations::pod_uid).map(str::to_owned);
-    for mount in spec.mounts_mut().iter_mut().flatten().filter(|mount| is_bind(mount)) {
+/// A volume that is in the pod's share.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct GuestVolume {
+    /// What it is on the host.
+    pub host: Volume,
+    /// Its name in the share.
+    pub number: u64,
+}
+
+impl GuestVolume {
+    /// Where a container binds it from: the share, or the guest's copy of it.
+    fn guest_path(&self, container: &str) -> PathBuf {
+        let dir = if self.host.copied {
+            Path::new(VOLUMES_DIR).join(container)
+        } else {
+            Path::new(SHARE_DIR).join(SHARED_VOLUMES)
+        };
+        dir.join(self.number.to_string())
+    }
+}
+
+/// What a bind of a container leads to.
+enum Bound {
+    /// Something that is in the guest, at this place.
+    Guest(PathBuf),
+    /// A volume of the host.
+    Volume(Volume),
+}
+
+/// What one has to know of a spec to say where its binds lead. Read before anything of the spec is rewritten.
+pub struct Binds<'a> {
+    huge: &'a [HugeVolume],
+    pod: Option<String>,
+    users: Option<PathBuf>,
+}
+
+impl<'a> Binds<'a> {
+    /// Those of a spec, some of which are these volumes of huge pages.
+    pub fn of(spec: &Spec, huge: &'a [HugeVolume]) -> Self {
+        let pod = spec.annotations().as_ref().and_then(annotations::pod_uid).map(str::to_owned);
+        Self { huge, pod, users: users::of_volumes(spec) }
+    }
+
+    /// `None` for a mount that is no bind, or one of a device that every guest has at the same place.
+    fn bound(&self, mount: &Mount) -> Result<Option<Bound>, SpecError> {
+        if !is_bind(mount) {
+            return Ok(None);
+        }
         let source = mount.source().clone().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| SpecError::NoSource(mount.destination().clone()))?;
         if mount.destination() == Path::new("/dev") {
             return Err(SpecError::Dev);
         }
         if is_pod_shm(mount, &source) {
-            mount.set_source(Some(SHM_DIR.into()));
-        } else if let Some(volume) = huge.iter().find(|volume| volume.source == source) {
-            mount.set_source(Some(volume.guest_path()));
-        } else if common_device(&source).is_none() {
-            let mapped_by = users::of_volume(mount, users)?;
-            let volume = Volume { mapped_by, ..volume(mount, source, pod.as_deref())? };
-            let index = volumes.len();
-            let place = if volume.copied {
-                format!("{VOLUMES_DIR}/{id}/{index}")
-            } else {
-                format!("{SHARE_DIR}/{id}/mounts/{index}")
-            };
-            mount.set_source(Some(place.into()));
+            return Ok(Some(Bound::Guest(SHM_DIR.into())));
+        }
+        if let Some(volume) = self.huge.iter().find(|volume| volume.source == source) {
+            return Ok(Some(Bound::Guest(volume.guest_path())));
+        }
+        if common_device(&source).is_some() {
+            return Ok(None);
+        }
+        let mapped_by = users::of_volume(mount, self.users.as_ref())?;
+        Ok(Some(Bound::Volume(Volume { mapped_by, ..volume(mount, source, self.pod.as_deref())? })))
+    }
+}
+
+/// The volumes that a spec binds, each once.
+pub fn volumes(spec: &Spec, huge: &[HugeVolume]) -> Result<Vec<Volume>, SpecError> {
+    let binds = Binds::of(spec, huge);
+    let mut volumes = Vec::new();
+    for mount in spec.mounts().iter().flatten() {
+        if let Some(Bound::Volume(volume)) = binds.bound(mount)?
+            && !volumes.contains(&volume)
+        {
             volumes.push(volume);
         }
     }
     Ok(volumes)
+}
+
+/// Points the binds of a container's spec to where in the guest they lead. No bind keeps a path of the host.
+pub fn rewrite(spec: &mut Spec, id: &str, binds: &Binds<'_>, volumes: &[GuestVolume]) -> Result<(), SpecError> {
+    put_devices_in_place(spec);
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let place = match binds.bound(mount)? {
+            None => continue,
+            Some(Bound::Guest(place)) => place,
+            Some(Bound::Volume(volume)) => {
+                let given = volumes.iter().find(|given| given.host == volume);
+                given.ok_or_else(|| SpecError::NotGiven(volume.source.clone()))?.guest_path(id)
+            }
+        };
+        mount.set_source(Some(place));
+    }
+    Ok(())
 }
 
 fn common_device(path: &Path) -> Option<(i64, i64)> {

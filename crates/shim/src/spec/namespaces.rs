@@ -38,11 +38,7 @@ pub fn strip(spec: &mut Spec) -> Result<PidChoice, SpecError> {
     for mut namespace in namespaces {
         match namespace.typ() {
             LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => {}
-            LinuxNamespaceType::Pid => {
-                pid = choice(&namespace)?;
-                namespace.set_path(None);
-                kept.push(namespace);
-            }
+            LinuxNamespaceType::Pid => pid = choice(&namespace)?,
             _ => {
                 namespace.set_path(None);
                 kept.push(namespace);

@@ -58,9 +58,14 @@ fn strip_cpu(cpu: &mut LinuxCpu) {
 fn strip_memory(memory: &mut LinuxMemory) {
     memory.set_reservation(memory.reservation().filter(|bytes| *bytes != 0));
     memory.set_swap(memory.swap().filter(|bytes| *bytes != 0));
-    // Swap without a bound needs no limit of memory, but libcgroups wants one to be named; zero leaves that as it is.
-    if memory.swap() != Some(UNLIMITED) {
-        memory.set_limit(memory.limit().filter(|bytes| *bytes != 0));
+    let limit = memory.limit().filter(|bytes| *bytes != 0);
+    if memory.swap() == Some(UNLIMITED) {
+        // Swap without a bound needs no limit of memory, but libcgroups wants one to be named; zero leaves that as it is.
+        memory.set_limit(limit.or(Some(0)));
+    } else {
+        // A bound of swap is one of memory and swap together, and says nothing without that of memory.
+        memory.set_swap(memory.swap().filter(|_| limit.is_some()));
+        memory.set_limit(limit);
     }
 }
 
@@ -99,5 +104,17 @@ mod tests {
         assert_eq!((&out["memory"]["limit"], &out["pids"]["limit"]), (&json!(1024), &json!(-1)));
         let out = translated(&json!({"cpu": {"quota": -1, "period": 0}, "memory": {"limit": 0, "swap": -1}}));
         assert_eq!((&out["cpu"]["quota"], &out["memory"]), (&json!(-1), &json!({"limit": 0, "swap": -1})));
+        assert_eq!(translated(&json!({"memory": {"swap": -1}}))["memory"], json!({"limit": 0, "swap": -1}));
+    }
+
+    #[test]
+    fn swap_has_no_bound_without_one_of_memory() {
+        for memory in [json!({"limit": 0, "swap": 5}), json!({"swap": 5})] {
+            assert_eq!(translated(&json!({"memory": memory}))["memory"], json!({}));
+        }
+        let both = json!({"limit": 1000, "swap": 1500});
+        assert_eq!(translated(&json!({"memory": both}))["memory"], both);
+        let given = json!({"limit": 1000, "swap": 0, "reservation": 0});
+        assert_eq!(translated(&json!({"memory": given}))["memory"], json!({"limit": 1000}));
     }
 }

@@ -11,6 +11,8 @@ fn spec(value: Value) -> Spec {
 fn container() -> Value {
     json!({
         "ociVersion": "1.0.2",
+        "hostname": "pod-1",
+        "domainname": "corp",
         "root": {"path": "rootfs", "readonly": true},
         "process": {
             "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["sh"],
@@ -36,14 +38,28 @@ fn container() -> Value {
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
             },
             "sysctl": {"net.core.somaxconn": "1"},
+            "mountLabel": "x",
+            "intelRdt": {"closID": "x"},
             "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "1"}
         }
     })
 }
 
+/// With its volumes in the share, numbered from 7.
 fn translated(value: Value) -> (Value, GuestSpec) {
-    let guest = translate(spec(value), "c", &Given::default()).unwrap();
+    let spec = spec(value);
+    let volumes = volumes(&spec, &[]).unwrap().into_iter().zip(7..);
+    let volumes = volumes.map(|(host, number)| GuestVolume { host, number }).collect();
+    let guest = translate(spec, "c", &Given { volumes, ..Given::default() }).unwrap();
     (serde_json::from_slice(&guest.json).unwrap(), guest)
+}
+
+fn volumes_of(value: Value) -> Vec<Volume> {
+    volumes(&spec(value), &[]).unwrap()
+}
+
+fn refusal(value: Value) -> SpecError {
+    check(&spec(value), "c").unwrap_err()
 }
 
 #[test]
@@ -52,7 +68,11 @@ fn nothing_of_the_host_is_left() {
     assert_eq!(json["root"]["path"], "/run/bulkhead/share/c/rootfs");
     assert_eq!(json["root"]["readonly"], true);
     let kinds: Vec<_> = json["linux"]["namespaces"].as_array().unwrap().iter().map(|n| n["type"].clone()).collect();
-    assert_eq!(kinds, ["pid", "mount", "cgroup"]);
+    assert_eq!(kinds, ["mount", "cgroup"]);
+    assert!(json["hostname"].is_null() && json["domainname"].is_null());
+    for key in ["mountLabel", "intelRdt", "uidMappings", "gidMappings"] {
+        assert!(json["linux"][key].is_null(), "{key}");
+    }
     assert!(json["linux"]["cgroupsPath"].is_null());
     assert!(json["linux"]["sysctl"].is_null());
     assert!(json["process"]["apparmorProfile"].is_null() && json["process"]["selinuxLabel"].is_null());
@@ -65,11 +85,11 @@ fn nothing_of_the_host_is_left() {
 
 #[test]
 fn binds_come_through_the_share() {
-    let (json, guest) = translated(container());
+    let (json, _) = translated(container());
     let sources: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
     assert_eq!(
         sources,
-        ["proc", "/run/bulkhead/shm", "/run/bulkhead/share/c/mounts/0", "/run/bulkhead/share/c/mounts/1", "/dev/null"]
+        ["proc", "/run/bulkhead/shm", "/run/bulkhead/share/.volumes/7", "/run/bulkhead/share/.volumes/8", "/dev/null"]
     );
     let hosts = Volume {
         source: "/var/lib/kubelet/pods/u/etc-hosts".into(),
@@ -89,7 +109,27 @@ fn binds_come_through_the_share() {
         scratch: false,
         mapped_by: None,
     };
-    assert_eq!(guest.volumes, [hosts, data]);
+    assert_eq!(volumes_of(container()), [hosts, data]);
+}
+
+#[test]
+fn no_bind_keeps_a_path_of_the_host() {
+    let refused = translate(spec(container()), "c", &Given::default());
+    assert!(
+        matches!(refused, Err(SpecError::NotGiven(path)) if path == std::path::Path::new("/var/lib/kubelet/pods/u/etc-hosts"))
+    );
+    assert!(check(&spec(container()), "c").is_ok(), "nothing is given yet");
+}
+
+#[test]
+fn volume_that_is_bound_twice_has_one_name_unless_it_is_bound_otherwise() {
+    let mut value = container();
+    let bind = |at: &str, option: &str| json!({"destination": at, "type": "bind", "source": "/srv/data", "options": ["rbind", option]});
+    value["mounts"] = json!([bind("/a", "rw"), bind("/b", "ro"), bind("/c", "rw")]);
+    assert_eq!(volumes_of(value.clone()).len(), 2);
+    let (json, _) = translated(value);
+    let names = ["7", "8", "7"].map(|name| json!(format!("/run/bulkhead/share/.volumes/{name}")));
+    assert_eq!([0, 1, 2].map(|mount: usize| json["mounts"][mount]["source"].clone()), names);
 }
 
 #[test]
@@ -105,11 +145,11 @@ fn device_bound_onto_another_becomes_its_node() {
     let node =
         |path: &str, minor: u32| json!({"path": path, "type": "c", "major": 1, "minor": minor, "fileMode": 0o666});
     value["linux"]["devices"] = json!([node("/dev/random", 8), node("/dev/own", 3)]);
-    let (json, guest) = translated(value);
+    let (json, _) = translated(value.clone());
     let places: Vec<_> = json["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].clone()).collect();
     assert_eq!(places, ["/etc/motd", "/data"]);
     assert_eq!(json["linux"]["devices"], json!([node("/dev/own", 3), node("/dev/random", 9)]));
-    assert_eq!((guest.volumes.len(), &json["mounts"][0]["source"]), (1, &json!("/dev/null")));
+    assert_eq!((volumes_of(value).len(), &json["mounts"][0]["source"]), (1, &json!("/dev/null")));
 }
 
 #[test]
@@ -117,7 +157,7 @@ fn volume_follows_the_host_if_it_is_asked_to() {
     for (access, propagation, follows) in [("rw", "rslave", true), ("ro", "rslave", true), ("ro", "rprivate", false)] {
         let mut value = container();
         value["mounts"][3]["options"] = json!(["rbind", propagation, access]);
-        assert_eq!(translated(value).1.volumes[1].follows_host, follows, "{access}");
+        assert_eq!(volumes_of(value)[1].follows_host, follows, "{access}");
     }
 }
 
@@ -132,9 +172,10 @@ fn volumes_that_the_kubelet_updates_are_copied() {
         let mut value = container();
         value["mounts"][3]["source"] = format!("/var/lib/kubelet/pods/u/volumes/kubernetes.io~{plugin}/v").into();
         value["mounts"][3]["options"] = options;
-        let (json, guest) = translated(value);
-        assert_eq!((guest.volumes[1].copied, guest.volumes[1].access), (copied, access), "{plugin}");
-        let dir = if copied { "volumes/c/1" } else { "share/c/mounts/1" };
+        let (json, _) = translated(value.clone());
+        let volume = &volumes_of(value)[1];
+        assert_eq!((volume.copied, volume.access), (copied, access), "{plugin}");
+        let dir = if copied { "volumes/c/8" } else { "share/.volumes/8" };
         assert_eq!(json["mounts"][3]["source"], format!("/run/bulkhead/{dir}"));
     }
 }
@@ -150,11 +191,11 @@ fn only_the_pods_own_empty_dirs_are_its_scratch() {
     ] {
         let mut value = container();
         value["mounts"][3]["source"] = source.clone().into();
-        assert!(!translated(value.clone()).1.volumes[1].scratch, "nobody says whose pod it is: {source}");
+        assert!(!volumes_of(value.clone())[1].scratch, "nobody says whose pod it is: {source}");
         value["annotations"] = json!({"io.kubernetes.cri.sandbox-uid": "u-1"});
-        assert_eq!(translated(value.clone()).1.volumes[1].scratch, scratch, "{source}");
+        assert_eq!(volumes_of(value.clone())[1].scratch, scratch, "{source}");
         value["annotations"]["io.kubernetes.cri-o.ContainerType"] = "container".into();
-        assert!(!translated(value).1.volumes[1].scratch, "under CRI-O the pod's author says it: {source}");
+        assert!(!volumes_of(value)[1].scratch, "under CRI-O the pod's author says it: {source}");
     }
 }
 
@@ -162,7 +203,7 @@ fn only_the_pods_own_empty_dirs_are_its_scratch() {
 fn an_empty_dir_called_shm_is_a_volume() {
     let mut value = container();
     value["mounts"][1]["source"] = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/shm".into();
-    assert_eq!(translated(value).1.volumes.len(), 3);
+    assert_eq!(volumes_of(value).len(), 3);
 }
 
 #[test]
@@ -171,7 +212,7 @@ fn pid_namespace_is_told_by_the_reported_pid() {
     value["linux"]["namespaces"][0]["path"] = "/proc/4711/ns/pid".into();
     assert_eq!(translated(value.clone()).1.pid, PidChoice::OfReported(4711));
     value["linux"]["namespaces"][0]["path"] = "/var/run/ns/pid".into();
-    assert!(matches!(translate(spec(value.clone()), "c", &Given::default()), Err(SpecError::PidPath(_))));
+    assert!(matches!(refusal(value.clone()), SpecError::PidPath(_)));
     value["linux"]["namespaces"] = json!([{"type": "mount"}]);
     assert_eq!(translated(value).1.pid, PidChoice::Pod);
 }
@@ -180,16 +221,16 @@ fn pid_namespace_is_told_by_the_reported_pid() {
 fn what_a_vm_cannot_do_is_refused() {
     let mut shared = container();
     shared["mounts"][3]["options"] = json!(["rbind", "rshared"]);
-    assert!(matches!(translate(spec(shared), "c", &Given::default()), Err(SpecError::Bidirectional(_))));
+    assert!(matches!(refusal(shared), SpecError::Bidirectional(_)));
     let mut interface = container();
     interface["linux"]["netDevices"] = json!({"eth7": {"name": "eth1"}});
-    assert!(matches!(translate(spec(interface), "c", &Given::default()), Err(SpecError::NetDevices)));
+    assert!(matches!(refusal(interface), SpecError::NetDevices));
     let mut listener = container();
     listener["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock"});
-    assert!(matches!(translate(spec(listener), "c", &Given::default()), Err(SpecError::SeccompListener)));
+    assert!(matches!(refusal(listener), SpecError::SeccompListener));
     let mut devices = container();
     devices["mounts"][3]["destination"] = "/dev/".into();
-    assert!(matches!(translate(spec(devices), "c", &Given::default()), Err(SpecError::Dev)));
+    assert!(matches!(refusal(devices), SpecError::Dev));
     let mut hooked = container();
     hooked["hooks"] = json!({"createContainer": [{"path": "/bin/true"}]});
     assert!(matches!(take_hooks(&mut spec(hooked)), Err(SpecError::CreateContainerHook)));
@@ -213,7 +254,7 @@ fn hooks_run_where_their_programs_are() {
     let paths = |hooks: &[oci_spec::runtime::Hook]| hooks.iter().map(|hook| hook.path().clone()).collect::<Vec<_>>();
     assert_eq!(paths(&host.created), [std::path::Path::new("/1"), std::path::Path::new("/2")]);
     assert_eq!((paths(&host.started), paths(&host.deleted)), (vec!["/3".into()], vec!["/4".into()]));
-    let guest: Value = serde_json::from_slice(&translate(hooked, "c", &Given::default()).unwrap().json).unwrap();
+    let (guest, _) = translated(serde_json::to_value(&hooked).unwrap());
     assert_eq!(guest["hooks"], json!({"startContainer": [{"path": "/5"}]}));
 }
 
@@ -227,7 +268,7 @@ fn ids_are_left_to_the_pods_user_namespace() {
     value["mounts"][3]["uidMappings"] = map(131_072);
     value["mounts"][3]["gidMappings"] = map(131_072);
     let (json, _) = translated(value);
-    assert_eq!(json["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "user"}]));
+    assert_eq!(json["linux"]["namespaces"], json!([{"type": "user"}]));
     assert!(json["linux"]["uidMappings"].is_null() && json["linux"]["gidMappings"].is_null());
     assert!(json["mounts"][3]["uidMappings"].is_null());
 }
@@ -235,8 +276,6 @@ fn ids_are_left_to_the_pods_user_namespace() {
 #[test]
 fn sandbox_says_what_the_vm_is() {
     let mut value = container();
-    value["hostname"] = "pod-1".into();
-    value["domainname"] = "corp".into();
     value["linux"]["namespaces"][3]["path"] = "/var/run/netns/cni-1".into();
     let got = sandbox(&spec(value)).unwrap();
     assert_eq!((got.hostname.as_str(), got.netns), ("pod-1", Netns::At("/var/run/netns/cni-1".into())));
@@ -271,13 +310,12 @@ fn owners_of_crios_files_are_mapped_back() {
     let map = vec![IdMap { guest: 0, host: 100_000, count: 65536 }];
     let got = sandbox(&spec(value.clone())).unwrap();
     assert_eq!(got.share_ids, IdMaps { uids: map.clone(), gids: map });
-    let (json, guest) = translated(value.clone());
-    let by: Vec<_> = guest.volumes.iter().map(|volume| volume.mapped_by.as_deref()).collect();
-    assert_eq!(by, [None, Some(std::path::Path::new("/var/run/userns/u"))]);
+    let (json, _) = translated(value.clone());
+    let by: Vec<_> = volumes_of(value.clone()).into_iter().map(|volume| volume.mapped_by).collect();
+    assert_eq!(by, [None, Some("/var/run/userns/u".into())]);
     assert!(json["mounts"][3]["uidMappings"].is_null());
     value["linux"]["namespaces"][0] = json!({"type": "user"});
-    let refused = translate(spec(value.clone()), "c", &Given::default());
-    assert!(matches!(refused, Err(SpecError::VolumeIds(path)) if path == std::path::Path::new("/data")));
+    assert!(matches!(refusal(value.clone()), SpecError::VolumeIds(path) if path == std::path::Path::new("/data")));
     value["linux"]["uidMappings"][0]["hostID"] = u32::MAX.into();
     assert!(matches!(sandbox(&spec(value)), Err(SpecError::Ids)));
 }
@@ -309,8 +347,10 @@ fn volume_of_huge_pages_is_the_guests_own() {
     value["mounts"] = json!([{"destination": "/huge", "type": "bind", "source": path, "options": ["rbind", "rw"]}]);
     let volume = HugeVolume::new(std::path::Path::new(path), 2048);
     let given = Given { huge_volumes: vec![volume.clone()], ..Given::default() };
-    let guest = translate(spec(value), "c", &given).unwrap();
+    let spec = spec(value);
+    assert_eq!(volumes(&spec, &given.huge_volumes).unwrap(), []);
+    let guest = translate(spec, "c", &given).unwrap();
     let json: Value = serde_json::from_slice(&guest.json).unwrap();
     assert_eq!(json["mounts"][0]["source"], format!("/run/bulkhead/hugepages/{}", volume.name));
-    assert!(guest.volumes.is_empty() && volume.name.len() == 32);
+    assert_eq!(volume.name.len(), 32);
 }

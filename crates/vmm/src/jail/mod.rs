@@ -98,7 +98,7 @@ pub fn confine_thread(kind: Kind) {
     let kept = if kind == Kind::FileServer { FILE_SERVER } else { CapabilitySet::empty() };
     let confined = keep_capabilities(kept).map_err(JailError::from).and_then(|()| Ok(jail.filters.install(kind)?));
     if let Err(error) = confined {
-        crate::vmm_log!("{}: {}", kind.name(), crate::control::describe(&error));
+        crate::vmm_log!("{}: {}", kind.name(), bulkhead_protocol::error::chain(&error));
         std::process::abort();
     }
 }

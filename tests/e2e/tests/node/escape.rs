@@ -12,7 +12,7 @@ use bulkhead_cli::cri::v1;
 use bulkhead_e2e::guest_root::{self, privileged};
 use bulkhead_e2e::processes::Processes;
 use bulkhead_e2e::{Node, PATIENCE, TestPod, on_node, sh};
-use bulkhead_protocol::guest::SHARED_VOLUMES;
+use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 /// Where the guest's root has the pod's share.
@@ -233,9 +233,9 @@ fn names_and_links_in_a_volume_do_not_reach_files_of_the_host() {
         let out = pod.sh(&container, &script).await?;
         ensure!(out == "of the volume\nof the volume", "{out}");
         let script = format!(
-            "$run cat {SHARE}/*/mounts/*/own-link
+            "$run cat {SHARE}/{SHARED_VOLUMES}/*/own-link
              for name in absolute relative up/host-secret own chain magic ../host-secret ../../../../../../{0}; do
-               $run cat {SHARE}/*/mounts/*/$name {SHARE}/{SHARED_VOLUMES}/*/$name 2> /dev/null
+               $run cat {SHARE}/{SHARED_VOLUMES}/*/$name 2> /dev/null
              done
              $run find {SHARE}/.. {SHARE} -name host-secret",
             secret.display()
@@ -338,16 +338,16 @@ fn device_nodes_on_the_share_are_refused() {
         let out = pod.sh(&container, made).await?;
         ensure!(out == "a fifo in /volume\na fifo in /", "{out}");
         let made = format!(
-            "for where in {SHARE}/{container}/mounts/* {SHARE}/{SHARED_VOLUMES}/* {SHARE}/{container}/rootfs; do
+            "for where in {SHARE}/{SHARED_VOLUMES}/* {SHARE}/{container}/rootfs; do
                $run mknod $where/fifo-$$ p && echo a fifo in $where; $run rm $where/fifo-$$
                $run mknod $where/null c 1 3 && echo made; $run mknod $where/disk b 8 0 && echo made
              done"
         );
         let out = guest_root::sh(&pod, &container, &made).await?;
-        for place in ["mounts/0", "rootfs"].map(|at| format!("a fifo in {SHARE}/{container}/{at}")) {
-            ensure!(out.contains(&place), "not {place}: {out}");
+        for place in [format!("{container}/rootfs"), format!("{SHARED_VOLUMES}/")] {
+            ensure!(out.contains(&format!("a fifo in {SHARE}/{place}")), "not {place}: {out}");
         }
-        ensure!(out.contains(&format!("a fifo in {SHARE}/{SHARED_VOLUMES}/")) && !out.contains("made"), "{out}");
+        ensure!(!out.contains("made"), "{out}");
         // As the VMM has it: its mounts are not the node's.
         let share = PathBuf::from(format!("/proc/{}/root", Processes::of(&pod)?.vmm));
         let root = share.join(&container).join("rootfs");
@@ -421,17 +421,14 @@ fn read_only_volume_that_is_remounted_in_the_guest_refuses_writes() {
         ensure!(out.is_empty(), "{out}");
         let writes = format!(
             "for at in {SHARE} {SHARE}/{SHARED_VOLUMES}/*; do $run mount -o remount,rw $at; done
-             for file in {SHARE}/*/mounts/*/file {SHARE}/{SHARED_VOLUMES}/*/file; do
+             for file in {SHARE}/{SHARED_VOLUMES}/*/file; do
                $run cat $file && echo \" in $file\"
                echo x > $file && echo done; $run rm $file && echo done; $run chmod 777 $file && echo done
                $run truncate -s 0 $file && echo done
              done"
         );
         let out = guest_root::sh(&pod, &container, &writes).await?;
-        for place in [&format!("{SHARE}/{container}/mounts"), &format!("{SHARE}/{SHARED_VOLUMES}")] {
-            ensure!(out.contains(&format!("as it was in {place}/")), "not {place}: {out}");
-        }
-        ensure!(!out.contains("done"), "{out}");
+        ensure!(out.contains(&format!("as it was in {SHARE}/{SHARED_VOLUMES}/")) && !out.contains("done"), "{out}");
         let after = fs::metadata(&file)?;
         ensure!(listing(&volume)? == "file " && fs::read_to_string(&file)? == "as it was", "the volume was changed");
         let facts = |m: &fs::Metadata| (m.mode(), m.uid(), m.mtime(), m.mtime_nsec(), m.ino(), m.nlink());
@@ -522,7 +519,7 @@ fn guest_root_cannot_fill_the_hosts_run_directory_through_the_share() {
     on_node(async |node| {
         let (pod, container) = hostile(node, "fill").await?;
         let fill = format!(
-            "for at in {SHARE} {SHARE}/{SHARED_VOLUMES} {SHARE}/{container}/mounts; do
+            "for at in {SHARE} {SHARE}/{SHARED_VOLUMES} {SHARE}/{container}; do
                $run dd if=/dev/zero of=$at/ballast bs=64k count=16; $run mkdir $at/directory; $run ln -s / $at/0
              done"
         );
@@ -534,11 +531,11 @@ fn guest_root_cannot_fill_the_hosts_run_directory_through_the_share() {
         let mut found = names(share.clone())?;
         found.sort();
         ensure!(found == [SHARED_VOLUMES, &container], "the guest has made something of {found:?} on the host");
-        let numbered =
-            names(share.join(SHARED_VOLUMES))?.into_iter().chain(names(share.join(&container).join("mounts"))?);
-        for name in numbered {
+        for name in names(share.join(SHARED_VOLUMES))? {
             ensure!(name.parse::<u32>().is_ok(), "the guest has made {name} on the host");
         }
+        let own = names(share.join(&container))?;
+        ensure!(own == [ROOT_DIR], "the guest has made something of {own:?} on the host");
         Ok(())
     });
 }

@@ -1,3 +1,4 @@
+use bulkhead_bpf::opcode;
 use oci_spec::runtime::LinuxDeviceCgroupBuilder;
 
 use super::*;
@@ -15,10 +16,31 @@ fn allows(rules: &[LinuxDeviceCgroup], kind: i32, access: i32, major: u64, minor
     let program = program(rules).unwrap();
     let context = [u64::try_from(access << 16 | kind).unwrap(), major, minor];
     let (mut registers, mut at) = ([0; 16], 0);
-    while let Some(next) = program[at].step(at, &context, &mut registers) {
+    while let Some(next) = step(program[at], at, &context, &mut registers) {
         at = next;
     }
     registers[0] == 1
+}
+
+/// What an instruction does to the registers: the next instruction's index, `None` at the end.
+fn step(instruction: Instruction, at: usize, context: &[u64; 3], registers: &mut [u64; 16]) -> Option<usize> {
+    let (to, from) = (usize::from(instruction.registers & 15), usize::from(instruction.registers >> 4));
+    let value = u64::from(instruction.value.unsigned_abs());
+    let offset = usize::try_from(instruction.offset).unwrap();
+    let mut next = at + 1;
+    match instruction.code {
+        opcode::LOAD_WORD => registers[to] = context[offset / 4],
+        opcode::MOVE_VALUE => registers[to] = value,
+        opcode::MOVE_REGISTER => registers[to] = registers[from],
+        opcode::AND_VALUE => registers[to] &= value,
+        opcode::SHIFT_RIGHT_VALUE => registers[to] >>= value,
+        opcode::JUMP_IF_EQUAL if registers[to] == value => next += offset,
+        opcode::JUMP_UNLESS_EQUAL if registers[to] != value => next += offset,
+        opcode::JUMP_IF_EQUAL | opcode::JUMP_UNLESS_EQUAL => {}
+        opcode::EXIT => return None,
+        code => panic!("opcode {code:#x}"),
+    }
+    Some(next)
 }
 
 #[test]

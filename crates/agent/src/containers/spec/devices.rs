@@ -15,13 +15,13 @@ const DEV: &str = "/dev";
 
 /// Devices that everyone may open, since what can be done with them is looked at then. The kernel gives its nodes to root
 /// alone, and on a host udev corrects that (systemd: rules.d/50-udev-default.rules).
-const FOR_EVERYONE: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/vsock"];
+const WORLD_ACCESSIBLE: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/vsock"];
 
 /// Loop devices that a container which may use every device finds, as on a host (`max_loop` of the driver).
 const LOOP_DEVICES: u32 = 8;
 
 /// What every container has of its own: nodes that libcontainer makes, its terminals, its shared memory.
-const OWN: [&str; 12] =
+const CONTAINERS_OWN: [&str; 12] =
     ["null", "zero", "full", "random", "urandom", "tty", "console", "ptmx", "pts", "shm", "mqueue", "hugepages"];
 
 /// Adds the guest's devices to a container's, if its last rule lets it use them all and its /dev is a file system of its own.
@@ -67,7 +67,7 @@ fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
 fn collect(dir: &Path, found: &mut Vec<LinuxDevice>) -> io::Result<()> {
     for entry in read_dir(dir)?.flatten() {
         let path = entry.path();
-        if dir == Path::new(DEV) && OWN.iter().any(|own| entry.file_name() == *own) {
+        if dir == Path::new(DEV) && CONTAINERS_OWN.iter().any(|own| entry.file_name() == *own) {
             continue;
         }
         let Ok(meta) = entry.metadata() else { continue };
@@ -88,7 +88,7 @@ fn device(path: &Path, meta: &Metadata) -> Option<LinuxDevice> {
         _ => return None,
     };
     let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
-    let for_everyone = FOR_EVERYONE.iter().any(|known| path == Path::new(known));
+    let for_everyone = WORLD_ACCESSIBLE.iter().any(|known| path == Path::new(known));
     let mode = if for_everyone { 0o666 } else { meta.mode() & 0o7777 };
     let builder = LinuxDeviceBuilder::default().path(path).typ(kind).major(major).minor(minor);
     builder.file_mode(mode).uid(meta.uid()).gid(meta.gid()).build().ok()
@@ -118,9 +118,11 @@ mod tests {
         let given = devices(all.clone(), dev.clone());
         assert!(given.len() > 1, "this machine has devices");
         assert_eq!(given.iter().filter(|device| device.path() == Path::new("/dev/kmsg")).count(), 1);
-        assert!(given.iter().all(|device| !OWN.iter().any(|own| device.path() == &Path::new(DEV).join(own))));
+        assert!(
+            given.iter().all(|device| !CONTAINERS_OWN.iter().any(|own| device.path() == &Path::new(DEV).join(own)))
+        );
         let mut for_everyone =
-            given.iter().filter(|device| FOR_EVERYONE.iter().any(|known| device.path() == Path::new(known)));
+            given.iter().filter(|device| WORLD_ACCESSIBLE.iter().any(|known| device.path() == Path::new(known)));
         assert!(for_everyone.all(|device| device.file_mode() == Some(0o666)));
         for some in [
             json!([{ "allow": true, "access": "rwm" }, { "allow": false, "access": "rwm" }]),

@@ -2,17 +2,14 @@ use super::*;
 
 const SPEC: &str = r#"{
   "ociVersion": "1.0.2",
-  "hostname": "pod",
   "root": {"path": "/nowhere/rootfs"},
   "process": {
     "terminal": true, "cwd": "/", "args": ["sh"], "env": ["PATH=/bin", "HOME="], "user": {"uid": 7, "gid": 7},
-    "noNewPrivileges": false, "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "a:b:c"
+    "noNewPrivileges": false
   },
-  "hooks": {"prestart": [{"path": "/usr/bin/host-tool"}]},
+  "hooks": {"startContainer": [{"path": "/bin/of-the-image"}]},
   "linux": {
-    "cgroupsPath": "/kubepods/x",
-    "sysctl": {"net.ipv4.ip_forward": "1"},
-    "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts"}, {"type": "network"}, {"type": "cgroup"}],
+    "namespaces": [{"type": "cgroup"}],
     "maskedPaths": ["/proc/kcore"]
   }
 }"#;
@@ -28,7 +25,7 @@ fn kinds(spec: &Spec) -> Vec<(LinuxNamespaceType, Option<String>)> {
 }
 
 #[test]
-fn namespaces_of_the_guest_are_left_out() {
+fn container_has_its_own_namespaces_and_the_pid_namespace_that_was_asked_for() {
     use LinuxNamespaceType::{Cgroup, Mount, Pid};
     assert_eq!(kinds(&adapted(None)), [(Cgroup, None), (Mount, None), (Pid, None)]);
     let shared = Some("/proc/42/ns/pid".to_owned());
@@ -36,22 +33,62 @@ fn namespaces_of_the_guest_are_left_out() {
 }
 
 #[test]
-fn what_belongs_to_the_host_is_left_out() {
+fn agent_chooses_the_group_and_the_streams_say_whether_there_is_a_terminal() {
     let spec = adapted(None);
-    assert!(spec.hooks().is_none() && spec.hostname().is_none());
-    let linux = spec.linux().as_ref().unwrap();
-    assert!(linux.sysctl().is_none());
-    assert_eq!(linux.cgroups_path().as_deref(), Some(std::path::Path::new("/pod/c")));
-    let process = spec.process().as_ref().unwrap();
-    assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
-    assert_eq!(process.terminal(), Some(false));
+    assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_deref(), Some(std::path::Path::new("/pod/c")));
+    assert_eq!(spec.process().as_ref().unwrap().terminal(), Some(false));
+    assert_eq!(spec.hooks().as_ref().unwrap().start_container().as_ref().unwrap().len(), 1);
+}
+
+#[test]
+fn what_belongs_to_the_host_or_the_pod_is_refused() {
+    use serde_json::{Value, json};
+    let placement = Placement { cgroup: "/pod/c".into(), pid_namespace: None, holder: None, terminal: false };
+    let refused = |field: &str, value: &Value| {
+        let mut spec: Value = serde_json::from_str(SPEC).unwrap();
+        let (outer, inner) = field.split_once('.').unwrap_or(("", field));
+        let place = if outer.is_empty() { &mut spec } else { &mut spec[outer] };
+        place[inner] = value.clone();
+        match adapt(spec.to_string().as_bytes(), &placement) {
+            Err(ContainerError::LeftIn { field: named }) => assert_eq!(named, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    };
+    let map = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
+    for (field, value) in [
+        ("hostname", json!("pod")),
+        ("domainname", json!("corp")),
+        ("linux.uidMappings", map.clone()),
+        ("linux.gidMappings", map),
+        ("linux.sysctl", json!({"net.ipv4.ip_forward": "1"})),
+        ("linux.mountLabel", json!("a:b:c")),
+        ("linux.intelRdt", json!({"closID": "x"})),
+        ("process.apparmorProfile", json!("cri-containerd.apparmor.d")),
+        ("process.selinuxLabel", json!("a:b:c")),
+    ] {
+        refused(field, &value);
+    }
+    for kind in ["prestart", "createRuntime", "createContainer", "poststart", "poststop"] {
+        refused("hooks", &json!({kind: [{"path": "/usr/bin/host-tool"}]}));
+    }
+    for namespace in [
+        json!({"type": "pid"}),
+        json!({"type": "network"}),
+        json!({"type": "uts"}),
+        json!({"type": "ipc", "path": "/proc/1/ns/ipc"}),
+        json!({"type": "user", "path": "/proc/1/ns/user"}),
+    ] {
+        refused("linux.namespaces", &json!([{"type": "cgroup"}, namespace]));
+    }
+    let exec = br#"{"cwd": "/", "user": {"uid": 0, "gid": 0}, "apparmorProfile": "x"}"#;
+    assert!(matches!(adapt_process(exec, false, None), Err(ContainerError::LeftIn { .. })));
 }
 
 #[test]
 fn what_would_be_inherited_or_looked_up_is_filled_in() {
     let spec = adapted(None);
     let process = spec.process().as_ref().unwrap();
-    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", home::PLACEHOLDER]);
+    assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", home_dir::PLACEHOLDER]);
     assert_eq!(process.oom_score_adj(), Some(0));
     assert_eq!(process.no_new_privileges(), None);
 }
@@ -65,7 +102,6 @@ fn shares_become_the_weight_that_runc_makes_of_them() {
         assert_eq!(resources.unified().as_ref().unwrap().get("cpu.weight"), Some(&weight.to_string()), "{shares}");
         assert_eq!(resources.cpu().as_ref().unwrap().quota(), Some(5));
     }
-    assert!(adapt_resources(br#"{"cpu": {"shares": 0}}"#).unwrap().unified().is_none());
 }
 
 #[test]
@@ -146,11 +182,6 @@ fn specs_that_lack_something_are_refused() {
 }
 
 #[test]
-fn limits_of_zero_are_none() {
-    let resources = adapt_resources(br#"{"memory": {"limit": 1000, "swap": 0, "reservation": 0}}"#).unwrap();
-    let memory = resources.memory().unwrap();
-    assert_eq!((memory.limit(), memory.swap(), memory.reservation()), (Some(1000), None, None));
-    let memory = adapt_resources(br#"{"memory": {"limit": 0, "swap": 5}}"#).unwrap().memory().unwrap();
-    assert_eq!((memory.limit(), memory.swap()), (None, None));
+fn resources_that_are_none_are_refused() {
     assert!(matches!(adapt_resources(b"{"), Err(ContainerError::Json { what: "resources", .. })));
 }

@@ -51,8 +51,8 @@ fn answer(filter: &Filter, audit: u32, number: u32, first_argument: u64) -> u32 
         match code {
             LOAD => {
                 accumulator = match k {
-                    NUMBER => number,
-                    ARCHITECTURE => audit,
+                    NUMBER_OFFSET => number,
+                    ARCHITECTURE_OFFSET => audit,
                     16 => low,
                     20 => high,
                     offset => panic!("{offset}"),

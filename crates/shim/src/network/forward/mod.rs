@@ -104,7 +104,7 @@ async fn forward(mut dialled: TcpStream, agent: &impl Connector) {
     let mut guest = match connect(&dialled, agent).await {
         Ok(guest) => guest,
         Err(error) => {
-            tracing::debug!("{}", crate::pod::error::chain(&error));
+            tracing::debug!("{}", bulkhead_protocol::error::chain(&error));
             return reset(dialled);
         }
     };

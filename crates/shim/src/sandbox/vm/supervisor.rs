@@ -165,7 +165,7 @@ impl Supervisor {
                 self.end_soon();
             }
             Err(error) => {
-                tracing::error!("killing the VMM: {}", crate::pod::error::chain(&error));
+                tracing::error!("killing the VMM: {}", bulkhead_protocol::error::chain(&error));
                 self.socket_closed = true;
                 self.kill();
             }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::guest::SHARED_VOLUMES;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -11,7 +12,7 @@ use rustix::mount::{
     open_tree, unmount,
 };
 
-use super::super::{Share, mountinfo};
+use super::super::{Share, ShareError, mountinfo};
 use crate::paths::RunDir;
 use crate::spec::Volume;
 
@@ -93,14 +94,13 @@ impl Pod {
 
     /// Shows a directory to a container, and answers what it is in the share.
     pub fn show(&self, container: &str, volume: Volume) -> PathBuf {
-        self.share.add_volumes(container, &[volume]).unwrap();
-        self.shown(container, 0)
+        self.try_show(container, volume).unwrap()
     }
 
-    /// What a container's volume is in the share.
-    pub fn shown(&self, container: &str, index: usize) -> PathBuf {
-        let link = self.run.share().join(container).join("mounts").join(index.to_string());
-        link.canonicalize().unwrap().strip_prefix(self.run.share().canonicalize().unwrap()).unwrap().to_path_buf()
+    /// The same of what may be refused.
+    pub fn try_show(&self, container: &str, volume: Volume) -> Result<PathBuf, ShareError> {
+        let given = self.share.add_volumes(container, vec![volume])?;
+        Ok(Path::new(SHARED_VOLUMES).join(given[0].number.to_string()))
     }
 
     /// Ends it, whereupon nothing is mounted for anybody.

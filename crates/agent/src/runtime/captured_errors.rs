@@ -12,12 +12,12 @@ use tracing::Subscriber;
 /// Most that is told, in bytes: the debugging form of a mount is some hundred, and what follows says the same from further out.
 const MAX_TOLD: usize = 900;
 
-/// What has been logged.
-pub struct Causes(File);
+/// What libcontainer has logged of errors in this process and its children.
+pub struct CapturedErrors(File);
 
-impl Causes {
+impl CapturedErrors {
     /// Keeps the errors that this process and its children log from now on, until they execute another program. Once in a process.
-    pub fn keep() -> io::Result<Self> {
+    pub fn capture() -> io::Result<Self> {
         let file = file()?;
         let _ = tracing::subscriber::set_global_default(errors_to(file.try_clone()?));
         Ok(Self(file))
@@ -41,7 +41,7 @@ impl Causes {
 }
 
 fn file() -> io::Result<File> {
-    let file = File::from(memfd_create("causes", MemfdFlags::CLOEXEC)?);
+    let file = File::from(memfd_create("captured-errors", MemfdFlags::CLOEXEC)?);
     // One position for all who write would be that of who reads too.
     rustix::fs::fcntl_setfl(file.as_fd(), OFlags::APPEND)?;
     Ok(file)
@@ -65,17 +65,17 @@ mod tests {
 
     #[test]
     fn what_is_behind_an_error_is_told_in_one_line_and_once() {
-        let mut causes = Causes(file().unwrap());
-        assert_eq!(causes.behind("failed"), None);
-        tracing::subscriber::with_default(errors_to(causes.0.try_clone().unwrap()), || {
+        let mut captured = CapturedErrors(file().unwrap());
+        assert_eq!(captured.behind("failed"), None);
+        tracing::subscriber::with_default(errors_to(captured.0.try_clone().unwrap()), || {
             tracing::warn!("beside the point");
             tracing::error!(code = 22, "failed to mount {:?}", "/x");
             tracing::error!(err = "Mount(EINVAL)", "failed to prepare rootfs");
             tracing::error!("failed to initialize: failed to prepare rootfs");
         });
         let told = "failed to mount \"/x\" code=22; failed to prepare rootfs err=\"Mount(EINVAL)\"";
-        assert_eq!(causes.behind("cannot create: failed to prepare rootfs").unwrap(), told);
-        assert_eq!(causes.behind("failed to mount \"/x\" code=22"), None);
-        assert_eq!(causes.behind("cannot create: \"/x\" code=22"), None, "the first line says it");
+        assert_eq!(captured.behind("cannot create: failed to prepare rootfs").unwrap(), told);
+        assert_eq!(captured.behind("failed to mount \"/x\" code=22"), None);
+        assert_eq!(captured.behind("cannot create: \"/x\" code=22"), None, "the first line says it");
     }
 }

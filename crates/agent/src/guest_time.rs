@@ -1,39 +1,35 @@
-//! How long something in the guest may take. A guest whose pod has little CPU is kept from running by the host, for most of the
-//! time: that is stolen from it (proc(5), /proc/stat) and does not count.
+//! Time limits in the time that the guest runs. The host keeps a guest whose pod has little CPU from running, for most of the
+//! time: that time is stolen from the guest (proc(5), /proc/stat) and does not count.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-/// How much longer it may take at the most. The host waits for less than two minutes in all.
-const MOST: Duration = Duration::from_secs(55);
+/// Most time that does not count. The host waits for less than two minutes in all.
+const MAX_STOLEN: Duration = Duration::from_secs(55);
 
 /// Ticks of the times in /proc/stat in a second, on every architecture that has KVM (USER_HZ).
-const TICKS: u64 = 100;
+const USER_HZ: u64 = 100;
 
-/// Waits for an answer, as long as that is in time that the guest has. `None` if it does not come.
-pub async fn timeout<T>(deadline: Duration, answer: impl Future<Output = T>) -> Option<T> {
-    timeout_by(stolen, deadline, answer).await
+/// Waits for an answer, until the guest has run for so long. `None` if it does not come.
+pub async fn timeout<T>(limit: Duration, answer: impl Future<Output = T>) -> Option<T> {
+    timeout_by(stolen, limit, answer).await
 }
 
-async fn timeout_by<T>(
-    stolen: impl Fn() -> Duration,
-    deadline: Duration,
-    answer: impl Future<Output = T>,
-) -> Option<T> {
+async fn timeout_by<T>(stolen: impl Fn() -> Duration, limit: Duration, answer: impl Future<Output = T>) -> Option<T> {
     let (begun, before) = (Instant::now(), stolen());
     let mut answer = pin!(answer);
-    let mut allowed = deadline;
+    let mut allowed = limit;
     loop {
         let left = allowed.saturating_sub(begun.elapsed());
         if let Ok(answer) = tokio::time::timeout(left, &mut answer).await {
             return Some(answer);
         }
         // The kernel counts for each CPU.
-        let lost = stolen().saturating_sub(before).min(begun.elapsed()).min(MOST);
-        if deadline + lost <= begun.elapsed() {
+        let lost = stolen().saturating_sub(before).min(begun.elapsed()).min(MAX_STOLEN);
+        if limit + lost <= begun.elapsed() {
             return None;
         }
-        allowed = deadline + lost;
+        allowed = limit + lost;
     }
 }
 
@@ -46,7 +42,7 @@ fn stolen() -> Duration {
 fn stolen_by(stat: &str) -> Duration {
     let line = stat.lines().next().and_then(|line| line.strip_prefix("cpu "));
     let ticks = line.and_then(|line| line.split_whitespace().nth(7)?.parse::<u64>().ok()).unwrap_or(0);
-    Duration::from_millis(ticks.saturating_mul(1000 / TICKS))
+    Duration::from_millis(ticks.saturating_mul(1000 / USER_HZ))
 }
 
 #[cfg(test)]
