@@ -106,6 +106,15 @@ pub enum ExitReason {
     Reset,
     /// A vCPU met something that KVM cannot go on from.
     VcpuFault,
+    /// KVM could not make a task that it needs in the VMM's process (Linux 6.14 and later): pids.max of the VMM's cgroup, or
+    /// of one above it, is reached.
+    NoTask,
+}
+
+impl ExitReason {
+    /// What [`Self::NoTask`] means, for people.
+    pub const NO_TASK: &str = "KVM could not make the task that it needs for a VM, because the pod's limit of tasks (pids.max of \
+         its cgroup or of one above it) is reached; raise the kubelet's podPidsLimit";
 }
 
 /// Sends one message. Blocks if the socket does and its buffer is full.

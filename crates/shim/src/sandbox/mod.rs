@@ -13,6 +13,7 @@ mod hypervisor;
 mod oom;
 pub mod patience;
 mod pid_namespace;
+mod pids;
 mod pod_network;
 mod process;
 mod resize;
