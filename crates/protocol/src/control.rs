@@ -40,7 +40,9 @@ pub enum Command {
     /// Puts a device into an empty slot of the running machine. Answered with [`Reply::Added`]; the guest finds the device
     /// when it is told to bind the slot. Descriptors: those that the device indexes.
     AddDevice(DeviceSpec),
-    /// Takes the device out of a slot, whatever the guest is doing with it; the slot reads as empty from then on.
+    /// Takes the device out of a slot, whatever the guest is doing with it; the slot reads as empty from then on. Only if a
+    /// request of the device's is with a disk of the host, it does when that has answered; every other request fails until then.
+    /// Answered at once in any case.
     RemoveDevice {
         /// The slot that [`Reply::Added`] has named.
         slot: u8,

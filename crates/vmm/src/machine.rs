@@ -13,7 +13,6 @@ use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError};
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::devices::{DeviceBuilder, DeviceError, OnReady};
-use crate::event_loop::EventLoopError;
 use crate::exit::ExitSignal;
 use crate::jail::JailError;
 use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
@@ -49,7 +48,7 @@ impl Machine {
         let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
-        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready)?;
+        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready, most_disks(spec))?;
         let (slots, mmio) = Slots::build(&vm, &spec.devices, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
@@ -124,6 +123,12 @@ fn validate(spec: &VmSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Slots that have a disk, or may come to have one.
+fn most_disks(spec: &VmSpec) -> usize {
+    let others = spec.devices.iter().filter(|device| !matches!(device, DeviceSpec::Block { .. })).count();
+    SLOTS.saturating_sub(others)
+}
+
 /// The keyboard controller's reset, and the serial port if the spec has one.
 fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSignal>) -> Result<Bus, MachineError> {
     let mut bus = Bus::new();
@@ -184,9 +189,6 @@ pub enum MachineError {
     /// The layout, which is fixed.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// The device loop.
-    #[error(transparent)]
-    EventLoop(#[from] EventLoopError),
     /// A thread, a signal or an event descriptor.
     #[error("the host refused a thread, signal or event descriptor for the machine")]
     Host(#[source] io::Error),

@@ -71,7 +71,7 @@ impl Kind {
             Self::Main => &[WORKER, MAIN],
             Self::Vcpu => &[VCPU],
             Self::Devices => &[WORKER, LOOP, DEVICES],
-            Self::Disks => &[WORKER, LOOP, DISKS],
+            Self::Disks => &[WORKER, DISKS],
             Self::Memory => &[WORKER, LOOP, MEMORY],
             Self::FileServer => &[WORKER, FILE_SERVER],
             Self::Locks => &[LOCKS],
@@ -206,8 +206,9 @@ const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 const DEVICES: &[Call] =
     calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendto, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
 
-/// Files and block devices.
-const DISKS: &[Call] = calls![SYS_fdatasync, SYS_fsync, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
+/// Files and block devices, and the waits for requests.
+const DISKS: &[Call] =
+    calls![SYS_fcntl, SYS_fdatasync, SYS_fsync, SYS_ppoll, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
 
 /// KVM's memory slots, and the shim's socket; the discards are madvise(2).
 const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendto];

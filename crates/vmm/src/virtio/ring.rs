@@ -164,7 +164,8 @@ impl Ring {
     }
 
     /// Runs `step` until there is nothing left and the driver will kick, or until `step` says that it cannot go on; but
-    /// `budget` times at most, and then the kick is made readable. Interrupts the driver at the end.
+    /// `budget` times at most, and then the kick is made readable. Interrupts the driver at the end, unless the device was
+    /// reset.
     pub fn drain(
         &mut self,
         budget: usize,
@@ -175,6 +176,7 @@ impl Ring {
             match step(self)? {
                 Step::Done => {}
                 Step::Stop => return self.notify(),
+                Step::Over => return Ok(()),
                 Step::Empty => {
                     if !self.expect_kicks()? {
                         return self.notify();
@@ -197,6 +199,8 @@ pub enum Step {
     Empty,
     /// There may be chains, but the device waits for something else, which will make it come back.
     Stop,
+    /// The device was reset: the ring is the driver's.
+    Over,
 }
 
 /// The driver has put nonsense into a ring. There is no way on but a reset.

@@ -101,7 +101,7 @@ fn guest_that_ends_is_reported_and_the_process_ends_well() {
     assert!(vmm.end());
 }
 
-/// A thread of a process's that does nothing, as one does that waits for a disk; until it is dropped.
+/// A thread of a process's that does nothing, until it is dropped.
 struct Stopped(libc::pid_t);
 
 impl Stopped {

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Fs;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
+use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 use crate::virtio::{Memory, VirtioDevice};
 
 /// Opcodes of fuse.h.
@@ -101,6 +101,7 @@ impl Guest {
 
     fn restart(&mut self) {
         self.device.reset();
+        wait_stopped(&self.device);
         self.hiprio = DriverQueue::new(&self.memory, 0x1_0000, 16);
         self.requests = DriverQueue::new(&self.memory, 0x2_0000, 16);
         self.start();

@@ -134,6 +134,7 @@ impl MmioTransport {
                 queue.map_or(0, |queue| u32::from(queue.ready))
             }
             INTERRUPT_STATUS => self.interrupt.status(),
+            STATUS if self.is_resetting() => NEEDS_RESET,
             STATUS => self.status | if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 },
             // No device has shared memory: a length and a base of all ones (section 4.2.2).
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
@@ -206,9 +207,21 @@ impl MmioTransport {
         }
     }
 
+    /// Whether a request from before the last reset is still in the host (see [`crate::virtio::stop`]). The reset is over when
+    /// the status reads as 0 (section 2.4.1), and until then the driver can do nothing with the device.
+    fn is_resetting(&self) -> bool {
+        self.status == 0 && !self.device.is_stopped()
+    }
+
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.reset();
+            return;
+        }
+        if self.is_resetting() {
+            guest_log!(
+                "status {value:#x} before the reset is over: the device's file or disk on the host does not answer"
+            );
             return;
         }
         let added = value & !self.status & !NEEDS_RESET;
@@ -276,6 +289,11 @@ impl MmioTransport {
             active.push(Some(ActiveQueue { queue, kick }));
         }
         Some(active)
+    }
+
+    /// See [`VirtioDevice::withdraw`].
+    pub fn withdraw(&mut self) -> bool {
+        self.device.withdraw()
     }
 
     fn reset(&mut self) {

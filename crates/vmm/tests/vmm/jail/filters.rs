@@ -287,7 +287,11 @@ fn calls_that_a_thread_needs_pass() {
             Kind::Main => vec![(libc::SYS_tgkill, vec![NONE, NONE]), (libc::SYS_recvmsg, vec![NONE]), sendto(0)],
             Kind::Vcpu => vec![(libc::SYS_eventfd2, vec![0, NONE])],
             Kind::Devices => vec![sendto(0), (libc::SYS_timerfd_settime, vec![NONE])],
-            Kind::Disks => vec![(libc::SYS_pread64, vec![NONE]), (libc::SYS_fdatasync, vec![NONE])],
+            Kind::Disks => vec![
+                (libc::SYS_pread64, vec![NONE]),
+                (libc::SYS_fdatasync, vec![NONE]),
+                (libc::SYS_ppoll, vec![0, NONE]),
+            ],
             Kind::Memory => vec![sendto(0)],
             Kind::Locks => vec![(libc::SYS_flock, vec![NONE]), fcntl(libc::F_OFD_SETLKW)],
             Kind::FileServer => vec![
