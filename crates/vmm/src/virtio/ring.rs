@@ -31,6 +31,11 @@ pub fn writable(chain: &Chain) -> impl Iterator<Item = Descriptor> + use<> {
     chain.clone().take(MAX_DESCRIPTORS).filter(Descriptor::is_write_only)
 }
 
+/// Whether a chain has more descriptors than are looked at, for those who cannot stop looking by themselves.
+pub fn is_too_long(chain: &Chain) -> bool {
+    chain.clone().nth(MAX_DESCRIPTORS).is_some()
+}
+
 /// A virtqueue and what belongs to it.
 pub struct Ring {
     index: u16,

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::guard::{Guard, Opened};
 use super::locks::{How, Locks, Watches, Wish};
 use super::memory::ServerMemory;
-use crate::virtio::ring::{Chain, Ring, RingError, Step};
+use crate::virtio::ring::{Chain, Ring, RingError, Step, is_too_long};
 use crate::virtio::stop::Stop;
 use crate::virtio::wait::{fd, wait};
 use crate::virtio::{ActivateError, Activation, Memory};
@@ -156,6 +156,10 @@ impl Messages {
     /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none. `None` if
     /// there will be a reply later, see [`Self::settled`].
     fn handle(&self, chain: Chain, is_request: bool) -> Option<usize> {
+        // virtiofsd would look at every one of the 65535 that an indirect table can hold.
+        if is_too_long(&chain) {
+            return Some(0);
+        }
         let memory = self.memory.get();
         let (Ok(reader), Ok(writer)) = (Reader::new(memory, chain.clone()), Writer::new(memory, chain.clone())) else {
             return Some(0);
