@@ -3,7 +3,6 @@
 //! The main thread waits for the socket and for the guest's end; everything else happens in other threads. Replies are
 //! sent by whoever has them: a message to a SEQPACKET socket is one piece.
 
-use std::error::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::descriptors::Descriptors;
 use crate::jail::{self, Kind};
+use crate::log::describe;
 use crate::machine::{Machine, MachineError};
 
 /// The answer to a command that came too early.
@@ -170,18 +170,6 @@ fn send(socket: &OwnedFd, reply: &Reply) {
     if let Err(error) = control::send(socket, reply, &[]) {
         crate::vmm_log!("cannot reply to the shim: {}", describe(&error));
     }
-}
-
-/// An error and what caused it, in one line.
-pub fn describe(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 /// A service that could not go on.

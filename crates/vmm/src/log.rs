@@ -1,5 +1,6 @@
 //! Lines to standard error, which the shim puts into its log.
 
+use std::error::Error;
 use std::fmt;
 use std::io::Write;
 
@@ -18,6 +19,18 @@ pub fn line(text: fmt::Arguments<'_>) {
 #[macro_export]
 macro_rules! vmm_log {
     ($($arg:tt)*) => { $crate::log::line(format_args!($($arg)*)) };
+}
+
+/// An error and what caused it, in one line.
+pub fn describe(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
 }
 
 #[cfg(test)]

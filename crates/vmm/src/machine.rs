@@ -1,5 +1,6 @@
 //! A machine from its spec: memory, kernel, devices, vCPUs.
 
+mod slot;
 mod slots;
 
 use std::fs::File;
@@ -15,13 +16,14 @@ use crate::descriptors::{DescriptorError, Descriptors};
 use crate::devices::{DeviceBuilder, DeviceError, OnReady};
 use crate::exit::ExitSignal;
 use crate::jail::JailError;
-use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
+use crate::kvm::{self, Buses, ExitCounts, KvmError, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
+use crate::memory::{MemoryError, create_memory};
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
-use crate::virtio::transport::SlotError;
 use crate::virtio::vsock::VsockHandle;
+pub use slot::{Slot, SlotError};
 use slots::Slots;
 
 /// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
@@ -40,7 +42,7 @@ impl Machine {
     /// Builds the machine. `on_ready` is called when the guest says that its agent listens.
     pub fn build(spec: &VmSpec, mut fds: Descriptors, on_ready: OnReady) -> Result<Self, MachineError> {
         validate(spec)?;
-        let memory = kvm::create_memory(spec.memory_mib, spec.hotplug_mib)?;
+        let memory = create_memory(spec.memory_mib, spec.hotplug_mib)?;
         let hotplug_start = layout::hotplug_start(spec.memory_mib);
         let vm = Vm::new(fds.take(spec.kvm, "KVM")?, memory, hotplug_start)?;
         let kernel = File::from(fds.take(spec.kernel, "kernel")?);

@@ -8,7 +8,7 @@ use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use crate::kvm::Entry;
 use crate::layout;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// A kernel in the guest's memory.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ mod tests {
     use std::io::{Seek, SeekFrom, Write};
 
     use super::*;
-    use crate::kvm::create_memory;
+    use crate::memory::create_memory;
 
     const LOAD: u32 = 1;
     const NOTE: u32 = 4;

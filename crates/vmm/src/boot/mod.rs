@@ -18,7 +18,7 @@ pub use kernel::KernelError;
 
 use crate::kvm::Entry;
 use crate::layout;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// Loads everything and returns where the first vCPU starts.
 pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File>) -> Result<Entry, BootError> {

@@ -8,7 +8,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use super::BootError;
 use super::initramfs::Initramfs;
 use crate::layout::{BOOT_INFO, CMDLINE, HIGH_MEMORY_START, LOW_MEMORY_END, PVH_MEMMAP, PVH_MODULES};
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// A range of usable memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,8 +105,8 @@ pub fn write_boot_params(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::create_memory;
     use crate::layout::hotplug_start;
+    use crate::memory::create_memory;
 
     fn u32_at(memory: &Memory, address: u64) -> u32 {
         memory.read_obj(GuestAddress(address)).unwrap()

@@ -5,7 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::BootError;
 use crate::kvm::{Entry, gdt};
 use crate::layout::{GDT, PAGE_TABLES};
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 const PAGE: u64 = 0x1000;
 const PRESENT_WRITABLE: u64 = 3;

@@ -4,7 +4,6 @@
 
 mod cpuid;
 mod hotplug;
-mod memory;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -24,12 +23,11 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use hotplug::HotplugMemory;
-pub use memory::{MemoryError, create_memory, discard};
 pub use registers::{Entry, gdt};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
 use crate::layout;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// What a machine cannot do without.
 const NEEDED: [(Cap, &str); 6] = [

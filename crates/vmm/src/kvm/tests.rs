@@ -24,7 +24,7 @@ fn hostile_27_creation_that_signals_interrupt_is_tried_until_it_succeeds() {
 fn hostile_27_creation_without_memory_is_reported_with_its_reason_and_not_repeated() {
     for answers in [&[Err(libc::ENOMEM), Ok(7)][..], &[Err(libc::EINTR), Err(libc::ENOMEM), Ok(7)]] {
         let (machine, taken) = create(answers);
-        let text = crate::control::describe(&machine.unwrap_err());
+        let text = crate::log::describe(&machine.unwrap_err());
         assert_eq!(text, "KVM refused KVM_CREATE_VM: Cannot allocate memory (os error 12)");
         assert_eq!(taken, answers.len() - 1);
     }

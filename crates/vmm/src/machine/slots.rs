@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::vmspec::DeviceSpec;
 
 use super::MachineError;
+use super::slot::{Slot, SlotError};
 use crate::bus::Bus;
 use crate::descriptors::Descriptors;
 use crate::devices::DeviceBuilder;
 use crate::kvm::Vm;
 use crate::layout::{self, SLOTS};
-use crate::virtio::transport::{Slot, SlotError};
 
 /// All slots by number. Whoever has this is the only one who fills and empties them.
 pub struct Slots {
@@ -88,7 +88,7 @@ impl Slots {
         let leaving = |(number, state): (u8, &State)| (*state == State::Leaving).then_some(number);
         for number in (0u8..).zip(&self.states).filter_map(leaving).collect::<Vec<_>>() {
             if let Err(error) = self.clear(vm, number) {
-                crate::vmm_log!("slot {number} is lost: {}", crate::control::describe(&error));
+                crate::vmm_log!("slot {number} is lost: {}", crate::log::describe(&error));
             }
         }
     }
@@ -126,7 +126,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kvm::create_memory;
+    use crate::memory::create_memory;
     use crate::virtio::{ActivateError, Activation, VirtioDevice};
 
     fn vm() -> Vm {

@@ -28,13 +28,10 @@ pub mod testing;
 
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::EventLoopError;
-
-/// The guest's memory. Regions never move or vanish while the machine runs.
-pub type Memory = Arc<GuestMemoryMmap>;
+use crate::memory::Memory;
 
 /// A virtio device, as its transport sees it.
 pub trait VirtioDevice: Send {

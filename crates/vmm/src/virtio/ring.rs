@@ -9,7 +9,8 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
+use super::{ActivateError, Activation, ActiveQueue, Interrupt};
+use crate::memory::Memory;
 
 /// Section 2.7.6: the driver wants no interrupts.
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;

@@ -10,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::event_fd;
-use super::{Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::memory::Memory;
 
 /// Far more than any step of a test takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(20);

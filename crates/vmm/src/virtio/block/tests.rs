@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 use crate::virtio::stop::Stop;
 use crate::virtio::testing::{DriverQueue, Ends, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 

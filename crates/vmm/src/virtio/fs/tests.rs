@@ -14,8 +14,9 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Fs;
+use crate::memory::Memory;
+use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
-use crate::virtio::{Memory, VirtioDevice};
 
 /// Opcodes of fuse.h.
 mod opcode {

@@ -17,10 +17,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::guard::{Guard, Opened};
 use super::locks::{How, Locks, Watches, Wish};
 use super::memory::ServerMemory;
+use crate::memory::Memory;
 use crate::virtio::ring::{Chain, Ring, RingError, Step, is_too_long};
 use crate::virtio::stop::Stop;
 use crate::virtio::wait::{fd, wait};
-use crate::virtio::{ActivateError, Activation, Memory};
+use crate::virtio::{ActivateError, Activation};
 
 /// Requests before the other queue and the stop event are looked at again.
 const BUDGET: usize = 32;

@@ -15,18 +15,19 @@ use std::sync::Arc;
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::VirtioDevice;
 use super::balloon::Balloon;
 use super::block::{Block, DiskThread};
 use super::console::Console;
 use super::fs::Fs;
-use super::mem::{Backing, Mem};
+use super::mem::Mem;
 use super::net::tests::Wired;
 use super::rng::Rng;
 use super::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 use super::vsock::Vsock;
-use super::{Memory, VirtioDevice};
 use crate::event_loop::EventLoop;
 use crate::layout::MEMORY_BLOCK;
+use crate::memory::{Backing, Memory};
 
 /// Small enough for every device; a power of two.
 const SIZE: u16 = 8;

@@ -18,7 +18,8 @@ use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
 use crate::bus::BusDevice;
 use crate::guest_log;
-use crate::virtio::{Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use crate::memory::Memory;
+use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// "virt".
 pub const MAGIC: u32 = 0x7472_6976;
@@ -28,8 +29,10 @@ pub const VERSION: u32 = 2;
 const VENDOR: u32 = 0x484b_4c42;
 
 // Table 4.1: register offsets.
-pub(super) const REG_MAGIC: u64 = 0x000;
-pub(super) const REG_VERSION: u64 = 0x004;
+/// MagicValue.
+pub const REG_MAGIC: u64 = 0x000;
+/// Version.
+pub const REG_VERSION: u64 = 0x004;
 const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
 const DEVICE_FEATURES: u64 = 0x010;
@@ -40,7 +43,8 @@ const QUEUE_SEL: u64 = 0x030;
 const QUEUE_NUM_MAX: u64 = 0x034;
 const QUEUE_NUM: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
-pub(super) const QUEUE_NOTIFY: u64 = 0x050;
+/// QueueNotify, the doorbell of all queues.
+pub const QUEUE_NOTIFY: u64 = 0x050;
 const INTERRUPT_STATUS: u64 = 0x060;
 const INTERRUPT_ACK: u64 = 0x064;
 const STATUS: u64 = 0x070;

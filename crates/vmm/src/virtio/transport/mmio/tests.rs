@@ -5,9 +5,10 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::event_loop::EventLoop;
+use crate::memory::Memory;
+use crate::virtio::ActivateError;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{self, DriverQueue};
-use crate::virtio::{ActivateError, Memory};
 
 pub(super) const MEMORY_SIZE: u64 = 1 << 20;
 pub(super) const MAX_SIZE: u16 = 64;

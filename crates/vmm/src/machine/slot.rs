@@ -7,11 +7,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::interrupt::MmioInterrupt;
-use super::mmio::{MAGIC, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
 use crate::bus::BusDevice;
 use crate::kvm::{KvmError, Vm};
 use crate::virtio::VirtioDevice;
+use crate::virtio::transport::{MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
 
 /// A slot.
 #[derive(Default)]
