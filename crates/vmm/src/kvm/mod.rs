@@ -23,10 +23,9 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use hotplug::HotplugMemory;
-pub use registers::{Entry, gdt};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
-use crate::layout;
+use crate::layout::{self, Entry};
 use crate::memory::Memory;
 
 /// What a machine cannot do without.
