@@ -4,12 +4,13 @@ use std::io::PipeReader;
 use std::os::fd::OwnedFd;
 
 use bulkhead_vmm::virtio::balloon::Balloon;
-use bulkhead_vmm::virtio::block::Block;
+use bulkhead_vmm::virtio::Activation;
+use bulkhead_vmm::virtio::block::Inline;
 use bulkhead_vmm::virtio::console::Console;
 use bulkhead_vmm::virtio::rng::Rng;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, ftruncate, memfd_create};
 
-use crate::guest::{Device, Guest, drive, event_loop};
+use crate::guest::{Buffer, Device, Guest, Subject, drive, event_loop};
 use crate::input::Input;
 
 /// Bytes of the disk.
@@ -22,30 +23,60 @@ pub fn block(data: &[u8]) {
     let file = memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&file, DISK).unwrap();
     let shrinking = file.try_clone().unwrap();
-    let device = Block::new(file, read_only, "fuzz", event_loop()).unwrap();
-    let own = move |guest: &mut Guest, input: &mut Input<'_>| match input.u8() {
-        // The image changes its size under the device.
-        0 => ftruncate(&shrinking, input.u64() % (2 * DISK)).unwrap(),
-        kind => {
-            let mut header = [0; 16];
-            header[0] = kind & 0xf;
-            header[8..].copy_from_slice(&(u64::from(input.u16()) % 160).to_le_bytes());
-            let header = guest.place(&header);
-            let len = u32::from(input.u8()) * 512;
-            let data = if kind & 0x10 != 0 { guest.room(len) } else { (guest.allocate(len), len, false) };
-            let status = guest.room(1);
-            guest.offer(0, &[header, data, status]);
+    let disk = Inline::new(file, read_only, "fuzz").unwrap();
+    drive(&mut Disk { disk, image: shrinking }, data.get(1..).unwrap_or_default());
+}
+
+/// A disk without its thread.
+struct Disk {
+    disk: Inline,
+    image: OwnedFd,
+}
+
+impl Subject for Disk {
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![128]
+    }
+
+    fn features(&self) -> u64 {
+        self.disk.features()
+    }
+
+    fn start(&mut self, activation: Activation) -> bool {
+        self.disk.start(activation).is_ok()
+    }
+
+    fn stop(&mut self) {}
+
+    fn settle(&mut self) {
+        // One turn answers a ring's worth.
+        (0..3).for_each(|_| self.disk.serve());
+    }
+
+    fn read_config(&mut self, offset: u64, data: &mut [u8]) {
+        self.disk.read_config(offset, data);
+    }
+
+    fn own(&mut self, guest: &mut Guest, input: &mut Input<'_>) {
+        match input.u8() {
+            // The image changes its size under the device.
+            0 => ftruncate(&self.image, input.u64() % (2 * DISK)).unwrap(),
+            kind => {
+                let mut header = [0; 16];
+                header[0] = kind & 0xf;
+                header[8..].copy_from_slice(&(u64::from(input.u16()) % 160).to_le_bytes());
+                let header = guest.place(&header);
+                let len = u32::from(input.u8()) * 512;
+                let data = if kind & 0x10 != 0 { guest.room(len) } else { (guest.allocate(len), len, false) };
+                let status = guest.room(1);
+                guest.offer(0, &[header, data, status]);
+            }
         }
-    };
-    drive(
-        &mut Device {
-            device: Box::new(device),
-            own: Box::new(own),
-            probe: |guest| (0, vec![guest.place(&[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), guest.room(21)]),
-            host_recovers: Box::new(|| ()),
-        },
-        data.get(1..).unwrap_or_default(),
-    );
+    }
+
+    fn probe(&mut self, guest: &mut Guest) -> Option<(usize, Vec<Buffer>)> {
+        Some((0, vec![guest.place(&[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), guest.room(21)]))
+    }
 }
 
 /// virtio-rng.

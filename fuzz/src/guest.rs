@@ -4,9 +4,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Once};
 
 use bulkhead_vmm::event_loop::{EventLoop, WorkerGuard};
+use bulkhead_vmm::memory::Memory;
 use bulkhead_vmm::virtio::ring::event_fd;
 use bulkhead_vmm::virtio::testing::{DriverQueue, NEXT, TestInterrupt, WRITE, activation, memory};
-use bulkhead_vmm::virtio::{Activation, Memory, VirtioDevice};
+use bulkhead_vmm::virtio::{Activation, VirtioDevice};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;

@@ -4,7 +4,8 @@ use std::io;
 use std::ops::Range;
 
 use bulkhead_vmm::layout::MEMORY_BLOCK;
-use bulkhead_vmm::virtio::mem::{Backing, Mem};
+use bulkhead_vmm::memory::Backing;
+use bulkhead_vmm::virtio::mem::Mem;
 
 use crate::guest::{Device, Guest, drive, event_loop};
 use crate::input::Input;

@@ -40,7 +40,9 @@ pub enum Command {
     /// Puts a device into an empty slot of the running machine. Answered with [`Reply::Added`]; the guest finds the device
     /// when it is told to bind the slot. Descriptors: those that the device indexes.
     AddDevice(DeviceSpec),
-    /// Takes the device out of a slot, whatever the guest is doing with it; the slot reads as empty from then on.
+    /// Takes the device out of a slot, whatever the guest is doing with it; the slot reads as empty from then on. Only if a
+    /// request of the device's is with a disk of the host, it does when that has answered; every other request fails until then.
+    /// Answered at once in any case.
     RemoveDevice {
         /// The slot that [`Reply::Added`] has named.
         slot: u8,
@@ -106,6 +108,15 @@ pub enum ExitReason {
     Reset,
     /// A vCPU met something that KVM cannot go on from.
     VcpuFault,
+    /// KVM could not make a task that it needs in the VMM's process (Linux 6.14 and later): pids.max of the VMM's cgroup, or
+    /// of one above it, is reached.
+    NoTask,
+}
+
+impl ExitReason {
+    /// What [`Self::NoTask`] means, for people.
+    pub const NO_TASK: &str = "KVM could not make the task that it needs for a VM, because the pod's limit of tasks (pids.max of \
+         its cgroup or of one above it) is reached; raise the kubelet's podPidsLimit";
 }
 
 /// Sends one message. Blocks if the socket does and its buffer is full.

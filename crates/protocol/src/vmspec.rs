@@ -22,7 +22,7 @@ pub struct FdIndex(pub usize);
 pub struct VmSpec {
     /// `/dev/kvm`.
     pub kvm: FdIndex,
-    /// An uncompressed ELF kernel with a PVH note or a 64-bit entry.
+    /// An uncompressed ELF kernel with a PVH note.
     pub kernel: FdIndex,
     /// An initramfs.
     pub initramfs: Option<FdIndex>,

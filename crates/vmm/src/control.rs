@@ -33,7 +33,7 @@ pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
     loop {
         let ready = service.wait()?;
         if let Some(reason) = service.machine.as_ref().and_then(|machine| machine.exit().reason()) {
-            // Before the machine is taken apart: a vCPU may be waiting for a disk, and whoever asks after the pod must not.
+            // Before the machine is taken apart, which waits for the vCPUs' threads: whoever asks after the pod must not.
             service.reply(&Reply::GuestExited { reason });
             // What the guest wrote last is in the devices' threads; nothing is waited for but the vCPUs.
             drop(service.machine.take());

@@ -9,7 +9,7 @@ use crate::jail::Kind;
 use crate::kvm::HotplugMemory;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
-use crate::virtio::block::{Block, BlockError};
+use crate::virtio::block::{Block, BlockError, DiskThreads};
 use crate::virtio::console::Console;
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mem::{Mem, MemError, MemHandle};
@@ -23,9 +23,9 @@ pub type OnReady = Box<dyn FnMut() + Send>;
 /// Builds devices.
 pub struct DeviceBuilder {
     event_loop: EventLoop,
-    /// Disks block their thread, so they have one of their own.
-    disk_loop: EventLoop,
-    /// Giving memory back waits for KVM, so it has a thread of its own too.
+    /// Disks may keep their thread waiting for ever, so each has one of its own.
+    disk_threads: DiskThreads,
+    /// Giving memory back waits for KVM, so it has a thread of its own.
     memory_loop: EventLoop,
     hotplug: Option<HotplugMemory>,
     memory: Option<MemHandle>,
@@ -34,12 +34,12 @@ pub struct DeviceBuilder {
 }
 
 impl DeviceBuilder {
-    /// A builder for a machine's devices. Starts the loops of all of them, those that may come later included: a thread
-    /// that is started once the starting one is confined would be confined as it is.
-    pub fn new(hotplug: Option<HotplugMemory>, on_ready: OnReady) -> Result<Self, EventLoopError> {
+    /// A builder for a machine's devices, of which so many may be disks at a time. Starts the threads of all of them, those that
+    /// may come later included: a thread that is started once the starting one is confined would be confined as it is.
+    pub fn new(hotplug: Option<HotplugMemory>, on_ready: OnReady, disks: usize) -> Result<Self, DeviceError> {
         Ok(Self {
             event_loop: EventLoop::spawn_for(Kind::Devices)?,
-            disk_loop: EventLoop::spawn_for(Kind::Disks)?,
+            disk_threads: DiskThreads::start(disks).map_err(DeviceError::DiskThreads)?,
             memory_loop: EventLoop::spawn_for(Kind::Memory)?,
             hotplug,
             memory: None,
@@ -55,7 +55,8 @@ impl DeviceBuilder {
             DeviceSpec::Balloon => Box::new(Balloon::new(self.memory_loop.clone())),
             DeviceSpec::Block { file, read_only, serial } => {
                 let file = fds.take(*file, "disk")?;
-                Box::new(Block::new(file, *read_only, serial, self.disk_loop.clone())?)
+                let thread = self.disk_threads.take().ok_or(DeviceError::NoDiskThread)?;
+                Box::new(Block::new(file, *read_only, serial, thread)?)
             }
             DeviceSpec::Console { output } => {
                 let output = fds.take(*output, "console")?;
@@ -106,6 +107,15 @@ pub enum DeviceError {
     /// No thread.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
+    /// No threads for disks.
+    #[error("cannot start the threads for disks; does the pod's limit of tasks (pids.max) leave room for them?")]
+    DiskThreads(#[source] std::io::Error),
+    /// Those that there are have a disk.
+    #[error(
+        "all threads for disks are in use, some of them by disks that were removed and do not answer; \
+         bring the host's disks back, or restart the pod"
+    )]
+    NoDiskThread,
     /// The disk.
     #[error(transparent)]
     Block(#[from] BlockError),

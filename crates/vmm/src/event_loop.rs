@@ -1,8 +1,9 @@
-//! The device loop: one thread, one epoll set, every device worker but virtio-fs.
+//! The device loop: one thread, one epoll set, every device worker but those that may wait for the host (`virtio::serving`).
 //!
 //! A worker is an [`event_manager::MutEventSubscriber`]: it names its descriptors in `init` and gets their events in
 //! `process`. It moves into the loop when its device is activated and is dropped there when the device is reset, so its
-//! state has one owner and no lock. A worker must bound what it does for one event, since all share the thread.
+//! state has one owner and no lock. A worker must bound what it does for one event, since all share the thread,
+//! and a vCPU's thread waits for it when it starts or stops another one.
 
 use std::thread;
 
@@ -45,7 +46,8 @@ impl EventLoop {
         Ok(Self { endpoint })
     }
 
-    /// Moves a worker into the loop; returns when the loop has called its `init`.
+    /// Moves a worker into the loop; returns when the loop has called its `init`. That is soon, because no worker in a loop
+    /// waits for the host.
     pub fn add(&self, worker: Worker) -> Result<WorkerGuard, EventLoopError> {
         let id = self
             .endpoint

@@ -9,6 +9,11 @@
 
 use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
 
+/// Where the first vCPU starts: the PVH entry of a kernel, in 32-bit protected mode without paging, with the address of the
+/// start info in EBX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry(pub u64);
+
 /// End of usable conventional memory; above it are the BIOS areas of a PC, which are left out of the memory map.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// Start of high memory, where kernels are loaded.
@@ -18,18 +23,16 @@ pub const GAP_START: u64 = 0xc000_0000;
 /// End of the gap.
 pub const GAP_END: u64 = 0x1_0000_0000;
 
-/// Global descriptor table of the 64-bit and PVH entries.
+/// Global descriptor table, for a kernel that looks before it has its own.
 pub const GDT: u64 = 0x500;
-/// Start info (PVH) or boot parameters (64-bit entry).
+/// What is in it: null, code, data and task, flat and of 32 bits (Intel SDM volume 3A, section 3.4.5).
+pub const DESCRIPTORS: [u64; 4] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
+/// PVH start info.
 pub const BOOT_INFO: u64 = 0x7000;
 /// Memory map of the PVH start info.
 pub const PVH_MEMMAP: u64 = 0x7800;
 /// Module list of the PVH start info.
 pub const PVH_MODULES: u64 = 0x7f00;
-/// Stack of the 64-bit entry.
-pub const BOOT_STACK: u64 = 0x8ff0;
-/// Page tables of the 64-bit entry: three consecutive pages.
-pub const PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x2_0000;
 /// Size of the command line with its terminator: Linux's COMMAND_LINE_SIZE on x86, less what a kernel may put before it

@@ -14,5 +14,6 @@ pub mod layout;
 pub mod legacy;
 pub mod log;
 pub mod machine;
+pub mod memory;
 pub mod ratelimit;
 pub mod virtio;

@@ -1,5 +1,6 @@
 //! A machine from its spec: memory, kernel, devices, vCPUs.
 
+mod slot;
 mod slots;
 
 use std::fs::File;
@@ -13,16 +14,16 @@ use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError};
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::devices::{DeviceBuilder, DeviceError, OnReady};
-use crate::event_loop::EventLoopError;
 use crate::exit::ExitSignal;
 use crate::jail::JailError;
-use crate::kvm::{self, Buses, ExitCounts, KvmError, MemoryError, Vcpu, VcpuThread, Vm};
+use crate::kvm::{self, Buses, ExitCounts, KvmError, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
+use crate::memory::{MemoryError, create_memory};
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
-use crate::virtio::transport::SlotError;
 use crate::virtio::vsock::VsockHandle;
+pub use slot::{Slot, SlotError};
 use slots::Slots;
 
 /// A machine. Its vCPUs run from [`start`](Self::start) to [`stop`](Self::stop).
@@ -41,7 +42,7 @@ impl Machine {
     /// Builds the machine. `on_ready` is called when the guest says that its agent listens.
     pub fn build(spec: &VmSpec, mut fds: Descriptors, on_ready: OnReady) -> Result<Self, MachineError> {
         validate(spec)?;
-        let memory = kvm::create_memory(spec.memory_mib, spec.hotplug_mib)?;
+        let memory = create_memory(spec.memory_mib, spec.hotplug_mib)?;
         let hotplug_start = layout::hotplug_start(spec.memory_mib);
         let vm = Vm::new(fds.take(spec.kvm, "KVM")?, memory, hotplug_start)?;
         let kernel = File::from(fds.take(spec.kernel, "kernel")?);
@@ -49,7 +50,7 @@ impl Machine {
         let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
-        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready)?;
+        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready, most_disks(spec))?;
         let (slots, mmio) = Slots::build(&vm, &spec.devices, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
@@ -124,6 +125,12 @@ fn validate(spec: &VmSpec) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Slots that have a disk, or may come to have one.
+fn most_disks(spec: &VmSpec) -> usize {
+    let others = spec.devices.iter().filter(|device| !matches!(device, DeviceSpec::Block { .. })).count();
+    SLOTS.saturating_sub(others)
+}
+
 /// The keyboard controller's reset, and the serial port if the spec has one.
 fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSignal>) -> Result<Bus, MachineError> {
     let mut bus = Bus::new();
@@ -184,9 +191,6 @@ pub enum MachineError {
     /// The layout, which is fixed.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// The device loop.
-    #[error(transparent)]
-    EventLoop(#[from] EventLoopError),
     /// A thread, a signal or an event descriptor.
     #[error("the host refused a thread, signal or event descriptor for the machine")]
     Host(#[source] io::Error),

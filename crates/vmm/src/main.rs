@@ -51,6 +51,7 @@ fn print_filters() {
 fn finish(reason: ExitReason) -> anyhow::Result<()> {
     match reason {
         ExitReason::Reset => Ok(()),
+        ExitReason::NoTask => bail!("{}", ExitReason::NO_TASK),
         ExitReason::VcpuFault => bail!("a vCPU met something that KVM cannot go on from, see above"),
     }
 }

@@ -12,6 +12,7 @@ pub mod fake;
 mod oom;
 pub mod patience;
 mod pid_namespace;
+mod pids;
 mod pod_network;
 mod process;
 mod resize;

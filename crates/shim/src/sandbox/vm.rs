@@ -23,7 +23,7 @@ use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::oom::{self, OomScore};
-use super::{patience, pid_namespace};
+use super::{patience, pid_namespace, pids};
 use crate::config::Config;
 use crate::network::NetDevice;
 use console::Tail;
@@ -82,10 +82,14 @@ impl Vm {
         let boot = Request { id: 0, command: Command::Boot(spec) };
         control::send(&ours, &boot, &fds).map_err(VmError::Control)?;
         drop(fds);
+        let cgroup = machine.cgroup.cloned();
         drop((machine, console));
         let (vm, ready) = Self::supervise(ours, child, pid, oom_score)?;
         match patience::timeout(config.boot_timeout, ready).await {
-            Ok(Ok(Ok(built))) => Ok((vm, built)),
+            Ok(Ok(Ok(built))) => {
+                pids::warn_without_room(cgroup.as_ref(), pid);
+                Ok((vm, built))
+            }
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
                 // The process is gone; what it has said may still be in the pipes.
                 let said = async { tokio::join!(console_task, stderr_task) };

@@ -16,7 +16,7 @@ mod tree;
 mod volumes;
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};

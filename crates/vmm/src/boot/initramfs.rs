@@ -5,7 +5,7 @@ use std::io;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion};
 
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// Linux moves an initramfs that is not page-aligned.
 const ALIGN: u64 = 0x1000;
@@ -58,7 +58,7 @@ pub enum InitramfsError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::create_memory;
+    use crate::memory::create_memory;
     use std::io::Write;
 
     fn file(size: usize) -> File {

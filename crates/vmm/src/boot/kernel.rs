@@ -6,9 +6,8 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use crate::kvm::Entry;
-use crate::layout;
-use crate::virtio::Memory;
+use crate::layout::{self, Entry};
+use crate::memory::Memory;
 
 /// A kernel in the guest's memory.
 #[derive(Debug)]
@@ -19,20 +18,21 @@ pub struct Kernel {
     pub end: u64,
 }
 
-/// Loads `vmlinux` to the addresses that it names. The PVH entry is taken if there is one, else the 64-bit entry.
+/// Loads `vmlinux` to the addresses that it names. It must have a PVH entry.
 pub fn load(memory: &Memory, mut vmlinux: File) -> Result<Kernel, KernelError> {
     let floor = Some(GuestAddress(layout::HIGH_MEMORY_START));
     let loaded = Elf::load(memory.as_ref(), None, &mut vmlinux, floor).map_err(KernelError::Load)?;
-    let entry = match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(address) => Entry::Pvh { address: address.raw_value() },
-        _ => Entry::Long { address: loaded.kernel_load.raw_value() },
-    };
     let room = memory.iter().next().map_or(0, GuestMemoryRegion::len);
     if loaded.kernel_end > room {
         // What is not in the file, the kernel clears itself; and would find no memory there.
         return Err(KernelError::Room { end: loaded.kernel_end, room });
     }
-    Ok(Kernel { entry, end: loaded.kernel_end })
+    match loaded.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(entry) => {
+            Ok(Kernel { entry: Entry(entry.raw_value()), end: loaded.kernel_end })
+        }
+        _ => Err(KernelError::NoEntry),
+    }
 }
 
 /// What the loader has to say, without the names of its layers.
@@ -53,6 +53,9 @@ pub enum KernelError {
         reason(.0)
     )]
     Load(loader::Error),
+    /// No note says where PVH begins.
+    #[error("the kernel has no PVH entry; build it with CONFIG_PVH=y")]
+    NoEntry,
     /// It is larger in memory than in its file.
     #[error("the kernel needs memory up to {end:#x}, but the guest's ends at {room:#x}: give it more memory")]
     Room {
@@ -68,7 +71,7 @@ mod tests {
     use std::io::{Seek, SeekFrom, Write};
 
     use super::*;
-    use crate::kvm::create_memory;
+    use crate::memory::create_memory;
 
     const LOAD: u32 = 1;
     const NOTE: u32 = 4;
@@ -111,8 +114,14 @@ mod tests {
     #[test]
     fn kernel_with_a_pvh_note_is_entered_there() {
         let kernel = try_load(&create_memory(16, 0).unwrap(), &good()).unwrap();
-        assert!(matches!(kernel.entry, Entry::Pvh { address: KERNEL }));
-        assert_eq!(kernel.end, KERNEL + 0x1000);
+        assert_eq!((kernel.entry, kernel.end), (Entry(KERNEL), KERNEL + 0x1000));
+    }
+
+    #[test]
+    fn kernel_without_a_pvh_note_is_refused_with_the_remedy() {
+        let bytes = elf(&[segment(LOAD, 0x200, KERNEL, 8, 0x1000)]);
+        let error = try_load(&create_memory(16, 0).unwrap(), &bytes).unwrap_err().to_string();
+        assert!(error.contains("CONFIG_PVH"), "{error}");
     }
 
     #[test]

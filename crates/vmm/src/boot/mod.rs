@@ -6,7 +6,6 @@ mod initramfs;
 mod kernel;
 mod mptable;
 mod params;
-mod tables;
 
 use std::fs::File;
 
@@ -18,9 +17,8 @@ pub use error::BootError;
 pub use initramfs::InitramfsError;
 pub use kernel::KernelError;
 
-use crate::kvm::Entry;
-use crate::layout;
-use crate::virtio::Memory;
+use crate::layout::{self, DESCRIPTORS, Entry};
+use crate::memory::Memory;
 
 /// Loads everything and returns where the first vCPU starts.
 pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File>) -> Result<Entry, BootError> {
@@ -30,10 +28,8 @@ pub fn load(memory: &Memory, spec: &VmSpec, kernel: File, initramfs: Option<File
     memory.write_slice(cmdline.as_bytes_with_nul(), GuestAddress(layout::CMDLINE)).map_err(BootError::Write)?;
     let map = params::memory_map(memory, layout::hotplug_start(spec.memory_mib));
     mptable::write(memory, spec.vcpus)?;
-    match kernel.entry {
-        Entry::Pvh { .. } => params::write_pvh(memory, &map, initramfs)?,
-        _ => params::write_boot_params(memory, &map, initramfs, cmdline.as_bytes().len())?,
-    }
-    tables::write(memory, kernel.entry)?;
+    params::write_start_info(memory, &map, initramfs)?;
+    let descriptors = DESCRIPTORS.map(u64::to_le_bytes).concat();
+    memory.write_slice(&descriptors, GuestAddress(layout::GDT)).map_err(BootError::Write)?;
     Ok(kernel.entry)
 }

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
 use crate::layout::{IOAPIC, IRQ_PINS, LOCAL_APIC, MP_TABLE};
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 const SPEC_REVISION: u8 = 4;
 const APIC_VERSION: u8 = 0x14;

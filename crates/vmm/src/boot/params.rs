@@ -1,14 +1,13 @@
 //! What the kernel is told about the machine: the memory map, the command line and the initramfs.
 //!
-//! Start info of PVH: Xen's public/arch-x86/hvm/start_info.h. Boot parameters of the 64-bit entry:
-//! Documentation/arch/x86/zero-page.rst and boot.rst. Both are written as bytes at their documented offsets.
+//! Start info of PVH: Xen's public/arch-x86/hvm/start_info.h. It is written as bytes at its documented offsets.
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use super::BootError;
 use super::initramfs::Initramfs;
 use crate::layout::{BOOT_INFO, CMDLINE, HIGH_MEMORY_START, LOW_MEMORY_END, PVH_MEMMAP, PVH_MODULES};
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// A range of usable memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +16,7 @@ pub struct Ram {
     size: u64,
 }
 
-/// E820 and PVH type of usable memory.
+/// Type of usable memory.
 const TYPE_RAM: u32 = 1;
 
 /// What the guest may use: all of its memory below `end` but the hole between conventional and high memory.
@@ -57,7 +56,7 @@ fn count(len: usize) -> u32 {
 }
 
 /// Writes the start info, its memory map and its module list.
-pub fn write_pvh(memory: &Memory, map: &[Ram], initramfs: Option<Initramfs>) -> Result<(), BootError> {
+pub fn write_start_info(memory: &Memory, map: &[Ram], initramfs: Option<Initramfs>) -> Result<(), BootError> {
     const MAGIC: u32 = 0x336e_c578;
     const VERSION: u32 = 1;
     let entries = map.iter().fold(Fields::default(), |f, ram| f.u64(ram.address).u64(ram.size).u32(TYPE_RAM).u32(0));
@@ -71,42 +70,11 @@ pub fn write_pvh(memory: &Memory, map: &[Ram], initramfs: Option<Initramfs>) -> 
     info.write(memory, BOOT_INFO)
 }
 
-/// Writes the "zero page".
-pub fn write_boot_params(
-    memory: &Memory,
-    map: &[Ram],
-    initramfs: Option<Initramfs>,
-    cmdline_len: usize,
-) -> Result<(), BootError> {
-    /// Offset of `e820_table`.
-    const E820_TABLE: u64 = 0x2d0;
-    /// A loader without an id of its own.
-    const LOADER_UNDEFINED: u8 = 0xff;
-    let put = |offset: u64, bytes: &[u8]| {
-        memory.write_slice(bytes, GuestAddress(BOOT_INFO + offset)).map_err(BootError::Write)
-    };
-    put(0, &[0; 0x1000])?;
-    put(0x1e8, &[u8::try_from(map.len()).unwrap_or(u8::MAX)])?;
-    put(0x1fe, &0xaa55_u16.to_le_bytes())?;
-    put(0x202, b"HdrS")?;
-    put(0x206, &0x20c_u16.to_le_bytes())?; // boot protocol 2.12
-    put(0x210, &[LOADER_UNDEFINED])?;
-    if let Some(Initramfs { address, size }) = initramfs {
-        // Below 4 GiB, since the first region ends at the gap.
-        put(0x218, &u32::try_from(address).unwrap_or(0).to_le_bytes())?;
-        put(0x21c, &u32::try_from(size).unwrap_or(0).to_le_bytes())?;
-    }
-    put(0x228, &u32::try_from(CMDLINE).unwrap_or(0).to_le_bytes())?;
-    put(0x238, &count(cmdline_len).to_le_bytes())?;
-    let table = map.iter().fold(Fields::default(), |f, ram| f.u64(ram.address).u64(ram.size).u32(TYPE_RAM));
-    table.write(memory, BOOT_INFO + E820_TABLE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::create_memory;
     use crate::layout::hotplug_start;
+    use crate::memory::create_memory;
 
     fn u32_at(memory: &Memory, address: u64) -> u32 {
         memory.read_obj(GuestAddress(address)).unwrap()
@@ -128,7 +96,7 @@ mod tests {
     fn start_info_points_to_its_lists() {
         let memory = create_memory(16, 0).unwrap();
         let map = memory_map(&memory, hotplug_start(16));
-        write_pvh(&memory, &map, Some(Initramfs { address: 0x80_0000, size: 77 })).unwrap();
+        write_start_info(&memory, &map, Some(Initramfs { address: 0x80_0000, size: 77 })).unwrap();
         assert_eq!(u32_at(&memory, BOOT_INFO), 0x336e_c578);
         assert_eq!(u32_at(&memory, BOOT_INFO + 12), 1);
         assert_eq!(u64_at(&memory, BOOT_INFO + 16), PVH_MODULES);
@@ -136,15 +104,5 @@ mod tests {
         assert_eq!((u64_at(&memory, BOOT_INFO + 40), u32_at(&memory, BOOT_INFO + 48)), (PVH_MEMMAP, 2));
         assert_eq!((u64_at(&memory, PVH_MODULES), u64_at(&memory, PVH_MODULES + 8)), (0x80_0000, 77));
         assert_eq!(u64_at(&memory, PVH_MEMMAP + 24), 0x10_0000);
-    }
-
-    #[test]
-    fn boot_params_have_signature_and_map() {
-        let memory = create_memory(16, 0).unwrap();
-        let map = memory_map(&memory, hotplug_start(16));
-        write_boot_params(&memory, &map, None, 9).unwrap();
-        assert_eq!(u32_at(&memory, BOOT_INFO + 0x202), u32::from_le_bytes(*b"HdrS"));
-        assert_eq!(u32_at(&memory, BOOT_INFO + 0x238), 9);
-        assert_eq!(u64_at(&memory, BOOT_INFO + 0x2d0 + 20), 0x10_0000);
     }
 }

@@ -149,7 +149,7 @@ fn harden_root() -> Result<(), Errno> {
 }
 
 /// No kind of mapping is in a core dump of the process from here on (core(5)), however it comes to be written, see
-/// [`limit_resources`]. The guest's memory is marked besides (`kvm::create_memory`).
+/// [`limit_resources`]. The guest's memory is marked besides (`memory::create_memory`).
 fn leave_memory_out_of_core_dumps() {
     match std::fs::write("/proc/self/coredump_filter", "0") {
         Ok(()) => {}

@@ -71,7 +71,7 @@ impl Kind {
             Self::Main => &[WORKER, MAIN],
             Self::Vcpu => &[VCPU],
             Self::Devices => &[WORKER, LOOP, DEVICES],
-            Self::Disks => &[WORKER, LOOP, DISKS],
+            Self::Disks => &[WORKER, DISKS],
             Self::Memory => &[WORKER, LOOP, MEMORY],
             Self::FileServer => &[WORKER, FILE_SERVER],
             Self::Locks => &[LOCKS],
@@ -83,7 +83,7 @@ impl Kind {
     fn ioctls(self) -> &'static [libc::Ioctl] {
         match self {
             Self::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ],
-            Self::Vcpu => &[KVM_RUN, libc::TUNSETOFFLOAD],
+            Self::Vcpu => &[KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
             Self::Devices => &[libc::FIONBIO],
             Self::Memory => &[KVM_SET_USER_MEMORY_REGION],
             Self::Disks | Self::FileServer | Self::Locks => &[],
@@ -163,6 +163,7 @@ const KVM_RUN: libc::Ioctl = 0xae80;
 const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = 0x4020_ae46;
 const KVM_IRQFD: libc::Ioctl = 0x4020_ae76;
 const KVM_IOEVENTFD: libc::Ioctl = 0x4040_ae79;
+const KVM_GET_MP_STATE: libc::Ioctl = 0x8004_ae98;
 
 type Call = (&'static str, libc::c_long);
 
@@ -192,7 +193,7 @@ const COMMON: &[Call] = calls![
     SYS_write,
 ];
 
-/// KVM_RUN, the kicks of device loops, what starting a worker takes, and the serial port.
+/// KVM_RUN and what it answers by, the kicks of device loops, what starting a worker takes, and the serial port.
 const VCPU: &[Call] = calls![SYS_eventfd2, SYS_fcntl, SYS_ioctl, SYS_ppoll];
 
 /// What all threads that wait for descriptors do. (The keys of a thread's first hash map are random.)
@@ -205,8 +206,9 @@ const LOOP: &[Call] = calls![SYS_epoll_ctl, SYS_epoll_wait, SYS_fcntl];
 const DEVICES: &[Call] =
     calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendto, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
 
-/// Files and block devices.
-const DISKS: &[Call] = calls![SYS_fdatasync, SYS_fsync, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
+/// Files and block devices, and the waits for requests.
+const DISKS: &[Call] =
+    calls![SYS_fcntl, SYS_fdatasync, SYS_fsync, SYS_ppoll, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
 
 /// KVM's memory slots, and the shim's socket; the discards are madvise(2).
 const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendto];

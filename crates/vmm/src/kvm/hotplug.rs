@@ -14,11 +14,9 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use super::memory::leave_out_of_dumps;
-use super::{discard, set_slot};
+use super::set_slot;
 use crate::layout::MEMORY_BLOCK;
-use crate::virtio::Memory;
-use crate::virtio::mem::Backing;
+use crate::memory::{Backing, Memory, discard, leave_out_of_dumps};
 
 /// The last region of a machine's memory, as memory slots of a block each.
 pub struct HotplugMemory {
@@ -135,8 +133,9 @@ impl Backing for HotplugMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::{Vm, create_memory};
+    use crate::kvm::Vm;
     use crate::layout;
+    use crate::memory::create_memory;
     use vm_memory::Bytes;
 
     /// Whether each block's mapping is left out of core dumps (proc_pid_smaps(5), VmFlags).

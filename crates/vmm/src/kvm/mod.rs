@@ -5,7 +5,6 @@
 mod cpuid;
 mod error;
 mod hotplug;
-mod memory;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -27,12 +26,10 @@ use vmm_sys_util::eventfd::EventFd;
 pub use error::KvmError;
 use error::call;
 pub use hotplug::HotplugMemory;
-pub use memory::{MemoryError, create_memory, discard};
-pub use registers::{Entry, gdt};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
-use crate::layout;
-use crate::virtio::Memory;
+use crate::layout::{self, Entry};
+use crate::memory::Memory;
 
 /// What a machine cannot do without.
 const NEEDED: [(Cap, &str); 6] = [

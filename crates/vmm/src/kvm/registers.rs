@@ -1,37 +1,15 @@
 //! Registers of a vCPU at the moment when the guest starts.
 //!
-//! PVH: Xen's docs/misc/pvh.pandoc, section "x86/HVM direct boot ABI". 64-bit: Documentation/arch/x86/boot.rst, section
-//! "64-bit Boot Protocol".
+//! Xen's docs/misc/pvh.pandoc, section "x86/HVM direct boot ABI".
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 use super::{KvmError, call};
-use crate::layout;
-
-/// Where and how the first vCPU starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// 32-bit protected mode without paging, the start info's address in EBX.
-    Pvh {
-        /// Entry point.
-        address: u64,
-    },
-    /// Long mode with the lowest GiB mapped one to one, the boot parameters' address in RSI.
-    Long {
-        /// Entry point.
-        address: u64,
-    },
-    /// Real mode at the start of the memory; a payload of a test.
-    Real,
-}
+use crate::layout::{self, DESCRIPTORS, Entry};
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
 
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -44,7 +22,7 @@ const APIC_LVT_LINT1: usize = 0x360;
 const APIC_MODE_EXTINT: u8 = 7;
 const APIC_MODE_NMI: u8 = 4;
 
-/// Code and data segments of the [`gdt`].
+/// Segments of the [`DESCRIPTORS`], which are these once more.
 const CODE: u16 = 1;
 const DATA: u16 = 2;
 const TASK: u16 = 3;
@@ -57,7 +35,7 @@ pub fn set_up(fd: &VcpuFd, entry: Option<Entry>) -> Result<(), KvmError> {
     set_local_interrupts(fd)?;
     match entry {
         Some(entry) => {
-            set_system_registers(fd, entry)?;
+            set_system_registers(fd)?;
             fd.set_regs(&general_registers(entry)).map_err(call("KVM_SET_REGS"))
         }
         None => Ok(()),
@@ -88,42 +66,29 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u8) {
     }
 }
 
-fn general_registers(entry: Entry) -> kvm_regs {
-    let base = kvm_regs { rflags: 2, ..Default::default() };
-    match entry {
-        Entry::Pvh { address } => kvm_regs { rip: address, rbx: layout::BOOT_INFO, ..base },
-        Entry::Long { address } => {
-            kvm_regs { rip: address, rsi: layout::BOOT_INFO, rsp: layout::BOOT_STACK, rbp: layout::BOOT_STACK, ..base }
-        }
-        Entry::Real => base,
-    }
+fn general_registers(Entry(address): Entry) -> kvm_regs {
+    kvm_regs { rip: address, rbx: layout::BOOT_INFO, rflags: 2, ..Default::default() }
 }
 
-fn set_system_registers(fd: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
+fn set_system_registers(fd: &VcpuFd) -> Result<(), KvmError> {
     let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-    match entry {
-        Entry::Real => (sregs.cs.base, sregs.cs.selector) = (0, 0),
-        Entry::Pvh { .. } | Entry::Long { .. } => {
-            let long = matches!(entry, Entry::Long { .. });
-            let data = segment(DATA, 0x3, false);
-            (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-            sregs.cs = segment(CODE, 0xb, long);
-            sregs.tr = kvm_segment { limit: 0x67, s: 0, g: 0, db: 0, ..segment(TASK, 0xb, false) };
-            sregs.gdt.base = layout::GDT;
-            sregs.gdt.limit = u16::try_from(size_of_val(&gdt(long)) - 1).unwrap_or(u16::MAX);
-            sregs.idt.base = 0;
-            sregs.idt.limit = 0;
-            sregs.cr0 = CR0_PE | CR0_ET | if long { CR0_PG } else { 0 };
-            sregs.cr4 = if long { CR4_PAE } else { 0 };
-            sregs.cr3 = if long { layout::PAGE_TABLES } else { 0 };
-            sregs.efer = if long { EFER_LME | EFER_LMA } else { 0 };
-        }
-    }
+    let data = segment(DATA, 0x3);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.cs = segment(CODE, 0xb);
+    sregs.tr = kvm_segment { limit: 0x67, s: 0, g: 0, db: 0, ..segment(TASK, 0xb) };
+    sregs.gdt.base = layout::GDT;
+    sregs.gdt.limit = u16::try_from(size_of_val(&DESCRIPTORS) - 1).unwrap_or(u16::MAX);
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+    sregs.cr0 = CR0_PE | CR0_ET;
+    sregs.cr4 = 0;
+    sregs.cr3 = 0;
+    sregs.efer = 0;
     fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))
 }
 
-/// A flat segment. `kind` is the type field of its descriptor (Intel SDM volume 3A, section 3.4.5.1).
-fn segment(index: u16, kind: u8, long: bool) -> kvm_segment {
+/// A flat segment of 32 bits. `kind` is the type field of its descriptor (Intel SDM volume 3A, section 3.4.5.1).
+fn segment(index: u16, kind: u8) -> kvm_segment {
     kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -131,18 +96,12 @@ fn segment(index: u16, kind: u8, long: bool) -> kvm_segment {
         type_: kind,
         present: 1,
         dpl: 0,
-        db: u8::from(!long),
+        db: 1,
         s: 1,
-        l: u8::from(long),
+        l: 0,
         g: 1,
         ..Default::default()
     }
-}
-
-/// Descriptors that match the segments above: null, code, data, task.
-pub fn gdt(long: bool) -> [u64; 4] {
-    let code = if long { 0x00af_9b00_0000_ffff } else { 0x00cf_9b00_0000_ffff };
-    [0, code, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067]
 }
 
 #[cfg(test)]
@@ -160,7 +119,7 @@ mod tests {
 
     #[test]
     fn pvh_entry_finds_its_start_info_in_ebx() {
-        let regs = general_registers(Entry::Pvh { address: 0x100_0000 });
+        let regs = general_registers(Entry(0x100_0000));
         assert_eq!((regs.rip, regs.rbx, regs.rflags), (0x100_0000, layout::BOOT_INFO, 2));
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! A thread leaves KVM_RUN for an exit or a kick. A kick sets `immediate_exit` in the vCPU's run page and then signals the
 //! thread: whether the signal comes before KVM_RUN or within, KVM_RUN returns EINTR (api.rst, section 5, `kvm_run`).
+//!
+//! KVM_RUN returns EAGAIN for two reasons. A vCPU that waits for its startup IPI was woken for something. Or, since Linux 6.14,
+//! KVM makes a task of its own for the VM when a vCPU first runs (`kvm-nx-lpage-recovery`), in the VMM's process, and the
+//! limit of tasks does not allow it. The vCPU's state tells them apart ([`Again`]).
 #![allow(unsafe_code)] // reason: `immediate_exit` is written by another thread, and pthread_kill(3)
 
 use std::fmt;
@@ -13,8 +17,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::control::ExitReason;
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
@@ -88,8 +96,15 @@ impl Vcpu {
         self.counts
     }
 
+    /// Logs an ioctl that failed.
+    fn failed(&self, ioctl: &str, error: errno::Error) -> ExitReason {
+        crate::vmm_log!("vcpu{}: {ioctl} failed: {error}", self.id);
+        ExitReason::VcpuFault
+    }
+
     /// Runs until the guest ends (then the reason) or a kick.
     fn run(&mut self, buses: &Buses) -> Option<ExitReason> {
+        let mut again = Again::default();
         loop {
             let exit = match self.fd.run() {
                 Ok(exit) => exit,
@@ -100,13 +115,17 @@ impl Vcpu {
                     }
                     continue;
                 }
-                // A vCPU that waits for its startup IPI was woken for something else.
-                Err(error) if error.errno() == libc::EAGAIN => continue,
-                Err(error) => {
-                    crate::vmm_log!("vcpu{}: KVM_RUN failed: {error}", self.id);
-                    return Some(ExitReason::VcpuFault);
-                }
+                Err(error) if error.errno() == libc::EAGAIN => match self.fd.get_mp_state() {
+                    Ok(state) if again.is_a_wait(state.mp_state) => continue,
+                    Ok(_) => {
+                        crate::vmm_log!("vcpu{}: KVM cannot make a task that it needs: pids.max is reached", self.id);
+                        return Some(ExitReason::NoTask);
+                    }
+                    Err(error) => return Some(self.failed("KVM_GET_MP_STATE", error)),
+                },
+                Err(error) => return Some(self.failed("KVM_RUN", error)),
             };
+            again = Again::default();
             let counts = &mut self.counts;
             match &exit {
                 VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => counts.mmio += 1,
@@ -122,6 +141,22 @@ impl Vcpu {
                 other => return Some(last_exit(self.id, &other)),
             }
         }
+    }
+}
+
+/// What EAGAIN of KVM_RUN means.
+#[derive(Default)]
+struct Again {
+    /// It came for a vCPU that can run, and nothing has come since.
+    seen: bool,
+}
+
+impl Again {
+    /// Whether KVM_RUN has only waited, for a vCPU that is in this state now. One that is waiting for its startup has. One that
+    /// is not may have been started by what ended the wait, but then it runs the next time.
+    fn is_a_wait(&mut self, state: u32) -> bool {
+        let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED];
+        waits.contains(&state) || !std::mem::replace(&mut self.seen, true)
     }
 }
 
@@ -177,5 +212,32 @@ impl ImmediateExit {
         // SAFETY: the run page is mapped as long as the `VcpuFd` lives, which the thread owns until it is joined, and the
         // flag's owner has not joined it. A panic in the thread ends the process.
         unsafe { AtomicU8::from_ptr(self.0) }.store(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE};
+
+    #[test]
+    fn hostile_27_again_is_a_wait_for_a_vcpu_that_is_not_started_however_often_it_comes() {
+        let mut again = Again::default();
+        for _ in 0..1000 {
+            for state in [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED] {
+                assert!(again.is_a_wait(state));
+            }
+        }
+        // It was started by what ended the wait.
+        assert!(again.is_a_wait(KVM_MP_STATE_RUNNABLE));
+    }
+
+    #[test]
+    fn hostile_27_again_that_repeats_for_a_vcpu_that_can_run_is_a_task_that_cannot_be_made() {
+        for state in [KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED] {
+            let mut again = Again::default();
+            assert!(again.is_a_wait(state));
+            assert!(!again.is_a_wait(state) && !again.is_a_wait(state));
+        }
     }
 }

@@ -5,20 +5,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::vmspec::DeviceSpec;
 
 use super::MachineError;
+use super::slot::{Slot, SlotError};
 use crate::bus::Bus;
 use crate::descriptors::Descriptors;
 use crate::devices::DeviceBuilder;
 use crate::kvm::Vm;
 use crate::layout::{self, SLOTS};
-use crate::virtio::transport::{Slot, SlotError};
 
 /// All slots by number. Whoever has this is the only one who fills and empties them.
 pub struct Slots {
-    /// Shared with the bus that they are on. A vCPU holds one's lock while it resets the device, which may take as long as what
-    /// a disk is working on, so only the lock of the slot that is meant is ever waited for.
+    /// Shared with the bus that they are on. A vCPU holds one's lock during an access, so only the lock of the slot that is meant
+    /// is ever waited for.
     shared: Vec<Arc<Mutex<Slot>>>,
-    /// Those with a device.
-    filled: [bool; SLOTS],
+    states: [State; SLOTS],
+}
+
+/// What is in a slot.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum State {
+    Empty,
+    Filled,
+    /// A device that was taken out while a request of its was in the host, and is looked at again before the next one comes.
+    Leaving,
 }
 
 impl Slots {
@@ -29,13 +37,14 @@ impl Slots {
         builder: &mut DeviceBuilder,
         fds: &mut Descriptors,
     ) -> Result<(Self, Bus), MachineError> {
-        let (mut bus, mut slots) = (Bus::new(), Self { shared: Vec::with_capacity(SLOTS), filled: [false; SLOTS] });
+        let (mut bus, mut slots) =
+            (Bus::new(), Self { shared: Vec::with_capacity(SLOTS), states: [State::Empty; SLOTS] });
         let mut devices = devices.iter();
-        for ((index, irq), filled) in layout::SLOT_IRQS.into_iter().enumerate().zip(&mut slots.filled) {
+        for ((index, irq), state) in layout::SLOT_IRQS.into_iter().enumerate().zip(&mut slots.states) {
             let (mut slot, address) = (Slot::new(), layout::slot_address(index));
             if let Some(device) = devices.next() {
                 slot.fill(vm, address, irq, builder.build(device, fds)?)?;
-                *filled = true;
+                *state = State::Filled;
             }
             let slot = Arc::new(Mutex::new(slot));
             bus.insert(address, layout::SLOT_SIZE, slot.clone())?;
@@ -52,28 +61,49 @@ impl Slots {
         spec: &DeviceSpec,
         mut fds: Descriptors,
     ) -> Result<u8, MachineError> {
-        let mut all = (0u8..).zip(self.shared.iter().zip(&mut self.filled));
-        let (number, (slot, filled)) = all.find(|(_, (_, filled))| !**filled).ok_or(MachineError::NoSlot)?;
+        self.clear_leaving(vm);
+        let mut all = (0u8..).zip(self.shared.iter().zip(&mut self.states));
+        let (number, (slot, state)) =
+            all.find(|(_, (_, state))| **state == State::Empty).ok_or(MachineError::NoSlot)?;
         let (address, irq) = place(number)?;
         let device = builder.build(spec, &mut fds)?;
         lock(slot).fill(vm, address, irq, device)?;
-        *filled = true;
+        *state = State::Filled;
         Ok(number)
     }
 
-    /// Takes the device out of a slot, with no regard to what the guest does with it.
+    /// Takes the device out of a slot, with no regard to what the guest does with it. Does not wait for what the host does for
+    /// the device: until that is done the slot is no other's.
     pub fn remove(&mut self, vm: &Vm, number: u8) -> Result<(), MachineError> {
-        let (address, irq) = place(number)?;
-        let index = usize::from(number);
-        let unknown = || MachineError::UnknownSlot(number);
-        let slot = self.shared.get(index).ok_or_else(unknown)?;
-        let filled = self.filled.get_mut(index).ok_or_else(unknown)?;
-        if !std::mem::take(filled) {
+        let state = self.states.get_mut(usize::from(number)).ok_or(MachineError::UnknownSlot(number))?;
+        if *state != State::Filled {
             return Err(SlotError::Empty.into());
         }
-        let stopped = lock(slot).clear(vm, address, irq)?;
-        // Outside of the lock: a request that the device is working on must not hold up the vCPU that looks at the slot.
-        drop(stopped);
+        *state = State::Leaving;
+        self.clear(vm, number)
+    }
+
+    /// Looks at the slots again that could not be emptied.
+    fn clear_leaving(&mut self, vm: &Vm) {
+        let leaving = |(number, state): (u8, &State)| (*state == State::Leaving).then_some(number);
+        for number in (0u8..).zip(&self.states).filter_map(leaving).collect::<Vec<_>>() {
+            if let Err(error) = self.clear(vm, number) {
+                crate::vmm_log!("slot {number} is lost: {}", bulkhead_protocol::error::chain(&error));
+            }
+        }
+    }
+
+    /// Empties a slot whose device is leaving, if it can go.
+    fn clear(&mut self, vm: &Vm, number: u8) -> Result<(), MachineError> {
+        let (address, irq) = place(number)?;
+        let (index, unknown) = (usize::from(number), || MachineError::UnknownSlot(number));
+        let slot = self.shared.get(index).ok_or_else(unknown)?;
+        let cleared = lock(slot).clear(vm, address, irq)?;
+        if let (Some(_), Some(state)) = (&cleared, self.states.get_mut(index)) {
+            *state = State::Empty;
+        }
+        // Outside of the lock, which a vCPU may be waiting for.
+        drop(cleared);
         Ok(())
     }
 }
@@ -90,19 +120,31 @@ fn place(number: u8) -> Result<(u64, u8), MachineError> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::mpsc;
     use std::thread;
     use std::time::Duration;
 
     use super::*;
-    use crate::kvm::create_memory;
+    use crate::memory::create_memory;
+    use crate::virtio::{ActivateError, Activation, VirtioDevice};
+
+    fn vm() -> Vm {
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("needs a /dev/kvm");
+        Vm::new(kvm.into(), create_memory(16, 0).unwrap(), layout::hotplug_start(16)).unwrap()
+    }
+
+    fn builder() -> DeviceBuilder {
+        DeviceBuilder::new(None, Box::new(|| {}), 0).unwrap()
+    }
+
+    fn none() -> Descriptors {
+        Descriptors::new(Vec::new())
+    }
 
     #[test]
     fn hostile_07_slot_that_a_vcpu_is_busy_with_holds_up_no_other() {
-        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("needs a /dev/kvm");
-        let vm = Vm::new(kvm.into(), create_memory(16, 0).unwrap(), layout::hotplug_start(16)).unwrap();
-        let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
-        let none = || Descriptors::new(Vec::new());
+        let (vm, mut builder) = (vm(), builder());
         let first = [DeviceSpec::Rng, DeviceSpec::Rng];
         let (mut slots, _bus) = Slots::build(&vm, &first, &mut builder, &mut none()).unwrap();
         let busy = slots.shared[0].clone();
@@ -121,5 +163,52 @@ mod tests {
             drop(guard);
             assert_eq!(added, Ok([2, 1]));
         });
+    }
+
+    /// A device with a request in the host, or without.
+    struct Stub(Arc<AtomicBool>);
+
+    impl VirtioDevice for Stub {
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[8]
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+        fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+            Ok(())
+        }
+        fn reset(&mut self) {}
+        fn withdraw(&mut self) -> bool {
+            !self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn hostile_08_slot_of_a_device_that_waits_for_the_host_is_no_others_until_that_answers() {
+        const DEVICE_ID: u64 = 8;
+        let (vm, mut builder) = (vm(), builder());
+        let (mut slots, bus) = Slots::build(&vm, &[], &mut builder, &mut none()).unwrap();
+        let in_host = Arc::new(AtomicBool::new(true));
+        let (address, irq) = place(0).unwrap();
+        lock(&slots.shared[0]).fill(&vm, address, irq, Box::new(Stub(in_host.clone()))).unwrap();
+        slots.states[0] = State::Filled;
+
+        slots.remove(&vm, 0).unwrap();
+        assert!(slots.remove(&vm, 0).is_err(), "it is on its way out already");
+        let device_id = || {
+            let mut id = [0; 4];
+            bus.read(address + DEVICE_ID, &mut id);
+            u32::from_le_bytes(id)
+        };
+        assert_eq!(device_id(), 42, "its driver can still let go");
+        let mut add = |slots: &mut Slots| slots.add(&vm, &mut builder, &DeviceSpec::Rng, none()).unwrap();
+        assert_eq!(add(&mut slots), 1);
+        in_host.store(false, Ordering::Relaxed);
+        assert_eq!((add(&mut slots), device_id()), (0, 4));
     }
 }

@@ -7,7 +7,7 @@ use super::ring::{Chain, writable};
 use super::worker::RequestWorker;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
-use crate::kvm::discard;
+use crate::memory::discard;
 
 /// Inflate and deflate, which every driver expects, and reporting. Queues whose features are not offered are not there, so
 /// reporting is the third (Linux and QEMU agree, whatever section 5.5.2 says).

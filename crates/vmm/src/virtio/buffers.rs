@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
-use super::Memory;
 use super::ring::MAX_DESCRIPTORS;
+use crate::memory::Memory;
 
 /// Most buffers in a chain: IOV_MAX, what one readv(2) takes, and no more than are looked at, empty ones included.
 const MAX_SEGMENTS: usize = 1024;

@@ -2,7 +2,8 @@
 //!
 //! The transport owns negotiation, device status and the ISR. When the driver sets DRIVER_OK it hands the device its
 //! [`Activation`]; from then on the queues belong to the device's worker, which lives in the [device
-//! loop](crate::event_loop) or in a thread of its own. A vCPU thread never touches a queue.
+//! loop](crate::event_loop) or, if it may wait for the host, in a thread of its own ([`serving`]). A vCPU thread never touches a
+//! queue, and never waits for the host.
 
 pub mod balloon;
 pub mod block;
@@ -13,8 +14,11 @@ pub mod mem;
 pub mod net;
 pub mod ring;
 pub mod rng;
+pub mod serving;
+pub mod stop;
 pub mod transport;
 pub mod vsock;
+mod wait;
 pub mod worker;
 
 #[cfg(test)]
@@ -24,13 +28,10 @@ pub mod testing;
 
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::EventLoopError;
-
-/// The guest's memory. Regions never move or vanish while the machine runs.
-pub type Memory = Arc<GuestMemoryMmap>;
+use crate::memory::Memory;
 
 /// A virtio device, as its transport sees it.
 pub trait VirtioDevice: Send {
@@ -53,9 +54,22 @@ pub trait VirtioDevice: Send {
     /// Starts the device. An error makes the transport set DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops the device and lets go of its queues, memory and interrupt, in bounded time. Idempotent; `activate` may
-    /// follow.
+    /// Stops the device: it touches no queue and sends no interrupt from then on. Never waits for a file, a file system or a
+    /// disk of the host. Idempotent; `activate` may follow once the device [is stopped](Self::is_stopped).
     fn reset(&mut self);
+
+    /// Whether the last reset is over: nothing writes to buffers of the driver's any more. Only a request that is in the host
+    /// keeps it from being so (see [`stop`]).
+    fn is_stopped(&self) -> bool {
+        true
+    }
+
+    /// Takes from the device what it works on, with no regard to the driver. `true`: nothing is in the host, and the device can
+    /// be dropped. `false`: a request is; the device answers it, and what comes after it with errors, so that its driver can let
+    /// go, and is asked again later.
+    fn withdraw(&mut self) -> bool {
+        true
+    }
 }
 
 /// What a device gets to work with, from DRIVER_OK to reset.
@@ -105,6 +119,9 @@ pub enum ActivateError {
     /// The driver made fewer queues ready than the device works with.
     #[error("driver left queue {0} unconfigured")]
     QueueMissing(u16),
+    /// A request of the last activation is in the host. The driver has not waited for the end of its reset.
+    #[error("a request from before the reset is still with the host")]
+    Busy,
     /// The driver asks too often for what costs the host more than the guest.
     #[error("driver changes {0} too often")]
     TooOften(&'static str),

@@ -9,7 +9,8 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
+use super::{ActivateError, Activation, ActiveQueue, Interrupt};
+use crate::memory::Memory;
 
 /// Section 2.7.6: the driver wants no interrupts.
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -29,6 +30,11 @@ pub fn readable(chain: &Chain) -> impl Iterator<Item = Descriptor> + use<> {
 /// The buffers of a chain that the driver left for the device to fill.
 pub fn writable(chain: &Chain) -> impl Iterator<Item = Descriptor> + use<> {
     chain.clone().take(MAX_DESCRIPTORS).filter(Descriptor::is_write_only)
+}
+
+/// Whether a chain has more descriptors than are looked at, for those who cannot stop looking by themselves.
+pub fn is_too_long(chain: &Chain) -> bool {
+    chain.clone().nth(MAX_DESCRIPTORS).is_some()
 }
 
 /// A virtqueue and what belongs to it.
@@ -164,7 +170,8 @@ impl Ring {
     }
 
     /// Runs `step` until there is nothing left and the driver will kick, or until `step` says that it cannot go on; but
-    /// `budget` times at most, and then the kick is made readable. Interrupts the driver at the end.
+    /// `budget` times at most, and then the kick is made readable. Interrupts the driver at the end, unless the device was
+    /// reset.
     pub fn drain(
         &mut self,
         budget: usize,
@@ -175,6 +182,7 @@ impl Ring {
             match step(self)? {
                 Step::Done => {}
                 Step::Stop => return self.notify(),
+                Step::Over => return Ok(()),
                 Step::Empty => {
                     if !self.expect_kicks()? {
                         return self.notify();
@@ -197,6 +205,8 @@ pub enum Step {
     Empty,
     /// There may be chains, but the device waits for something else, which will make it come back.
     Stop,
+    /// The device was reset: the ring is the driver's.
+    Over,
 }
 
 /// The driver has put nonsense into a ring. There is no way on but a reset.

@@ -3,14 +3,15 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::event_fd;
-use super::{Activation, ActiveQueue, Interrupt, Memory};
+use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::memory::Memory;
 
 /// Far more than any step of a test takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,6 +26,15 @@ pub const INDIRECT: u16 = 4;
 /// 16 MiB of guest memory.
 pub fn memory() -> Memory {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap())
+}
+
+/// Waits for the end of a device's reset, as a driver does that reads the status until it is 0.
+pub fn wait_stopped(device: &dyn VirtioDevice) {
+    let begin = Instant::now();
+    while !device.is_stopped() {
+        assert!(begin.elapsed() < PATIENCE, "the device does not stop");
+        std::thread::yield_now();
+    }
 }
 
 /// Sets a flag that a second thread looks at when the test is through, or has failed.

@@ -1,4 +1,5 @@
-//! The worker of a device whose one queue of requests is answered chain by chain: console, rng, block.
+//! The worker of a device whose one queue of requests is answered chain by chain, without
+//! waiting for the host: console, rng, balloon, mem.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

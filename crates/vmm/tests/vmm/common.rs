@@ -13,17 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// Where the payloads are loaded and start.
 pub const PAYLOAD: u64 = 0x10_0000;
 
-/// How a payload starts.
-#[derive(Clone, Copy)]
-pub enum Start {
-    /// 32-bit protected mode without paging, by a PVH note.
-    Pvh,
-    /// Long mode.
-    Long,
-}
-
-/// An ELF kernel of `payload`, and of `low` at 64 KiB if it is not empty.
-pub fn kernel(start: Start, payload: &[u8], low: &[u8]) -> File {
+/// An ELF kernel of `payload`, which starts in 32-bit protected mode without paging by a PVH note, and of `low` at 64 KiB if it
+/// is not empty.
+pub fn kernel(payload: &[u8], low: &[u8]) -> File {
     const HEADERS: u64 = 0x1000;
     let note =
         [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), u32::try_from(PAYLOAD).unwrap()].map(u32::to_le_bytes).concat();
@@ -35,9 +27,7 @@ pub fn kernel(start: Start, payload: &[u8], low: &[u8]) -> File {
         segments.push(segment(1, HEADERS + body_len(&body), 0x1_0000, body_len(low)));
         body.extend(low);
     }
-    if let Start::Pvh = start {
-        segments.push(segment(4, HEADERS, 0, body_len(&note)));
-    }
+    segments.push(segment(4, HEADERS, 0, body_len(&note)));
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     elf.extend([2, 0, 62, 0, 1, 0, 0, 0]); // executable, x86-64, version 1
     elf.extend([PAYLOAD, 64, 0].map(u64::to_le_bytes).concat()); // entry, program headers, no sections

@@ -13,7 +13,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::common::{Start, kernel, kvm, spec, start_second_vcpu};
+use crate::common::{kernel, kvm, spec, start_second_vcpu};
 
 /// `ud2` without an interrupt table.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
@@ -58,7 +58,7 @@ impl Vmm {
 
     /// Sends Boot for a spec whose serial port goes nowhere.
     pub fn boot(&self, id: u64, spec: VmSpec, code: &[u8]) {
-        let fds = [kvm(), kernel(Start::Long, code, &[]).into()];
+        let fds = [kvm(), kernel(code, &[]).into()];
         self.send(id, Command::Boot(VmSpec { serial: None, ..spec }), &fds);
     }
 
@@ -101,7 +101,7 @@ fn guest_that_ends_is_reported_and_the_process_ends_well() {
     assert!(vmm.end());
 }
 
-/// A thread of a process's that does nothing, as one does that waits for a disk; until it is dropped.
+/// A thread of a process's that does nothing, until it is dropped.
 struct Stopped(libc::pid_t);
 
 impl Stopped {
@@ -145,7 +145,7 @@ fn hostile_07_end_of_a_guest_is_reported_before_its_vcpus_have_ended() {
     let mut second = vec![0xba, 0xf8, 0x03, 0xb0, b'2', 0xee]; // mov dx, 0x3f8; mov al, '2'; out dx, al
     second.extend(SPIN);
     let (mut serial, theirs) = std::io::pipe().unwrap();
-    let fds = [kvm(), kernel(Start::Pvh, &first, &second).into(), theirs.into()];
+    let fds = [kvm(), kernel(&first, &second).into(), theirs.into()];
     vmm.send(1, Command::Boot(VmSpec { vcpus: 2, boot_vcpus: 2, ..spec() }), &fds);
     drop(fds);
     assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));

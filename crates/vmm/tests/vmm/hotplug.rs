@@ -6,10 +6,11 @@ use bulkhead_protocol::control::{Command, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, VmSpec};
 use bulkhead_vmm::bus::BusDevice;
 use bulkhead_vmm::event_loop::EventLoop;
-use bulkhead_vmm::kvm::{Vm, create_memory};
+use bulkhead_vmm::kvm::Vm;
 use bulkhead_vmm::layout;
+use bulkhead_vmm::machine::Slot;
+use bulkhead_vmm::memory::create_memory;
 use bulkhead_vmm::virtio::rng::Rng;
-use bulkhead_vmm::virtio::transport::Slot;
 
 use crate::common::{file, kvm, spec};
 use crate::control::{SPIN, Vmm};

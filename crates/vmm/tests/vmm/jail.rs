@@ -15,7 +15,7 @@ use bulkhead_protocol::control::{Command, Reply};
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps, VmSpec};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
-use crate::common::{Start, kernel, kvm, spec};
+use crate::common::{kernel, kvm, spec};
 use crate::control::{SPIN, Vmm};
 
 /// A machine with a share, and what is beside the share.
@@ -27,7 +27,7 @@ fn jailed(share: &Path) -> Vmm {
         DeviceSpec::Vsock,
         DeviceSpec::Balloon,
     ];
-    let fds: [OwnedFd; 3] = [kvm(), kernel(Start::Long, &SPIN, &[]).into(), share.into()];
+    let fds: [OwnedFd; 3] = [kvm(), kernel(&SPIN, &[]).into(), share.into()];
     vmm.send(1, Command::Boot(VmSpec { vcpus: 2, serial: None, devices, ..spec() }), &fds);
     assert_eq!(vmm.reply(), Some(Reply::Done { id: 1 }));
     vmm

@@ -9,7 +9,7 @@ use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use bulkhead_vmm::descriptors::Descriptors;
 use bulkhead_vmm::machine::{Machine, MachineError};
 
-use crate::common::{Start, build, kernel, run, spec, start_second_vcpu, wait};
+use crate::common::{build, kernel, run, spec, start_second_vcpu, wait};
 
 /// `ud2` without an interrupt table: a triple fault.
 const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
@@ -18,7 +18,7 @@ const SPIN: [u8; 2] = [0xeb, 0xfe];
 /// `mov al, 0xfe; out 0x64, al`
 const KEYBOARD_RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 
-/// 32-bit and 64-bit code that writes a byte to the serial port.
+/// 32-bit code that writes a byte to the serial port.
 fn print(byte: u8) -> Vec<u8> {
     vec![0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee] // mov dx, 0x3f8; mov al, byte; out dx, al
 }
@@ -35,15 +35,15 @@ fn print_register(slot: u32, offset: u32) -> Vec<u8> {
 }
 
 #[test]
-fn triple_fault_in_long_mode_is_a_reset() {
-    let code = [&print(b'L')[..], &TRIPLE_FAULT].concat();
-    assert_eq!(run(&spec(), kernel(Start::Long, &code, &[])), (ExitReason::Reset, b"L".to_vec()));
+fn triple_fault_is_a_reset() {
+    let code = [&print(b'.')[..], &TRIPLE_FAULT].concat();
+    assert_eq!(run(&spec(), kernel(&code, &[])), (ExitReason::Reset, b".".to_vec()));
 }
 
 #[test]
 fn pvh_kernel_finds_magic_and_empty_slots() {
     let code = [print_register(0, 0), print_register(15, 8), TRIPLE_FAULT.to_vec()].concat();
-    assert_eq!(run(&spec(), kernel(Start::Pvh, &code, &[])), (ExitReason::Reset, b"virt\0\0\0\0".to_vec()));
+    assert_eq!(run(&spec(), kernel(&code, &[])), (ExitReason::Reset, b"virt\0\0\0\0".to_vec()));
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn device_has_the_slot_of_its_place_in_the_spec() {
     let mut spec = spec();
     spec.devices = vec![DeviceSpec::Rng, DeviceSpec::Rng];
     let code = [print_register(1, 8), print_register(2, 8), TRIPLE_FAULT.to_vec()].concat();
-    assert_eq!(run(&spec, kernel(Start::Pvh, &code, &[])).1, b"\x04\0\0\0\0\0\0\0");
+    assert_eq!(run(&spec, kernel(&code, &[])).1, b"\x04\0\0\0\0\0\0\0");
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn wild_accesses_to_the_bus_change_nothing() {
     code.extend([0xe5, 0x99, 0xe6, 0x99]); // in eax, 0x99; out 0x99, al
     code.extend(print(b'.'));
     code.extend(TRIPLE_FAULT);
-    assert_eq!(run(&spec(), kernel(Start::Pvh, &code, &[])), (ExitReason::Reset, b".".to_vec()));
+    assert_eq!(run(&spec(), kernel(&code, &[])), (ExitReason::Reset, b".".to_vec()));
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn keyboard_reset_ends_the_guest_and_stop_ends_a_vcpu_that_spins() {
     let mut spec = spec();
     spec.vcpus = 2; // the second one waits for its startup IPI in the kernel
     let code = [&KEYBOARD_RESET[..], &SPIN].concat();
-    let (mut machine, _serial) = build(&spec, kernel(Start::Long, &code, &[])).unwrap();
+    let (mut machine, _serial) = build(&spec, kernel(&code, &[])).unwrap();
     machine.start().unwrap();
     assert_eq!(wait(&machine), ExitReason::Reset);
     machine.stop();
@@ -93,7 +93,7 @@ fn hostile_27_signals_that_interrupt_kvm_change_nothing() {
     let mut code = vec![0xb9, 0xa0, 0x86, 0x01, 0x00, 0xe4, 0x99, 0xe2, 0xfc];
     code.extend(print(b'.'));
     code.extend(TRIPLE_FAULT);
-    let (mut machine, mut serial) = build(&spec(), kernel(Start::Pvh, &code, &[])).unwrap();
+    let (mut machine, mut serial) = build(&spec(), kernel(&code, &[])).unwrap();
     machine.start().unwrap();
     let mut sent = 0;
     while machine.exit().reason().is_none() {
@@ -114,7 +114,7 @@ fn hostile_27_signals_that_interrupt_kvm_change_nothing() {
 
 #[test]
 fn machine_that_was_never_started_can_be_dropped() {
-    drop(build(&spec(), kernel(Start::Long, &SPIN, &[])).unwrap());
+    drop(build(&spec(), kernel(&SPIN, &[])).unwrap());
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn second_vcpu_starts_by_its_startup_ipi() {
     // Real mode: mov dx, 0x3f8; mov al, '2'; out dx, al; mov byte [0x600], 1; jmp .
     let mut second = vec![0xba, 0xf8, 0x03, 0xb0, b'2', 0xee, 0xc6, 0x06, 0x00, 0x06, 0x01];
     second.extend(SPIN);
-    assert_eq!(run(&spec, kernel(Start::Pvh, &first, &second)), (ExitReason::Reset, b"21".to_vec()));
+    assert_eq!(run(&spec, kernel(&first, &second)), (ExitReason::Reset, b"21".to_vec()));
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn bad_specs_are_refused_with_a_reason() {
     let refused = |change: fn(&mut bulkhead_protocol::vmspec::VmSpec)| {
         let mut spec = spec();
         change(&mut spec);
-        match build(&spec, kernel(Start::Long, &SPIN, &[])) {
+        match build(&spec, kernel(&SPIN, &[])) {
             Ok(_) => panic!("accepted"),
             Err(error) => error.to_string(),
         }
@@ -157,7 +157,7 @@ fn what_is_no_kernel_or_no_kvm_is_refused_with_a_reason() {
     assert!(error.to_string().contains("uncompressed ELF"), "{error}");
 
     let null = OwnedFd::from(File::open("/dev/null").unwrap());
-    let fds = Descriptors::new(vec![null, kernel(Start::Long, &SPIN, &[]).into()]);
+    let fds = Descriptors::new(vec![null, kernel(&SPIN, &[]).into()]);
     let result = Machine::build(&spec(), fds, Box::new(|| {}));
     let Err(MachineError::Kvm(error)) = result else { panic!("accepted") };
     assert!(error.to_string().contains("/dev/kvm"), "{error}");
@@ -169,7 +169,7 @@ fn initramfs_that_does_not_fit_is_refused() {
     (spec.initramfs, spec.serial) = (Some(FdIndex(2)), None);
     let initramfs = tempfile::tempfile().unwrap();
     initramfs.set_len(16 << 20).unwrap();
-    let fds = Descriptors::new(vec![crate::common::kvm(), kernel(Start::Long, &SPIN, &[]).into(), initramfs.into()]);
+    let fds = Descriptors::new(vec![crate::common::kvm(), kernel(&SPIN, &[]).into(), initramfs.into()]);
     let Err(error) = Machine::build(&spec, fds, Box::new(|| {})) else { panic!("accepted") };
     assert!(error.to_string().contains("more memory"), "{error}");
 }

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bulkhead_vmm::event_loop::EventLoop;
-use bulkhead_vmm::kvm::create_memory;
+use bulkhead_vmm::memory::create_memory;
 use bulkhead_vmm::virtio::net::{Net, NetError};
 use bulkhead_vmm::virtio::{ActivateError, Activation, Interrupt, VirtioDevice};
 use rustix::thread::UnshareFlags;

@@ -177,7 +177,10 @@ impl Supervisor {
             Reply::GuestReady => self.tell_ready(Ok(self.built)),
             Reply::GuestExited { reason } => {
                 if self.end_soon() {
-                    tracing::info!(?reason, "the guest has ended");
+                    match reason {
+                        ExitReason::NoTask => tracing::error!("the guest has ended: {}", ExitReason::NO_TASK),
+                        _ => tracing::info!(?reason, "the guest has ended"),
+                    }
                     self.reason = Some(reason);
                 }
             }
@@ -254,6 +257,7 @@ fn early_end(status: Option<ExitStatus>, reason: Option<ExitReason>) -> VmError 
     let how = match reason {
         Some(ExitReason::Reset) => "it reset itself, as its kernel does when it panics",
         Some(ExitReason::VcpuFault) => "its vCPU met something that KVM cannot go on from",
+        Some(ExitReason::NoTask) => ExitReason::NO_TASK,
         None => "the VMM ended",
     };
     VmError::DiedEarly { how, last_words: String::new() }

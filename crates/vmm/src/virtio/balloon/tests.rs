@@ -118,6 +118,6 @@ fn hostile_13_report_of_the_devices_own_rings_stops_the_device_until_a_reset() {
 }
 
 /// The used index of the queue at 0x12_0000.
-fn used_index(memory: &crate::virtio::Memory) -> u16 {
+fn used_index(memory: &crate::memory::Memory) -> u16 {
     memory.read_obj(GuestAddress(0x12_3002)).unwrap()
 }

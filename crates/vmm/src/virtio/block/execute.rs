@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::file_io::{self, Direction};
 use super::request::{Kind, ParseError, Request, parse};
@@ -36,6 +36,25 @@ impl Outcome {
     }
 }
 
+/// Answers a chain of a disk that is gone; returns the bytes that were written to it.
+pub fn refuse(chain: &Chain) -> usize {
+    match parse(chain) {
+        Ok(Request { status, .. }) | Err(ParseError::Malformed { status }) => {
+            finish(chain.memory(), status, &Outcome::error())
+        }
+        Err(ParseError::NoStatus) => 0,
+    }
+}
+
+/// Writes the status; returns the bytes that were written to the chain.
+fn finish(memory: &GuestMemoryMmap, status_at: GuestAddress, outcome: &Outcome) -> usize {
+    let status = u8::try_from(outcome.status).unwrap_or(u8::MAX);
+    match memory.write_obj(status, status_at) {
+        Ok(()) => outcome.written + 1,
+        Err(_) => 0,
+    }
+}
+
 impl Disk {
     /// Answers one chain; returns the bytes that were written to it.
     pub fn answer(&self, chain: &Chain) -> usize {
@@ -45,11 +64,7 @@ impl Disk {
             Err(ParseError::Malformed { status }) => (status, Outcome::error()),
             Err(ParseError::NoStatus) => return 0,
         };
-        let status = u8::try_from(outcome.status).unwrap_or(u8::MAX);
-        match memory.write_obj(status, status_at) {
-            Ok(()) => outcome.written + 1,
-            Err(_) => 0,
-        }
+        finish(memory, status_at, &outcome)
     }
 
     fn execute(&self, request: &Request, memory: &GuestMemoryMmap) -> Outcome {

@@ -10,7 +10,7 @@ use super::{SECTOR, SEG_MAX};
 use crate::virtio::ring::Chain;
 
 /// Most bytes of data in one request: more than Linux ever puts into one (max_sectors_kb is 1280), and bounds what a
-/// slow disk has to do before a reset.
+/// slow disk has to do before a reset is over: the worker looks for one after each request.
 const MAX_DATA: u64 = 16 << 20;
 const HEADER_LEN: u32 = 16;
 

@@ -1,9 +1,12 @@
+mod hanging;
+
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::Memory;
+use crate::memory::Memory;
+use crate::virtio::stop::Stop;
 use crate::virtio::testing::{DriverQueue, Ends, INDIRECT, NEXT, TestInterrupt, WRITE, activation, memory};
 
 const HEADER: u64 = 0x4000;
@@ -45,7 +48,9 @@ impl Fixture {
         let interrupt = Arc::new(TestInterrupt::default());
         let mut activation = activation(&self.memory, 0, &[&self.driver], &interrupt);
         let disk = &self.disk;
-        RequestWorker::new("block", &mut activation, 0, |chain| disk.answer(&chain)).unwrap().serve().unwrap();
+        let mut worker = Worker::new(|chain: &Chain| disk.answer(chain), Arc::default());
+        let mut ring = Ring::take(&mut activation, 0).unwrap();
+        worker.serve_once(&mut ring, &Stop::new().unwrap()).unwrap();
         let used = std::iter::from_fn(|| self.driver.take_used()).last().unwrap();
         self.driver = DriverQueue::new(&self.memory, 0x1_0000, 128);
         (used.1, self.memory.read_obj(GuestAddress(STATUS)).unwrap())
@@ -193,7 +198,7 @@ fn hostile_05_indirect_table_is_followed_and_a_bad_one_is_given_back() {
 fn hostile_02_config_reads_past_its_end_are_zero() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[0; 2048]).unwrap();
-    let block = Block::new(file.into(), true, "disk", EventLoop::spawn().unwrap()).unwrap();
+    let block = Block::new(file.into(), true, "disk", DiskThread::alone().unwrap()).unwrap();
     let mut data = [0; 8];
     block.read_config(0, &mut data);
     assert_eq!(u64::from_le_bytes(data), 4);
@@ -211,7 +216,7 @@ fn hostile_08_discard_and_write_zeroes_are_not_offered_and_unsupported() {
     const SECURE_ERASE: u32 = 14;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[0; 512]).unwrap();
-    let block = Block::new(file.into(), false, "", EventLoop::spawn().unwrap()).unwrap();
+    let block = Block::new(file.into(), false, "", DiskThread::alone().unwrap()).unwrap();
     assert_eq!(block.features() & (1 << 13 | 1 << 14 | 1 << 16), 0);
     let mut fixture = fixture(false);
     // struct virtio_blk_discard_write_zeroes: sector, num_sectors, flags; within the disk, beyond it, wrapping.
@@ -241,9 +246,9 @@ fn hostile_08_image_that_claims_another_format_is_read_as_it_is() {
         assert_eq!(fixture.request(OUT, 0, 512), (1, 0));
         // As after the next start of the machine.
         let file = fixture.disk.file.try_clone().unwrap();
-        let block = Block::new(file.into(), false, "", EventLoop::spawn().unwrap()).unwrap();
-        fixture.disk.sectors = block.disk.sectors;
-        assert_eq!(block.disk.sectors, 4);
+        let block = Block::new(file.into(), false, "", DiskThread::alone().unwrap()).unwrap();
+        fixture.disk.sectors = block.sectors;
+        assert_eq!(block.sectors, 4);
         fixture.memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
         assert_eq!(fixture.request(IN, 0, 512), (513, 0));
         let mut read = vec![0; 512];
@@ -302,7 +307,7 @@ fn hostile_06_header_that_changes_after_it_was_read_changes_nothing() {
     fixture.driver.add(&[HEADER_BUFFER, (DATA, 512, true), STATUS_BUFFER]);
     let interrupt = Arc::new(TestInterrupt::default());
     let mut activation = activation(&fixture.memory, 0, &[&fixture.driver], &interrupt);
-    let mut ring = crate::virtio::ring::Ring::take(&mut activation, 0).unwrap();
+    let mut ring = Ring::take(&mut activation, 0).unwrap();
     let parsed = request::parse(&ring.pop().unwrap().unwrap()).unwrap();
     fixture.header(OUT, u64::MAX);
     fixture.driver.descriptor(1, u64::MAX - 511, 512, NEXT, 2);

@@ -3,7 +3,7 @@ use std::io::{PipeReader, Read};
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, TestInterrupt, activation, memory};
 
 const RINGS: u64 = 0x1_0000;

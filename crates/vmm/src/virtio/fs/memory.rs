@@ -8,7 +8,7 @@ use virtiofsd::descriptor_utils::Reader;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// Names the dirty log's type, which is in a crate that nothing else here needs.
 pub trait Logged {

@@ -27,7 +27,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -38,10 +37,11 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
 use self::locks::Watches;
-use self::worker::{Stop, Worker};
+use self::worker::{Messages, Queues};
+use crate::guest_log;
 use crate::jail::{self, Kind};
 
-use super::ring::event_fd;
+use super::serving::{Orders, Serving};
 use super::{ActivateError, Activation, VirtioDevice, read_config};
 
 /// hiprio (FORGET, INTERRUPT) and one request queue. A request takes one slot with an indirect table; 1024 lets a guest
@@ -67,32 +67,19 @@ const RESERVED_FDS: u64 = 2048;
 /// overlayfs needs on a volume that it writes, under a name that it cannot use otherwise.
 const ATTRIBUTES: &str = ":prefix:all:trusted.:user.bulkhead.: :bad:client:user.bulkhead.:: :ok:all:::";
 
-/// How long a reset waits for a request that is in a host file system (a dead NFS server, say). A driver resets rarely,
-/// and its vCPU waits meanwhile.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The device. Its thread lives as long as it does: one that a vCPU's thread started would be confined as that is.
+/// The device. Its thread lives as long as it does: one that a vCPU's thread started would be confined as that is. A request
+/// may be in a file system of the host that hangs (a dead NFS server, say), and nobody but the thread waits for that.
 pub struct Fs {
     /// struct virtio_fs_config: tag, number of request queues.
     config: [u8; TAG_LEN + 4],
     guest_fds: u64,
-    orders: SyncSender<Order>,
-    running: Option<Running>,
+    serving: Serving<Share>,
 }
 
-/// What the thread is to serve.
-struct Order {
-    activation: Activation,
+/// What the thread serves in an activation.
+struct Share {
+    queues: Queues,
     guest_fds: u64,
-    stop: Arc<Stop>,
-    started: SyncSender<Result<(), ActivateError>>,
-    ended: SyncSender<()>,
-}
-
-/// A server at work.
-struct Running {
-    stop: Arc<Stop>,
-    ended: Receiver<()>,
 }
 
 impl Fs {
@@ -110,58 +97,38 @@ impl Fs {
         let mut config = [0; TAG_LEN + 4];
         let fields = bytes.iter().chain(std::iter::repeat_n(&0, TAG_LEN - bytes.len())).chain(&[1, 0, 0, 0]);
         config.iter_mut().zip(fields).for_each(|(to, from)| *to = *from);
-        let guest_fds = guest_fd_limit()?;
-        let ids = ids.clone();
-        let (orders, queue) = sync_channel(1);
+        let (guest_fds, ids) = (guest_fd_limit()?, ids.clone());
+        let (serving, orders) = Serving::new();
         let watches = Arc::new(Watches::start(locks::WATCHES, &root).map_err(FsError::Thread)?);
         thread::Builder::new()
             .name(Kind::FileServer.name().into())
-            .spawn(move || serve(&root, &ids, &queue, &watches))
+            .spawn(move || serve(&root, &ids, orders, &watches))
             .map_err(FsError::Thread)?;
-        Ok(Self { config, guest_fds, orders, running: None })
-    }
-
-    fn start(&self, activation: Activation) -> Result<Running, ActivateError> {
-        let host = |action| move |source| ActivateError::Host { action, source };
-        let busy = || {
-            host("start the file server: the last one waits for a file system of the host")(
-                io::ErrorKind::TimedOut.into(),
-            )
-        };
-        let stop = Arc::new(Stop::new(event_fd().map_err(host("make an event for the file server"))?));
-        let (started, ready) = sync_channel(1);
-        let (end, ended) = sync_channel(1);
-        let guest_fds = self.guest_fds;
-        let order = Order { activation, guest_fds, stop: Arc::clone(&stop), started, ended: end };
-        self.orders.try_send(order).map_err(|_| busy())?;
-        match ready.recv_timeout(STOP_TIMEOUT) {
-            Ok(Ok(())) => Ok(Running { stop, ended }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => {
-                stop.request();
-                Err(busy())
-            }
-        }
+        Ok(Self { config, guest_fds, serving })
     }
 }
 
 /// The thread: one order after the other, to the end of the device.
-fn serve(root: &OwnedFd, ids: &IdMaps, orders: &Receiver<Order>, watches: &Arc<Watches>) {
+fn serve(root: &OwnedFd, ids: &IdMaps, orders: Orders<Share>, watches: &Arc<Watches>) {
     let own = worker::own_file_system_attributes();
     jail::confine_thread(Kind::FileServer);
-    for Order { activation, guest_fds, stop, started, ended } in orders {
-        let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
-        let worker = entered
-            .map_err(|source| ActivateError::Host { action: "enter the share", source })
-            .and_then(|()| Worker::new(activation, server_config(guest_fds, ids), Arc::clone(watches), stop));
-        match worker {
-            Ok(mut worker) => {
-                let _ = started.send(Ok(()));
-                worker.run();
-            }
-            Err(error) => drop(started.send(Err(error))),
+    for mut order in orders {
+        if order.stop.is_requested() {
+            continue;
         }
-        let _ = ended.send(());
+        let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
+        let Share { queues, guest_fds } = &mut order.work;
+        let config = server_config(*guest_fds, ids);
+        let server = entered.and_then(|()| Messages::new(&queues.memory, config, Arc::clone(watches)));
+        match server {
+            // The driver is told before the server is taken apart, which may take long.
+            Ok(server) => {
+                if let Err(error) = worker::serve(&server, queues, &order.stop) {
+                    order.fail(|| guest_log!("fs: {error}"));
+                }
+            }
+            Err(error) => order.fail(|| guest_log!("fs: cannot start the file server: {error}")),
+        }
     }
 }
 
@@ -183,48 +150,47 @@ impl VirtioDevice for Fs {
         read_config(&self.config, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
-        self.running = Some(self.start(activation)?);
-        Ok(())
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queues = Queues::take(&mut activation)?;
+        self.serving.start(Share { queues, guest_fds: self.guest_fds }, activation.interrupt)
     }
 
     fn reset(&mut self) {
-        let Some(Running { stop, ended }) = self.running.take() else { return };
-        stop.request();
-        // If it hangs in the host's kernel: when that lets go it sees the stop, returns nothing to the guest and ends.
-        let _ = ended.recv_timeout(STOP_TIMEOUT);
+        self.serving.stop();
     }
-}
 
-impl Drop for Fs {
-    fn drop(&mut self) {
-        self.reset();
+    fn is_stopped(&self) -> bool {
+        self.serving.is_stopped()
     }
 }
 
 /// The server without its thread: it serves when it is told to, in the thread that has made it, whose working directory
 /// becomes the share.
 #[cfg(feature = "testing")]
-pub struct Inline(Worker);
+pub struct Inline {
+    server: Messages,
+    queues: Queues,
+    stop: super::stop::Stop,
+}
 
 #[cfg(feature = "testing")]
 impl Inline {
     /// A server of `root` that lets the guest hold so many descriptors.
-    pub fn new(root: &OwnedFd, guest_fds: u64, activation: Activation) -> Result<Self, ActivateError> {
-        let event = event_fd().map_err(|source| ActivateError::Host { action: "make an event", source })?;
+    pub fn new(root: &OwnedFd, guest_fds: u64, mut activation: Activation) -> Result<Self, ActivateError> {
+        let host = |action| move |source| ActivateError::Host { action, source };
         worker::own_file_system_attributes()
             .and_then(|()| fchdir(root))
-            .map_err(|error| ActivateError::Host { action: "enter the share", source: error.into() })?;
-        let watches =
-            Watches::start(0, root).map_err(|source| ActivateError::Host { action: "watch locks", source })?;
-        let stop = Arc::new(Stop::new(event));
-        Worker::new(activation, server_config(guest_fds, &IdMaps::default()), Arc::new(watches), stop).map(Self)
+            .map_err(|error| host("enter the share")(error.into()))?;
+        let watches = Arc::new(Watches::start(0, root).map_err(host("watch locks"))?);
+        let queues = Queues::take(&mut activation)?;
+        let config = server_config(guest_fds, &IdMaps::default());
+        let server = Messages::new(&queues.memory, config, watches).map_err(host("start the file server"))?;
+        Ok(Self { server, queues, stop: super::stop::Stop::new().map_err(host("make an event"))? })
     }
 
     /// Serves what is in the queues now.
     pub fn serve(&mut self) -> Result<(), super::ring::RingError> {
-        self.0.serve_once()
+        worker::serve_once(&self.server, &mut self.queues, &self.stop)
     }
 }
 

@@ -14,8 +14,9 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Fs;
-use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
-use crate::virtio::{Memory, VirtioDevice};
+use crate::memory::Memory;
+use crate::virtio::VirtioDevice;
+use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 
 /// Opcodes of fuse.h.
 mod opcode {
@@ -101,6 +102,7 @@ impl Guest {
 
     fn restart(&mut self) {
         self.device.reset();
+        wait_stopped(&self.device);
         self.hiprio = DriverQueue::new(&self.memory, 0x1_0000, 16);
         self.requests = DriverQueue::new(&self.memory, 0x2_0000, 16);
         self.start();

@@ -1,12 +1,10 @@
 //! The file server's thread: waits for both queues and the stop event, and hands each message to virtiofsd.
-#![allow(unsafe_code)] // reason: unshare(2), and an event's descriptor to wait for
+#![allow(unsafe_code)] // reason: unshare(2)
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -15,14 +13,15 @@ use virtiofsd::fuse::{FileLock, InHeader, InterruptIn, LkIn, LkOut, Opcode, OutH
 use virtiofsd::passthrough::{Config, PassthroughFs};
 use virtiofsd::server::Server;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::guard::{Guard, Opened};
 use super::locks::{How, Locks, Watches, Wish};
 use super::memory::ServerMemory;
-use crate::guest_log;
-use crate::virtio::ring::{Chain, Ring, RingError, Step};
-use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
+use crate::memory::Memory;
+use crate::virtio::ring::{Chain, Ring, RingError, Step, is_too_long};
+use crate::virtio::stop::Stop;
+use crate::virtio::wait::{fd, wait};
+use crate::virtio::{ActivateError, Activation};
 
 /// Requests before the other queue and the stop event are looked at again.
 const BUDGET: usize = 32;
@@ -39,123 +38,75 @@ pub fn own_file_system_attributes() -> Result<(), Errno> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
 }
 
-/// How the thread is told to end.
-pub struct Stop {
-    requested: AtomicBool,
-    event: EventFd,
-}
-
-impl Stop {
-    pub fn new(event: EventFd) -> Self {
-        Self { requested: AtomicBool::new(false), event }
-    }
-
-    pub fn request(&self) {
-        self.requested.store(true, Ordering::Release);
-        // It can only fail by overflow, and then the event is readable as it is.
-        let _ = self.event.write(1);
-    }
-
-    fn is_requested(&self) -> bool {
-        self.requested.load(Ordering::Acquire)
-    }
-}
-
-/// The thread's state.
-pub struct Worker {
+/// What the driver has given the device.
+pub struct Queues {
+    /// The guest's memory.
+    pub memory: Memory,
     hiprio: Ring,
     requests: Ring,
-    server: Messages,
-    interrupt: Arc<dyn Interrupt>,
-    stop: Arc<Stop>,
 }
 
-impl Worker {
-    /// To be called in the thread that will run it, whose working directory is the share.
-    pub fn new(
-        mut activation: Activation,
-        config: Config,
-        watches: Arc<Watches>,
-        stop: Arc<Stop>,
-    ) -> Result<Self, ActivateError> {
-        let host = |action| move |source| ActivateError::Host { action, source };
+impl Queues {
+    /// Takes them out of an activation.
+    pub fn take(activation: &mut Activation) -> Result<Self, ActivateError> {
         Ok(Self {
-            hiprio: Ring::take(&mut activation, HIPRIO_QUEUE)?,
-            requests: Ring::take(&mut activation, REQUEST_QUEUE)?,
-            server: Messages::new(&activation.memory, config, watches).map_err(host("start the file server"))?,
-            interrupt: activation.interrupt,
-            stop,
+            hiprio: Ring::take(activation, HIPRIO_QUEUE)?,
+            requests: Ring::take(activation, REQUEST_QUEUE)?,
+            memory: Arc::clone(&activation.memory),
         })
     }
+}
 
-    /// Serves until it is stopped, or until the driver breaks a queue.
-    pub fn run(&mut self) {
-        let result = self.serve();
-        if let Err(error) = result
-            && !self.stop.is_requested()
-        {
-            guest_log!("fs: {error}");
-            self.interrupt.needs_reset();
+/// Serves until it is stopped, or until the driver breaks a queue.
+pub fn serve(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), RingError> {
+    let Queues { hiprio, requests, .. } = queues;
+    loop {
+        let [stopped, hiprio_kicked, requests_kicked, watches] =
+            wait([fd(stop.event()), fd(hiprio.kick()), fd(requests.kick()), fd(server.locks.watches().event())]);
+        if stopped {
+            return Ok(());
         }
-    }
-
-    fn serve(&mut self) -> Result<(), RingError> {
-        loop {
-            let [stop, hiprio, requests, watches] = wait([
-                fd(&self.stop.event),
-                fd(self.hiprio.kick()),
-                fd(self.requests.kick()),
-                fd(self.server.locks.watches().event()),
-            ]);
-            if stop || self.stop.is_requested() {
-                return Ok(());
-            }
-            if hiprio {
-                self.hiprio.clear_kick();
-                drain(&mut self.hiprio, &self.server, &self.stop)?;
-            }
-            if watches {
-                self.server.locks.look_at_watches();
-            }
-            if hiprio || watches {
-                settle(&mut self.requests, &self.server)?;
-            }
-            if requests {
-                self.requests.clear_kick();
-                drain(&mut self.requests, &self.server, &self.stop)?;
-            }
+        if hiprio_kicked {
+            hiprio.clear_kick();
+            drain(hiprio, server, stop)?;
+        }
+        if watches {
+            server.locks.look_at_watches();
+        }
+        if hiprio_kicked || watches {
+            settle(requests, server, stop)?;
+        }
+        if requests_kicked {
+            requests.clear_kick();
+            drain(requests, server, stop)?;
         }
     }
 }
 
+/// Serves both queues, whether they were kicked or not, up to the budget of each.
 #[cfg(feature = "testing")]
-impl Worker {
-    /// Serves both queues, whether they were kicked or not, up to the budget of each.
-    pub fn serve_once(&mut self) -> Result<(), RingError> {
-        drain(&mut self.hiprio, &self.server, &self.stop)?;
-        settle(&mut self.requests, &self.server)?;
-        drain(&mut self.requests, &self.server, &self.stop)
-    }
+pub fn serve_once(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), RingError> {
+    drain(&mut queues.hiprio, server, stop)?;
+    settle(&mut queues.requests, server, stop)?;
+    drain(&mut queues.requests, server, stop)
 }
 
 fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
+    let Some(mut held) = stop.hold() else { return Ok(()) };
     ring.drain(BUDGET, |ring| {
-        if stop.is_requested() {
-            return Ok(Step::Stop);
-        }
         let Some(chain) = ring.pop()? else { return Ok(Step::Empty) };
         let head = chain.head_index();
         let is_request = ring.index() == REQUEST_QUEUE;
-        let written = server.handle(chain, is_request);
-        if stop.is_requested() {
-            // The driver may have taken the ring back while the request was in the host's kernel.
-            return Ok(Step::Stop);
-        }
+        let served = held.during(|| {
+            let written = server.handle(chain, is_request);
+            (written, if is_request { server.settled() } else { Vec::new() })
+        });
+        let Some((written, settled)) = served else { return Ok(Step::Over) };
         if let Some(written) = written {
             ring.push(head, written)?;
         }
-        if is_request {
-            settle(ring, server)?;
+        for (head, written) in settled {
+            ring.push(head, written)?;
         }
         // A reply may be all that the guest waits for; the next request may take long.
         ring.notify()?;
@@ -164,27 +115,17 @@ fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingErro
 }
 
 /// Answers the requests that have waited for a lock.
-fn settle(ring: &mut Ring, server: &Messages) -> Result<(), RingError> {
-    for (head, written) in server.settled() {
+fn settle(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
+    let Some(mut held) = stop.hold() else { return Ok(()) };
+    let Some(settled) = held.during(|| server.settled()) else { return Ok(()) };
+    for (head, written) in settled {
         ring.push(head, written)?;
     }
     ring.notify()
 }
 
-fn fd(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: The descriptor is open as long as `event` is borrowed.
-    unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(event)) }
-}
-
-/// poll(2): which of the descriptors are readable. It fails for signals and want of memory, which pass.
-fn wait<const N: usize>(fds: [BorrowedFd<'_>; N]) -> [bool; N] {
-    let mut polled = fds.each_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
-    while poll(&mut polled, None).is_err() {}
-    polled.each_ref().map(|fd| !fd.revents().is_empty())
-}
-
 /// virtiofsd over guest memory, and the locks that it does not have.
-struct Messages {
+pub struct Messages {
     memory: ServerMemory,
     server: Server<Guard<PassthroughFs, Waiting>>,
     files: Opened<PassthroughFs>,
@@ -199,7 +140,8 @@ struct Waiting {
 }
 
 impl Messages {
-    fn new(memory: &Memory, mut config: Config, watches: Arc<Watches>) -> io::Result<Self> {
+    /// To be called in the thread that will serve, whose working directory is the share.
+    pub fn new(memory: &Memory, mut config: Config, watches: Arc<Watches>) -> io::Result<Self> {
         let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
         let descriptors = match &config.proc_sfd_rawfd {
             Some(descriptors) => descriptors.try_clone()?,
@@ -215,6 +157,10 @@ impl Messages {
     /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none. `None` if
     /// there will be a reply later, see [`Self::settled`].
     fn handle(&self, chain: Chain, is_request: bool) -> Option<usize> {
+        // virtiofsd would look at every one of the 65535 that an indirect table can hold.
+        if is_too_long(&chain) {
+            return Some(0);
+        }
         let memory = self.memory.get();
         let (Ok(reader), Ok(writer)) = (Reader::new(memory, chain.clone()), Writer::new(memory, chain.clone())) else {
             return Some(0);

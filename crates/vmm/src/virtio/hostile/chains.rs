@@ -3,7 +3,7 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{SIZE, for_every_device};
-use crate::virtio::Memory;
+use crate::memory::Memory;
 use crate::virtio::testing::{DriverQueue, INDIRECT, NEXT, WRITE};
 
 /// Half of the memory.

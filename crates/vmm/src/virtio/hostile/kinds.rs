@@ -63,8 +63,8 @@ impl Interrupt for Stuck {
 }
 
 #[test]
-fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
-    let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
+fn hostile_08_disk_whose_thread_hangs_starves_no_other_device_and_no_other_disk() {
+    let mut builder = DeviceBuilder::new(None, Box::new(|| {}), 2).unwrap();
     let device_loop = builder.event_loop();
     let mut build = |spec: DeviceSpec, file: Option<File>| {
         let fds = file.into_iter().map(OwnedFd::from).collect();
@@ -72,9 +72,12 @@ fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
         Rig { device, ..rig(&spec, EventLoop::spawn().unwrap()) }
     };
     let block = DeviceSpec::Block { file: FdIndex(0), read_only: false, serial: String::new() };
-    let image = tempfile::tempfile().unwrap();
-    image.set_len(4096).unwrap();
-    let mut disk = build(block, Some(image));
+    let image = || {
+        let image = tempfile::tempfile().unwrap();
+        image.set_len(4096).unwrap();
+        Some(image)
+    };
+    let mut disk = build(block.clone(), image());
 
     let ((reached, hangs), (release, released)) = (channel(), channel());
     let memory = memory();
@@ -101,6 +104,7 @@ fn hostile_08_disk_whose_thread_hangs_starves_no_other_device() {
     let share = tempfile::tempdir().unwrap();
     for mut other in [
         net,
+        build(block, image()),
         build(DeviceSpec::Rng, None),
         build(DeviceSpec::Vsock, None),
         build(DeviceSpec::Balloon, None),
@@ -139,7 +143,7 @@ fn hostile_12_there_is_no_pmem_device_and_no_other_kind_than_these() {
 #[test]
 fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused_with_a_reason() {
     let refusal = |spec: &DeviceSpec, fds: Vec<OwnedFd>| {
-        let mut builder = DeviceBuilder::new(None, Box::new(|| {})).unwrap();
+        let mut builder = DeviceBuilder::new(None, Box::new(|| {}), 1).unwrap();
         builder.build(spec, &mut Descriptors::new(fds)).err().map(|error| error.to_string())
     };
     let wrong = FdIndex(usize::MAX);

@@ -15,18 +15,19 @@ use std::sync::Arc;
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, IdMaps};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::VirtioDevice;
 use super::balloon::Balloon;
-use super::block::Block;
+use super::block::{Block, DiskThread};
 use super::console::Console;
 use super::fs::Fs;
-use super::mem::{Backing, Mem};
+use super::mem::Mem;
 use super::net::tests::Wired;
 use super::rng::Rng;
-use super::testing::{DriverQueue, TestInterrupt, activation, memory};
+use super::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 use super::vsock::Vsock;
-use super::{Memory, VirtioDevice};
 use crate::event_loop::EventLoop;
 use crate::layout::MEMORY_BLOCK;
+use crate::memory::{Backing, Memory};
 
 /// Small enough for every device; a power of two.
 const SIZE: u16 = 8;
@@ -95,7 +96,8 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
         DeviceSpec::Block { read_only, serial, .. } => {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&[1; 4096]).unwrap();
-            let device = Block::new(file.into(), *read_only, serial, event_loop).unwrap();
+            let thread = DiskThread::alone().unwrap();
+            let device = Block::new(file.into(), *read_only, serial, thread).unwrap();
             rig("block", Box::new(device), 0, vec![0; 16], 513, Box::new(()))
         }
         DeviceSpec::Console { .. } => {
@@ -150,6 +152,7 @@ impl Rig {
     }
 
     fn activate(&mut self, memory: &Memory, queues: &[DriverQueue], interrupt: &Arc<TestInterrupt>) {
+        wait_stopped(self.device.as_ref());
         let queues: Vec<_> = queues.iter().collect();
         let activation = activation(memory, self.device.features(), &queues, interrupt);
         self.device.activate(activation).unwrap();

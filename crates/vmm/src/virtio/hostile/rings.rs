@@ -142,7 +142,7 @@ fn hostile_07_rings_that_are_wiped_stop_the_device_until_a_reset() {
         for _ in 0..3 {
             assert!(rig.ask(&mut session).is_some(), "{}", rig.name);
         }
-        assert!(crate::kvm::discard(&session.memory, 0x1_0000, 0x4_0000));
+        assert!(crate::memory::discard(&session.memory, 0x1_0000, 0x4_0000));
         rig.breaks(&mut session, bystander);
     });
 }

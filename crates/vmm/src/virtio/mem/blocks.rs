@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use super::Backing;
 use crate::guest_log;
 use crate::layout::MEMORY_BLOCK;
+use crate::memory::Backing;
 
 /// Unit of plugging: what a huge page of the host has.
 pub const BLOCK: u64 = 2 << 20;

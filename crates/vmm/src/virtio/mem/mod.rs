@@ -7,7 +7,6 @@
 mod blocks;
 mod request;
 
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -16,29 +15,12 @@ use self::blocks::Blocks;
 use super::worker::RequestWorker;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::event_loop::{EventLoop, WorkerGuard};
+use crate::memory::Backing;
 
 const QUEUES: [u16; 1] = [64];
 
 /// Section 5.15.3: the driver must not touch what is not plugged.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
-
-/// Where the memory is, and how it comes and goes.
-pub trait Backing: Send {
-    /// Guest-physical address of the region, a multiple of [`MEMORY_BLOCK`](crate::layout::MEMORY_BLOCK).
-    fn start(&self) -> u64;
-
-    /// Size of the region in bytes, a multiple of the same.
-    fn size(&self) -> u64;
-
-    /// Gives the guest the memory block with this number.
-    fn attach(&mut self, block: usize) -> io::Result<()>;
-
-    /// Takes it away.
-    fn detach(&mut self, block: usize) -> io::Result<()>;
-
-    /// Gives a range of guest-physical memory back to the host; it reads as zeros if the guest ever gets it again.
-    fn discard(&mut self, address: u64, len: u64);
-}
 
 /// Called with the MiB that are plugged, when a requested size has been reached or another was requested.
 pub type OnResized = Box<dyn FnOnce(u64) + Send>;

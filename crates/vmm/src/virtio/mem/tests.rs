@@ -1,5 +1,6 @@
 //! The driver's requests, honest or not, and the sizes that are asked of it.
 
+use std::io;
 use std::sync::mpsc;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -131,7 +132,7 @@ fn sizes_are_whole_blocks_within_the_region() {
 }
 
 /// A request at 1 MiB with room for its answer behind it.
-fn send(queue: &mut DriverQueue, memory: &crate::virtio::Memory, request: &[u8]) {
+fn send(queue: &mut DriverQueue, memory: &crate::memory::Memory, request: &[u8]) {
     memory.write_slice(request, GuestAddress(0x10_0000)).unwrap();
     memory.write_slice(&[0xff; 16], GuestAddress(0x10_0100)).unwrap();
     queue.add(&[(0x10_0000, u32::try_from(request.len()).unwrap(), false), (0x10_0100, 16, true)]);

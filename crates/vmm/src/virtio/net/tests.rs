@@ -5,7 +5,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 use crate::virtio::testing::{DriverQueue, Ends, TestInterrupt, activation, memory};
 
 const HEADER: usize = header::HEADER_LEN;

@@ -14,9 +14,10 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TS
 use super::header::{ETHERNET_LEN, HEADER_LEN, MAX_FRAME, NUM_BUFFERS, Offloads};
 use super::tap::Tap;
 use crate::guest_log;
+use crate::memory::Memory;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::ring::{Ring, RingError, Step};
-use crate::virtio::{ActivateError, Activation, Interrupt, Memory};
+use crate::virtio::{ActivateError, Activation, Interrupt};
 
 /// Frames for one event: 4 MiB of the largest, some milliseconds of copying.
 const BUDGET: usize = 64;

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::Memory;
+use crate::memory::Memory;
 use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
 
 /// Answers one chain of these buffers; how many bytes were written.

@@ -18,7 +18,8 @@ use super::interrupt::MmioInterrupt;
 use super::queue::QueueRegisters;
 use crate::bus::BusDevice;
 use crate::guest_log;
-use crate::virtio::{Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use crate::memory::Memory;
+use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// "virt".
 pub const MAGIC: u32 = 0x7472_6976;
@@ -28,8 +29,10 @@ pub const VERSION: u32 = 2;
 const VENDOR: u32 = 0x484b_4c42;
 
 // Table 4.1: register offsets.
-pub(super) const REG_MAGIC: u64 = 0x000;
-pub(super) const REG_VERSION: u64 = 0x004;
+/// MagicValue.
+pub const REG_MAGIC: u64 = 0x000;
+/// Version.
+pub const REG_VERSION: u64 = 0x004;
 const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
 const DEVICE_FEATURES: u64 = 0x010;
@@ -40,7 +43,8 @@ const QUEUE_SEL: u64 = 0x030;
 const QUEUE_NUM_MAX: u64 = 0x034;
 const QUEUE_NUM: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
-pub(super) const QUEUE_NOTIFY: u64 = 0x050;
+/// QueueNotify, the doorbell of all queues.
+pub const QUEUE_NOTIFY: u64 = 0x050;
 const INTERRUPT_STATUS: u64 = 0x060;
 const INTERRUPT_ACK: u64 = 0x064;
 const STATUS: u64 = 0x070;
@@ -134,6 +138,7 @@ impl MmioTransport {
                 queue.map_or(0, |queue| u32::from(queue.ready))
             }
             INTERRUPT_STATUS => self.interrupt.status(),
+            STATUS if self.is_resetting() => NEEDS_RESET,
             STATUS => self.status | if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 },
             // No device has shared memory: a length and a base of all ones (section 4.2.2).
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
@@ -206,9 +211,21 @@ impl MmioTransport {
         }
     }
 
+    /// Whether a request from before the last reset is still in the host (see [`crate::virtio::stop`]). The reset is over when
+    /// the status reads as 0 (section 2.4.1), and until then the driver can do nothing with the device.
+    fn is_resetting(&self) -> bool {
+        self.status == 0 && !self.device.is_stopped()
+    }
+
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.reset();
+            return;
+        }
+        if self.is_resetting() {
+            guest_log!(
+                "status {value:#x} before the reset is over: the device's file or disk on the host does not answer"
+            );
             return;
         }
         let added = value & !self.status & !NEEDS_RESET;
@@ -276,6 +293,11 @@ impl MmioTransport {
             active.push(Some(ActiveQueue { queue, kick }));
         }
         Some(active)
+    }
+
+    /// See [`VirtioDevice::withdraw`].
+    pub fn withdraw(&mut self) -> bool {
+        self.device.withdraw()
     }
 
     fn reset(&mut self) {

@@ -3,8 +3,6 @@
 mod interrupt;
 mod mmio;
 mod queue;
-mod slot;
 
 pub use interrupt::MmioInterrupt;
-pub use mmio::MmioTransport;
-pub use slot::{Slot, SlotError};
+pub use mmio::{MAGIC, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};

@@ -4,7 +4,7 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 
-use crate::virtio::Memory;
+use crate::memory::Memory;
 
 /// What the driver has written for one queue. Nothing is judged before the device starts.
 #[derive(Clone, Copy, Default)]

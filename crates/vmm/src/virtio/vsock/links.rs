@@ -13,9 +13,9 @@ use event_manager::{EventOps, EventSet, Events};
 use rustix::net::{SendFlags, Shutdown};
 
 use super::ConnectError;
+use super::connect::Connect;
 use super::connection::{Connection, Event};
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, TYPE_STREAM, op};
-use super::worker::Connect;
 use crate::virtio::buffers::Buffers;
 
 /// How long the guest may take to answer a REQUEST, or a SHUTDOWN of both directions. Far beyond what its kernel needs

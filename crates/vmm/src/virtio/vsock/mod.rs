@@ -4,6 +4,7 @@
 //! socket of the host listens, and the number of connections is the host's choice. [`packet`] and [`connection`] are the
 //! protocol and know no descriptors; [`links`] ties connections to their streams; [`worker`] runs both in the device loop.
 
+mod connect;
 pub mod connection;
 mod links;
 pub mod packet;
@@ -21,9 +22,10 @@ use std::time::Duration;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::connect::Connect;
+pub use self::connect::Done;
 use self::links::{ANSWER_TIMEOUT, Links, MAX_CONNECTIONS};
-pub use self::worker::Done;
-use self::worker::{Command, Connect, Queues, Worker};
+use self::worker::{Command, Queues, Worker};
 use super::ring::event_fd;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
 use crate::event_loop::{EventLoop, EventLoopError, WorkerGuard};

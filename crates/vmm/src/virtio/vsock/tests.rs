@@ -15,8 +15,9 @@ use super::connection::{BUF_ALLOC, Connection, Event};
 use super::packet::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op, shutdown};
 use super::{ConnectError, Vsock, VsockHandle};
 use crate::event_loop::EventLoop;
+use crate::memory::Memory;
+use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
-use crate::virtio::{Memory, VirtioDevice};
 
 const CID: u64 = 3;
 const PORT: u32 = 1024;

@@ -4,7 +4,6 @@
 //! starts. Work for one event is bounded by [`BUDGET`] packets; what is left makes the queue's own kick readable.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Instant;
@@ -14,13 +13,14 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::ConnectError;
+use super::connect::Connect;
 use super::links::Links;
 use super::packet::{HEADER_LEN, Header};
 use crate::guest_log;
+use crate::memory::Memory;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::ring::{Ring, RingError, Step};
-use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
+use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt};
 
 /// Packets for one event: 4 MiB of the largest, some milliseconds of copying.
 const BUDGET: usize = 64;
@@ -35,9 +35,6 @@ const RX_QUEUE: u16 = 0;
 const TX_QUEUE: u16 = 1;
 const EVENT_QUEUE: usize = 2;
 
-/// Who waits for a connection.
-pub type Done = Box<dyn FnOnce(Result<(), ConnectError>) + Send>;
-
 /// What others ask of the worker.
 pub enum Command {
     /// See [`super::VsockHandle::connect`].
@@ -46,39 +43,6 @@ pub enum Command {
     Start(Box<Queues>),
     /// The driver resets the device; answered when the queues are let go.
     Stop(SyncSender<()>),
-}
-
-/// A wish for a connection. It is answered exactly once, by being dropped if nothing else happens.
-pub struct Connect {
-    pub port: u32,
-    pub stream: Option<OwnedFd>,
-    done: Option<Done>,
-}
-
-impl Connect {
-    pub fn new(port: u32, stream: OwnedFd, done: Done) -> Self {
-        Self { port, stream: Some(stream), done: Some(done) }
-    }
-
-    pub fn succeed(mut self) {
-        self.answer(Ok(()));
-    }
-
-    pub fn fail(mut self, error: ConnectError) {
-        self.answer(Err(error));
-    }
-
-    fn answer(&mut self, result: Result<(), ConnectError>) {
-        if let Some(done) = self.done.take() {
-            done(result);
-        }
-    }
-}
-
-impl Drop for Connect {
-    fn drop(&mut self) {
-        self.answer(Err(ConnectError::Stopped));
-    }
 }
 
 /// What the worker has while the driver runs.

@@ -8,18 +8,51 @@
 
 u64 ram_end;
 
-static u64 top[512] __attribute__((aligned(4096)));
-static u64 pointers[512] __attribute__((aligned(4096)));
-static u64 directories[DIRECTORIES][512] __attribute__((aligned(4096)));
+u64 top[512] __attribute__((aligned(4096)));
+u64 pointers[512] __attribute__((aligned(4096)));
+u64 directories[DIRECTORIES][512] __attribute__((aligned(4096)));
 static u64 interrupts[2 * EXCEPTIONS] __attribute__((aligned(16)));
 
-/* The 64-bit entry: RSI has the boot parameters. The stack that comes with it is a few hundred bytes from them. */
-asm(".section .text.entry, \"ax\"\n"
+/*
+ * The PVH entry: 32-bit protected mode without paging, EBX has the start info. Into long mode with the lowest GiB mapped one
+ * to one (Intel SDM volume 3A, section 10.8.5); machine_init maps the rest.
+ */
+asm(".section .note.pvh, \"a\", @note\n"
+    ".balign 4\n"
+    "    .long 4, 4, 18\n" /* XEN_ELFNOTE_PHYS32_ENTRY */
+    "    .asciz \"Xen\"\n"
+    "    .long entry\n"
+    ".section .text.entry, \"ax\"\n"
+    ".code32\n"
     ".globl entry\n"
     "entry:\n"
+    "    movl $pointers + 3, top\n"
+    "    movl $directories + 3, pointers\n"
+    "    movl $0x83, %eax\n" /* LARGE_PAGE */
+    "    xorl %ecx, %ecx\n"
+    "1:  movl %eax, directories(, %ecx, 8)\n"
+    "    addl $0x200000, %eax\n"
+    "    incl %ecx\n"
+    "    cmpl $512, %ecx\n"
+    "    jne 1b\n"
+    "    movl $top, %eax\n"
+    "    movl %eax, %cr3\n"
+    "    movl $0x20, %eax\n" /* CR4.PAE */
+    "    movl %eax, %cr4\n"
+    "    movl $0xc0000080, %ecx\n" /* IA32_EFER */
+    "    rdmsr\n"
+    "    orl $0x100, %eax\n" /* LME */
+    "    wrmsr\n"
+    "    movl %cr0, %eax\n"
+    "    orl $0x80000000, %eax\n" /* PG */
+    "    movl %eax, %cr0\n"
+    "    lgdt segments_pointer\n"
+    "    ljmp $8, $long_mode\n"
+    ".code64\n"
+    "long_mode:\n"
     "    leaq stack_top(%rip), %rsp\n"
     "    xorl %ebp, %ebp\n"
-    "    movq %rsi, %rdi\n"
+    "    movl %ebx, %edi\n"
     "    call start\n"
     "    ud2\n"
     ".globl exception\n"
@@ -29,6 +62,13 @@ asm(".section .text.entry, \"ax\"\n"
     "    andq $-16, %rsp\n"
     "    call report_exception\n"
     "    ud2\n"
+    ".section .data\n"
+    ".balign 8\n"
+    "segments:\n"
+    "    .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff\n" /* null, 64-bit code, data */
+    "segments_pointer:\n"
+    "    .word . - segments - 1\n"
+    "    .long segments\n"
     ".section .bss\n"
     ".balign 16\n"
     "    .skip 65536\n"
@@ -92,7 +132,7 @@ void machine_init(void)
 
 	u64 at = (u64)exception;
 	for (int i = 0; i < EXCEPTIONS; i++) {
-		/* A gate of the code segment that the VMM starts with (Intel SDM volume 3A, section 6.14.1). */
+		/* A gate of the code segment that `entry` has loaded (Intel SDM volume 3A, section 6.14.1). */
 		interrupts[2 * i] = (at & 0xffff) | 8 << 16 | 0x8e00ull << 32 | (at >> 16 & 0xffff) << 48;
 		interrupts[2 * i + 1] = at >> 32;
 	}

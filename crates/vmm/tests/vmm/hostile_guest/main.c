@@ -5,9 +5,11 @@
  */
 #include "scenarios.h"
 
-#define CMD_LINE_POINTER 0x228 /* struct setup_header, Documentation/arch/x86/boot.rst */
-#define E820_ENTRIES 0x1e8
-#define E820_TABLE 0x2d0
+/* struct hvm_start_info and hvm_memmap_table_entry, Xen's public/arch-x86/hvm/start_info.h. */
+#define CMDLINE_PADDR 24
+#define MEMMAP_PADDR 40
+#define MEMMAP_ENTRIES 48
+#define MEMMAP_ENTRY_SIZE 24
 
 static const struct {
 	const char *name;
@@ -44,12 +46,12 @@ static bool is_asked_for(const char *line, const char *name)
 	return false;
 }
 
-_Noreturn __attribute__((used)) void start(u64 boot_params)
+_Noreturn __attribute__((used)) void start(u64 start_info)
 {
 	static char line[2048];
-	memcpy(line, (const void *)(u64)read32(boot_params + CMD_LINE_POINTER), sizeof line - 1);
+	memcpy(line, (const void *)read64(start_info + CMDLINE_PADDR), sizeof line - 1);
 	/* The memory's last part below the gap; there is none above it. */
-	u64 last = boot_params + E820_TABLE + (read8(boot_params + E820_ENTRIES) - 1u) * 20;
+	u64 last = read64(start_info + MEMMAP_PADDR) + (read32(start_info + MEMMAP_ENTRIES) - 1u) * MEMMAP_ENTRY_SIZE;
 	ram_end = read64(last) + read64(last + 8);
 	machine_init();
 	find_devices();

@@ -85,8 +85,10 @@ void reset(struct device *device)
 bool negotiate(struct device *device, u64 features)
 {
 	reset(device);
-	if (get(device, STATUS) != 0)
-		return false;
+	/* Not over before the status is 0 (section 2.4.1): a request may be in the host still. */
+	for (u64 begin = ticks(); get(device, STATUS) != 0;)
+		if (ticks() - begin > LIMIT)
+			return false;
 	set(device, STATUS, ACKNOWLEDGE);
 	set(device, STATUS, ACKNOWLEDGE | DRIVER);
 	features |= F_VERSION_1;

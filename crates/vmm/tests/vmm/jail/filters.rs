@@ -23,6 +23,7 @@ const KVM_RUN: u64 = 0xae80;
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
 
 /// Numbers of system calls of the x32 ABI have this bit; filters see them under the same architecture.
 const X32: i64 = 0x4000_0000;
@@ -67,7 +68,7 @@ fn knows(kind: Kind, call: &str) -> bool {
 fn ioctls(kind: Kind) -> &'static [u64] {
     match kind {
         Kind::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO],
-        Kind::Vcpu => &[KVM_RUN, libc::TUNSETOFFLOAD],
+        Kind::Vcpu => &[KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
         Kind::Devices => &[libc::FIONBIO],
         Kind::Memory => &[KVM_SET_USER_MEMORY_REGION],
         Kind::Disks | Kind::FileServer | Kind::Locks => &[],
@@ -286,7 +287,11 @@ fn calls_that_a_thread_needs_pass() {
             Kind::Main => vec![(libc::SYS_tgkill, vec![NONE, NONE]), (libc::SYS_recvmsg, vec![NONE]), sendto(0)],
             Kind::Vcpu => vec![(libc::SYS_eventfd2, vec![0, NONE])],
             Kind::Devices => vec![sendto(0), (libc::SYS_timerfd_settime, vec![NONE])],
-            Kind::Disks => vec![(libc::SYS_pread64, vec![NONE]), (libc::SYS_fdatasync, vec![NONE])],
+            Kind::Disks => vec![
+                (libc::SYS_pread64, vec![NONE]),
+                (libc::SYS_fdatasync, vec![NONE]),
+                (libc::SYS_ppoll, vec![0, NONE]),
+            ],
             Kind::Memory => vec![sendto(0)],
             Kind::Locks => vec![(libc::SYS_flock, vec![NONE]), fcntl(libc::F_OFD_SETLKW)],
             Kind::FileServer => vec![

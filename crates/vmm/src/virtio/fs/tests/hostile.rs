@@ -8,7 +8,8 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change,
 use rustix::thread::UnshareFlags;
 
 use super::*;
-use crate::virtio::testing::Ends;
+use crate::virtio::ring::MAX_DESCRIPTORS;
+use crate::virtio::testing::{Ends, INDIRECT, NEXT, WRITE};
 
 /// struct fuse_write_in and data.
 fn write_request(handle: u64, offset: u64, data: &[u8]) -> Vec<u8> {
@@ -265,6 +266,28 @@ fn hostile_11_file_that_is_truncated_while_it_is_read_gives_less() {
     });
     file.set_len(0).unwrap();
     assert_eq!(guest.read(node, handle).unwrap(), b"");
+}
+
+#[test]
+fn hostile_05_chain_of_more_descriptors_than_are_looked_at_is_given_back_unserved() {
+    const TABLE: u64 = 0x50_0000;
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let most = u16::try_from(MAX_DESCRIPTORS).unwrap();
+    for (count, served) in [(most, true), (most + 1, false), (u16::MAX, false), (most, true)] {
+        let len = guest.write_request(opcode::GETATTR, ROOT, &[0; 16]);
+        let table = DriverQueue::new(&guest.memory, TABLE, 16);
+        table.descriptor(0, REQUEST, len, NEXT, 1);
+        for index in 1..count {
+            let more = if index + 1 < count { NEXT } else { 0 };
+            table.descriptor(index, REPLY, if index == 1 { 0x100 } else { 1 }, WRITE | more, index + 1);
+        }
+        let head = guest.requests.add(&[(TABLE, 0, false)]);
+        guest.requests.descriptor(head, TABLE, u32::from(count) * 16, INDIRECT, 0);
+        guest.requests.kick();
+        let (_, written) = guest.requests.wait_used(&guest.interrupt);
+        assert_eq!(written > 16, served, "{count} descriptors: {written}");
+    }
 }
 
 /// Another vCPU rewrites the name while the server looks at it: what was checked is what is used.

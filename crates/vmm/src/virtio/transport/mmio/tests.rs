@@ -5,9 +5,10 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::event_loop::EventLoop;
+use crate::memory::Memory;
+use crate::virtio::ActivateError;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{self, DriverQueue};
-use crate::virtio::{ActivateError, Memory};
 
 pub(super) const MEMORY_SIZE: u64 = 1 << 20;
 pub(super) const MAX_SIZE: u16 = 64;
@@ -19,6 +20,8 @@ pub(super) struct Seen {
     pub(super) activations: Vec<Activation>,
     pub(super) resets: usize,
     pub(super) config_writes: usize,
+    /// A request is in the host, whatever the driver does.
+    pub(super) in_host: bool,
 }
 
 struct Device {
@@ -48,6 +51,9 @@ impl VirtioDevice for Device {
     }
     fn reset(&mut self) {
         self.seen.lock().unwrap().resets += 1;
+    }
+    fn is_stopped(&self) -> bool {
+        !self.seen.lock().unwrap().in_host
     }
 }
 
@@ -356,4 +362,27 @@ fn hostile_07_broken_ring_is_told_by_the_status_until_a_reset() {
     driver.add_status(DRIVER_OK);
     driver.line.read().unwrap();
     assert_eq!(queue.take_used(), Some((0, 64)));
+}
+
+#[test]
+fn hostile_08_reset_is_over_when_the_status_is_0_and_the_driver_can_do_nothing_before() {
+    let mut driver = driver();
+    driver.start();
+    driver.seen.lock().unwrap().in_host = true;
+    driver.write(STATUS, 0);
+    for _ in 0..2 {
+        assert_eq!(driver.status(), NEEDS_RESET);
+        driver.write(QUEUE_SEL, 0);
+        assert_eq!(driver.read(QUEUE_READY), 0);
+        // A driver that does not look gets nowhere.
+        driver.start();
+        driver.add_status(FAILED);
+        assert_eq!((driver.status(), driver.activations()), (NEEDS_RESET, 1));
+        // One that is not sure resets again.
+        driver.write(STATUS, 0);
+    }
+    driver.seen.lock().unwrap().in_host = false;
+    assert_eq!(driver.status(), 0);
+    driver.start();
+    assert_eq!((driver.activations(), driver.status() & NEEDS_RESET), (2, 0));
 }

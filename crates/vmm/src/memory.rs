@@ -1,5 +1,6 @@
 //! The guest's memory: private anonymous mappings, reserved but not allocated until the guest touches them, and given
-//! back to the host where the guest has no more use for them.
+//! back to the host where the guest has no more use for them. Loader, KVM and devices stand on this, and know each other no
+//! further.
 #![allow(unsafe_code)] // reason: madvise(2)
 
 use std::io;
@@ -9,7 +10,27 @@ use bulkhead_protocol::vmspec::HOTPLUG_UNIT_MIB;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
 use crate::layout::{self, GAP_END, GAP_START};
-use crate::virtio::Memory;
+
+/// The guest's memory. Regions never move or vanish while the machine runs.
+pub type Memory = Arc<GuestMemoryMmap>;
+
+/// Memory that comes and goes while the machine runs: where it is, and how.
+pub trait Backing: Send {
+    /// Guest-physical address of the region, a multiple of [`MEMORY_BLOCK`](crate::layout::MEMORY_BLOCK).
+    fn start(&self) -> u64;
+
+    /// Size of the region in bytes, a multiple of the same.
+    fn size(&self) -> u64;
+
+    /// Gives the guest the memory block with this number.
+    fn attach(&mut self, block: usize) -> io::Result<()>;
+
+    /// Takes it away.
+    fn detach(&mut self, block: usize) -> io::Result<()>;
+
+    /// Gives a range of guest-physical memory back to the host; it reads as zeros if the guest ever gets it again.
+    fn discard(&mut self, address: u64, len: u64);
+}
 
 /// Less cannot hold a kernel and its initramfs.
 const MIN_MIB: u64 = 16;
@@ -50,7 +71,7 @@ fn ranges(bytes: u64) -> Option<Vec<(GuestAddress, usize)>> {
 }
 
 /// No core dump of the VMM holds these pages (madvise(2), MADV_DONTDUMP), whatever the host makes of a process that crashes.
-pub(super) fn leave_out_of_dumps(memory: &VolatileSlice<'_>) -> io::Result<()> {
+pub fn leave_out_of_dumps(memory: &VolatileSlice<'_>) -> io::Result<()> {
     // SAFETY: whoever has the slice keeps the range mapped, and this changes neither what is there nor who may access it.
     match unsafe { libc::madvise(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), libc::MADV_DONTDUMP) } {
         0 => Ok(()),

@@ -7,11 +7,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::interrupt::MmioInterrupt;
-use super::mmio::{MAGIC, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
 use crate::bus::BusDevice;
 use crate::kvm::{KvmError, Vm};
 use crate::virtio::VirtioDevice;
+use crate::virtio::transport::{MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
 
 /// A slot.
 #[derive(Default)]
@@ -59,15 +58,26 @@ impl Slot {
         self.device.is_none()
     }
 
-    /// Takes the device out, with no regard to the driver: from now on the slot at `address` reads as empty. What is
-    /// returned stops the device when it is dropped, which may take as long as a request that it works on.
-    pub fn clear(&mut self, vm: &Vm, address: u64, irq: u8) -> Result<impl Sized + use<>, SlotError> {
-        let Filled { transport, line, kicks } = self.device.take().ok_or(SlotError::Empty)?;
+    /// Takes the device out, with no regard to the driver: from now on the slot at `address` reads as empty. Only while a
+    /// request of the device's is in the host it stays, though with nothing more to work on
+    /// ([`VirtioDevice::withdraw`]): the driver gets an answer to each request, and can let go. Then there is nothing to return,
+    /// and this has to be called again. Never waits; what it returns waits, when it is dropped, for the loop of a device that
+    /// never waits for the host.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::Empty`], or those of KVM.
+    pub fn clear(&mut self, vm: &Vm, address: u64, irq: u8) -> Result<Option<impl Sized + use<>>, SlotError> {
+        if self.is_empty() {
+            return Err(SlotError::Empty);
+        }
+        let leaving = self.device.take_if(|filled| filled.transport.withdraw());
+        let Some(Filled { transport, line, kicks }) = leaving else { return Ok(None) };
         vm.unregister_irq(&line, u32::from(irq))?;
         for (index, kick) in (0u32..).zip(&kicks) {
             vm.unregister_doorbell(kick, address + QUEUE_NOTIFY, index)?;
         }
-        Ok(transport)
+        Ok(Some(transport))
     }
 }
 
