@@ -65,23 +65,82 @@ for control in "reno", "cubic", "bbr", "dctcp", "htcp":
 '
 "#;
 
+/// Ends a network namespace with a link of every kind in it. A veth pair tells when the kernel's worker has taken it down:
+/// the end outside goes with the one inside. Then a link can be made, if the guest lives.
+const END: &str = r#"
+export PYTHONHOME=/node/usr
+libraries=/node/usr/lib/x86_64-linux-gnu
+exec $libraries/ld-linux-x86-64.so.2 --library-path $libraries /node/usr/bin/python3 -S -c '
+import ctypes, os, socket, struct, subprocess, sys
+libraries = "/node/usr/lib/x86_64-linux-gnu"
+def ip(words, must=True):
+    loader = [libraries + "/ld-linux-x86-64.so.2", "--library-path", libraries]
+    ended = subprocess.run(loader + ["/node/usr/bin/ip"] + words.split(), capture_output=True, text=True)
+    if must and ended.returncode: print(words, "::", ended.stderr)
+ends = "remote 10.1.1.1 local 10.1.1.2"
+kinds = ["wireguard", "dummy", "bridge", "ifb", "bond", "team", "nlmon", "vrf table 10", "netkit", "geneve id 7 remote 10.1.1.1",
+    "ipip " + ends, "gre " + ends, "gretap " + ends, "sit " + ends, "vti key 5 " + ends, "ip6tnl remote fd00::1 local fd00::2",
+    "ip6gre remote fd00::1 local fd00::2", "xfrm dev lo if_id 5", "veth peer name y1"]
+events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+events.bind((0, 1))
+events.settimeout(60)
+ip("link add x0 type veth peer name x1")
+made, moved = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    # user namespaces aside, all that a container can unshare: CLONE_NEWNET, NEWUTS, NEWIPC, NEWCGROUP, NEWNS
+    if ctypes.CDLL(None, use_errno=True).unshare(0x40000000 | 0x4000000 | 0x8000000 | 0x2000000 | 0x20000):
+        print("unshare", ctypes.get_errno())
+    os.write(made[1], b"x")
+    os.read(moved[0], 1)
+    for number, kind in enumerate(kinds): ip(f"link add k{number} type {kind}")
+    sys.stdout.flush()
+    os._exit(0)
+os.read(made[0], 1)
+ip(f"link set x1 netns {child}")
+index = socket.if_nametoindex("x0")
+os.write(moved[1], b"x")
+os.waitpid(child, 0)
+while True:
+    data = events.recv(65536)
+    if struct.unpack_from("=H", data, 4)[0] == 17 and struct.unpack_from("=i", data, 20)[0] == index: break
+ip("link add x0 type bond")
+print("the guest lives")
+'
+"#;
+
+/// A container that has the node's programs at /node/usr, and capabilities.
+fn with_programs(script: &str, capabilities: &[&str]) -> v1::ContainerConfig {
+    let mut config = sh("main", script);
+    config.mounts = vec![v1::Mount {
+        host_path: "/usr".into(),
+        container_path: "/node/usr".into(),
+        readonly: true,
+        ..Default::default()
+    }];
+    let add_capabilities = capabilities.iter().map(|&name| name.to_owned()).collect();
+    let security = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+    security.capabilities = Some(v1::Capability { add_capabilities, ..Default::default() });
+    config
+}
+
 #[test]
 fn kinds_of_links_queues_protocols_and_ciphers_of_a_node_work_in_a_pod() {
     on_node(async |node| {
         let pod = node.pod("kernel").await?;
-        let mut config = sh("main", CHECK);
-        config.mounts = vec![v1::Mount {
-            host_path: "/usr".into(),
-            container_path: "/node/usr".into(),
-            readonly: true,
-            ..Default::default()
-        }];
-        let linux = config.linux.get_or_insert_default();
-        let security = linux.security_context.get_or_insert_default();
-        let capabilities = ["NET_ADMIN", "NET_RAW", "BPF"].map(str::to_owned).to_vec();
-        security.capabilities = Some(v1::Capability { add_capabilities: capabilities, ..Default::default() });
-        let (end, said) = pod.run_to_end(config).await?;
+        let (end, said) = pod.run_to_end(with_programs(CHECK, &["NET_ADMIN", "NET_RAW", "BPF"])).await?;
         ensure!(end.exit_code == 0 && said.is_empty(), "{said}\n{end:?}");
+        Ok(())
+    });
+}
+
+/// Containers in a pod, and CI in them, make namespaces and end them.
+#[test]
+fn guest_outlives_the_namespaces_that_a_container_makes_and_ends() {
+    on_node(async |node| {
+        let pod = node.pod("namespaces").await?;
+        let (end, said) = pod.run_to_end(with_programs(END, &["SYS_ADMIN", "NET_ADMIN"])).await?;
+        ensure!(end.exit_code == 0 && said == "the guest lives\n", "{said}\n{end:?}");
         Ok(())
     });
 }
