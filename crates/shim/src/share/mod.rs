@@ -17,7 +17,6 @@ use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
@@ -230,12 +229,6 @@ pub enum ShareError {
     /// A device as a volume.
     #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
     Device(PathBuf),
-    /// A file system of the host does not answer.
-    #[error("the container's mounts were not made within {0:?}; does a volume's server or disk answer?")]
-    Hung(Duration),
-    /// Several of the pod's containers wait for one already.
-    #[error("the mounts of {0} containers of the pod are still waited for; does a volume's server or disk answer?")]
-    Stuck(usize),
     /// A thread for what may block.
     #[error("cannot run a thread for the pod's mounts; is the node out of threads?")]
     Thread(#[source] std::io::Error),

@@ -22,6 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
+use crate::deadlines::{Deadline, Operation};
 use crate::sandbox::agent::Agent;
 
 /// Most connections at a time; one more is reset. `kubectl port-forward` opens one for each connection to its local port, so
@@ -30,10 +31,6 @@ const MAX_CONNECTIONS: usize = 128;
 
 /// Bytes copied at once, in each direction: 4 MiB for all connections together.
 const CHUNK: usize = 16 << 10;
-
-/// How long the guest may take to say whether somebody listens; it gives up after 10 s itself. See `CONNECT_DEADLINE` of
-/// the VM for emulated nodes.
-const ANSWER: Duration = Duration::from_secs(30);
 
 /// Listeners in the pod's namespace to which its localhost leads. The namespace is as before when they are dropped.
 #[derive(Debug)]
@@ -119,12 +116,14 @@ async fn connect(dialled: &TcpStream, agent: &Agent) -> Result<tokio::net::UnixS
     let address = dialled.local_addr().map_err(ForwardError::Dialled)?;
     dialled.set_nodelay(true).map_err(ForwardError::Dialled)?;
     let target = Target { ipv6: address.is_ipv6(), port: address.port() };
-    let mut guest = agent.forward().await.map_err(|source| ForwardError::Agent { port: target.port, source })?;
+    let deadline = Deadline::begin(Operation::ForwardConnection);
+    let mut guest =
+        agent.forward(deadline).await.map_err(|source| ForwardError::Agent { port: target.port, source })?;
     let handshake = async {
         guest.write_all(&target.encode()).await?;
         guest.read_u8().await
     };
-    match tokio::time::timeout(ANSWER, handshake).await {
+    match deadline.part(Operation::ForwardHandshake).timeout(handshake).await {
         Ok(Ok(CONNECTED)) => Ok(guest),
         Ok(Ok(_)) => Err(ForwardError::Refused(target.port)),
         Ok(Err(source)) => Err(ForwardError::Handshake { port: target.port, source }),
