@@ -10,6 +10,7 @@
 
 mod steer;
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,6 +24,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use crate::deadlines::{Deadline, Operation};
+use crate::retry::GrowingPause;
 use crate::sandbox::agent::Agent;
 
 /// Most connections at a time; one more is reset. `kubectl port-forward` opens one for each connection to its local port, so
@@ -74,24 +76,42 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(listener: tokio::net::TcpListener, agent: &Agent, room: &Arc<Semaphore>) {
+    let listener = &listener;
+    let accepting = || async move { listener.accept().await.map(|(dialled, _)| dialled) };
+    accept_all(accepting, |dialled| match Arc::clone(room).try_acquire_owned() {
+        Ok(permit) => {
+            let agent = agent.clone();
+            tokio::spawn(async move {
+                forward(dialled, &agent).await;
+                drop(permit);
+            });
+        }
+        Err(_) => {
+            tracing::warn!("{MAX_CONNECTIONS} connections are forwarded already; one more is reset");
+            reset(dialled);
+        }
+    })
+    .await;
+}
+
+/// Takes connections without end. The node may be out of descriptors or memory for a while, of whose end nothing tells, and
+/// asking again at once would take all of a processor.
+async fn accept_all<T, F>(mut accept: impl FnMut() -> F, mut take: impl FnMut(T)) -> Infallible
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let mut pause = GrowingPause::default();
     loop {
-        let dialled = match listener.accept().await {
-            Ok((dialled, _)) => dialled,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            // The node is out of descriptors or memory, and asking again at once would take all of a processor.
-            Err(error) => return tracing::error!(%error, "no more port-forward for this pod"),
-        };
-        match Arc::clone(room).try_acquire_owned() {
-            Ok(permit) => {
-                let agent = agent.clone();
-                tokio::spawn(async move {
-                    forward(dialled, &agent).await;
-                    drop(permit);
-                });
+        match accept().await {
+            Ok(dialled) => {
+                pause.worked();
+                take(dialled);
             }
-            Err(_) => {
-                tracing::warn!("{MAX_CONNECTIONS} connections are forwarded already; one more is reset");
-                reset(dialled);
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                let pause = pause.failed();
+                tracing::warn!(%error, "no port-forward for this pod for {pause:?}; is the node out of descriptors?");
+                tokio::time::sleep(pause).await;
             }
         }
     }
@@ -170,4 +190,33 @@ pub enum ForwardError {
         #[source]
         source: io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use rustix::io::Errno;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn port_forward_goes_on_after_an_accept_that_failed() {
+        let failed = || Err(io::Error::from(Errno::MFILE));
+        let answers = [failed(), failed(), Ok(1), Err(Errno::CONNABORTED.into()), failed(), Ok(2)];
+        let (mut answers, taken, begun) = (answers.into_iter(), RefCell::new(Vec::new()), Instant::now());
+        let accept = || {
+            let next = answers.next();
+            async move {
+                match next {
+                    Some(answer) => answer,
+                    None => std::future::pending().await,
+                }
+            }
+        };
+        let taking = accept_all(accept, |number| taken.borrow_mut().push((number, begun.elapsed().as_secs())));
+        assert!(tokio::time::timeout(Duration::from_secs(100), taking).await.is_err());
+        assert_eq!(*taken.borrow(), [(1, 3), (2, 4)], "not at once, and no longer later than the node needs");
+    }
 }
