@@ -13,7 +13,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 
 use super::container::{Container, Kind};
-use super::error::TaskError;
+use super::error::{TaskError, expect_identifier};
 use super::hooks::ContainerHooks;
 use super::process::Process;
 use super::{Pod, options};
@@ -60,6 +60,7 @@ fn config_path(task: &CreateTask) -> Option<PathBuf> {
 impl Pod {
     /// Creates a task and answers its pid.
     pub async fn create(self: Arc<Self>, deadline: Deadline, mut task: CreateTask) -> Result<u32, TaskError> {
+        expect_identifier(&task.id, "the container id is not an identifier of containerd")?;
         let _creation = Creation::begin(self.clone(), &task.id)?;
         let bundle = task.bundle.clone();
         let mut spec = host_files::CONTAINERS.run(deadline, move || bundle::read_spec(&bundle)).await??;

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use bulkhead_protocol::guest::is_identifier;
 use ttrpc::Code;
 
 use super::hooks::HookError;
@@ -166,6 +167,11 @@ fn agent_code(error: &AgentError) -> Code {
         AgentError::Vm(VmError::Busy) => Code::UNAVAILABLE,
         AgentError::Release(_) | AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
     }
+}
+
+/// Fails unless an id is one that containerd gives: it becomes the name of a directory.
+pub fn expect_identifier(id: &str, otherwise: &'static str) -> Result<(), TaskError> {
+    if is_identifier(id) { Ok(()) } else { Err(TaskError::Invalid(otherwise)) }
 }
 
 /// An error with its causes, in one line. A transparent error is its cause, and is not said twice.

@@ -11,7 +11,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 
 use super::Pod;
 use super::create::configured;
-use super::error::{TaskError, chain};
+use super::error::{TaskError, chain, expect_identifier};
 use super::files::PodFiles;
 use super::process::{Exit, Process};
 use crate::about;
@@ -67,6 +67,7 @@ pub struct SandboxState {
 impl Pod {
     /// Fails unless the id is this pod's.
     pub fn expect_id(&self, id: &str) -> Result<(), TaskError> {
+        expect_identifier(id, "the sandbox id is not an identifier of containerd")?;
         if id == self.identity.sandbox_id { Ok(()) } else { Err(TaskError::NotFound(format!("sandbox {id}"))) }
     }
 

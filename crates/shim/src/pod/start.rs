@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use bulkhead_protocol::agent::ExecRequest;
-use bulkhead_protocol::guest::is_identifier;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart};
 use containerd_shim_protos::types::task::Status;
 use protobuf::MessageField;
 
 use super::Pod;
 use super::container::{Container, Kind};
-use super::error::TaskError;
+use super::error::{TaskError, expect_identifier};
 use super::process::{Exit, Process};
 use crate::about;
 use crate::deadlines::{Deadline, Operation};
@@ -96,9 +95,7 @@ impl Pod {
         if container.kind == Kind::Sandbox {
             return Err(TaskError::Unsupported("executing in a sandbox, which has no process of its own,"));
         }
-        if !is_identifier(&task.exec_id) {
-            return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
-        }
+        expect_identifier(&task.exec_id, "the exec id is not an identifier of containerd")?;
         container.init.expect("execute in", &[Status::CREATED, Status::RUNNING])?;
         let (spec, console) = spec::translate_process(&task.process)?;
         let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
