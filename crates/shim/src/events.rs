@@ -18,21 +18,17 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use ttrpc::asynchronous::transport::Socket;
 
+use crate::deadlines::{Deadline, Operation};
+
 /// Events that wait at most; containerd's own publisher keeps as many.
 const QUEUE: usize = 2048;
 
 /// Attempts for one event; containerd's own publisher makes as many.
 const ATTEMPTS: u32 = 5;
 
-/// containerd's own deadline for one event.
-const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
-
 /// Time between attempts: containerd takes about so long to listen again after its restart. No descriptor says when it does:
 /// its socket's file is made by bind(2), and may be an old one, before anybody listens.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-/// How long [`Publisher::delivered`] waits for containerd to have taken what was published: as long as for one event.
-const DELIVERY: Duration = FORWARD_DEADLINE;
 
 /// Where events are put. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -76,7 +72,7 @@ impl Publisher {
     pub async fn delivered(&self) {
         let (mark, reached) = oneshot::channel();
         if self.0.try_send(Queued::Mark(mark)).is_ok() {
-            let _ = tokio::time::timeout(DELIVERY, reached).await;
+            let _ = Deadline::begin(Operation::DeliverEvents).timeout(reached).await;
         }
     }
 }
@@ -114,7 +110,7 @@ async fn try_forward(client: &mut Option<EventsClient>, address: &str, request: 
         Some(client) => client,
         None => client.insert(connect(address).await?),
     };
-    connected.forward(ttrpc::context::with_duration(FORWARD_DEADLINE), request).await.map(|_| ())
+    connected.forward(ttrpc::context::with_duration(Operation::ForwardEvent.budget()), request).await.map(|_| ())
 }
 
 /// Not by ttrpc's own connect(2), which waits while containerd's queue of connections is full, and the whole daemon with it.

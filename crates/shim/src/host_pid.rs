@@ -14,7 +14,6 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
@@ -23,10 +22,8 @@ use rustix::net::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use crate::deadlines::Operation;
 use keeper::MAX_TITLE;
-
-/// How long the keeper may take: it makes some system calls that wait for nobody, on a node that may be busy.
-const ANSWER: Duration = Duration::from_secs(20);
 
 /// The user namespace of placeholders.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -54,7 +51,7 @@ impl Keeper {
     pub fn start() -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         keeper::fork(theirs)?;
-        set_socket_timeout(&ours, Timeout::Recv, Some(ANSWER))?;
+        set_socket_timeout(&ours, Timeout::Recv, Some(Operation::Placeholder.budget()))?;
         Ok(Self(Mutex::new(ours)))
     }
 

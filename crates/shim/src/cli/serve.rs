@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::confine::{ConfineError, close_inherited, confine};
 use super::flags::Flags;
+use crate::deadlines::{Deadline, Operation};
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
 use crate::host_pid::Keeper;
@@ -23,12 +24,9 @@ use crate::service;
 /// Environment variable that names containerd's event socket.
 pub const TTRPC_VARIABLE: &str = "TTRPC_ADDRESS";
 
-/// How long the last answers may take to leave; containerd waits 3 s for a shutdown.
-const FAREWELL: Duration = Duration::from_secs(2);
-
-/// How long a thread stays for the next system call that blocks: the mounts of a pod's containers come within a second of
-/// each other, and a pod that runs should not pay for threads that it does not use.
-const THREAD_STAYS: Duration = Duration::from_secs(1);
+/// How long a thread of the runtime's pool stays for the next work, which is output to regular files: a pod that runs should not
+/// pay for threads that it does not use.
+const IDLE_THREAD_STAYS: Duration = Duration::from_secs(1);
 
 /// Runs the daemon to its end.
 pub fn run(flags: &Flags) -> Result<(), ServeError> {
@@ -44,11 +42,11 @@ pub fn run(flags: &Flags) -> Result<(), ServeError> {
     confine()?;
     // As long as there is one thread, and little memory to have a copy of.
     let keeper = Keeper::start().map_err(ServeError::Keeper)?;
-    // One thread: the shim's work is waiting. System calls that block go to a few short-lived threads.
+    // One thread: the shim's work is waiting. Output to regular files goes to a few short-lived threads.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
-        .thread_keep_alive(THREAD_STAYS)
+        .thread_keep_alive(IDLE_THREAD_STAYS)
         .thread_stack_size(256 << 10)
         .build()
         .map_err(ServeError::Runtime)?;
@@ -88,11 +86,11 @@ async fn serve(
     }
     pod.end().await;
     endpoint.withdraw();
-    let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
+    let _ = Deadline::begin(Operation::LastWords).timeout(server.shutdown()).await;
     drop(server);
     drop(pod);
     // The last events go out before the process does.
-    let _ = tokio::time::timeout(FAREWELL, drained).await;
+    let _ = Deadline::begin(Operation::LastWords).timeout(drained).await;
     Ok(())
 }
 

@@ -7,13 +7,10 @@
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use protobuf::CodedInputStream;
 
-/// How long each part of the answer may take. containerd is waiting for us and answers from memory; when it does not,
-/// the older contract serves as well.
-const PATIENCE: Duration = Duration::from_secs(2);
+use crate::deadlines::Operation;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -34,8 +31,9 @@ const MAX_FRAMES: u32 = 64;
 /// The major version of the containerd that serves a socket; `None` if it cannot be had.
 pub fn containerd_major(socket: &Path) -> Option<u32> {
     let stream = UnixStream::connect(socket).ok()?;
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    stream.set_write_timeout(Some(PATIENCE)).ok()?;
+    let limit = Operation::ContainerdVersion.budget();
+    stream.set_read_timeout(Some(limit)).ok()?;
+    stream.set_write_timeout(Some(limit)).ok()?;
     major(&ask(stream).ok()?)
 }
 

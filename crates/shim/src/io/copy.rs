@@ -1,19 +1,13 @@
 //! The copies themselves. A small buffer each: what the guest sends beyond it waits in the guest.
 
-use std::io::Write;
-use std::time::Duration;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::target::{Input, Output};
+use crate::deadlines::Operation;
 
 const BUFFER: usize = 16 << 10;
-
-/// How long a guest may send nothing after the process has ended, before its output is taken for copied, where it does not
-/// say how much that is. What was written is in the guest's buffers and comes at once, however slowly it is read here.
-const SILENCE: Duration = Duration::from_secs(5);
 
 /// How far a stream has been copied.
 #[derive(Clone, Copy, Debug, Default)]
@@ -35,7 +29,7 @@ pub async fn from_guest(
     loop {
         let silent = async {
             is_set(&mut ended).await;
-            tokio::time::sleep(SILENCE).await;
+            tokio::time::sleep(Operation::SilentOutput.budget()).await;
         };
         let bytes = tokio::select! {
             // Bytes before the silence: a shim that did not run for a while finds both.
@@ -49,12 +43,7 @@ pub async fn from_guest(
                 continue;
             }
         };
-        let written = match &mut output {
-            Output::Fifo(fifo) => fifo.write_all(bytes).await,
-            // A regular file does not block for long, and has no readiness to wait for.
-            Output::File(file) => file.write_all(bytes),
-        };
-        if let Err(error) = written {
+        if let Err(error) = output.write_all(bytes).await {
             tracing::warn!(%error, "cannot write a process's output");
             return;
         }

@@ -2,6 +2,7 @@
 
 use bulkhead_protocol::stdio::{HeaderError, Stream};
 
+use crate::host_files::HostFilesError;
 use crate::sandbox::agent::AgentError;
 
 /// A standard stream cannot be connected.
@@ -28,6 +29,9 @@ pub enum IoError {
     /// The connection broke.
     #[error("the guest broke the handshake of a standard stream")]
     Handshake(#[source] std::io::Error),
+    /// Its file system.
+    #[error(transparent)]
+    HostFiles(#[from] HostFilesError),
     /// No connection.
     #[error(transparent)]
     Agent(#[from] AgentError),

@@ -9,7 +9,6 @@ mod error;
 mod target;
 
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use bulkhead_protocol::agent::Streams;
 use bulkhead_protocol::stdio::{ACCEPTED, Stream, StreamHeader, encode};
@@ -20,22 +19,13 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::about;
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files;
 use crate::sandbox::agent::{Agent, ProcessKey};
-use crate::sandbox::patience;
 use crate::spec::ConsoleSize;
 use copy::Progress;
 pub use error::IoError;
 use target::{Input, Output};
-
-/// How long `Delete` waits for output that still comes. containerd gives the handling of an exit 10 s in all.
-const DRAIN: Duration = Duration::from_secs(5);
-
-/// How long output may trail the end of its process: what the guest's buffers hold takes seconds to read on an emulated
-/// node; a process left behind that writes for ever must not hide the end for ever.
-const TRAILING: Duration = Duration::from_secs(30);
-
-/// How long the guest may take to accept or refuse a stream; see `CONNECT_DEADLINE` of the VM for its size.
-const HEADER: Duration = Duration::from_secs(30);
 
 /// Where a process's streams are, as containerd says.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -86,6 +76,31 @@ impl Written {
     }
 }
 
+/// The host's ends of a process's streams.
+#[derive(Debug)]
+struct Ends {
+    stdin: Option<Input>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+}
+
+impl Ends {
+    /// Opens them on a thread: what is no fifo is a file, on whatever disk.
+    async fn open(deadline: Deadline, stdio: &Stdio) -> Result<Self, IoError> {
+        let (stdio, streams) = (stdio.clone(), stdio.streams());
+        let any = streams.stdin || streams.stdout || streams.stderr;
+        let open = move || {
+            let output = |wanted: bool, target| wanted.then(|| Output::open(target)).transpose();
+            Ok(Self {
+                stdout: output(streams.stdout, &stdio.stdout)?,
+                stderr: output(streams.stderr, &stdio.stderr)?,
+                stdin: streams.stdin.then(|| Input::open(&stdio.stdin)).transpose()?,
+            })
+        };
+        if any { host_files::STREAMS.run(deadline, open).await? } else { open() }
+    }
+}
+
 /// One stream that is copied from the guest.
 #[derive(Debug)]
 struct OutputCopy {
@@ -119,32 +134,27 @@ pub struct ProcessIo {
 impl ProcessIo {
     /// Opens the streams of a pod's own container, in which nothing runs. CRI-O names some, and opens its ends for as long as
     /// nobody opens these.
-    pub fn hold(stdio: &Stdio) -> Result<Self, IoError> {
-        let streams = stdio.streams();
-        let input = streams.stdin.then(|| Input::open(&stdio.stdin)).transpose()?;
-        let outputs = [(streams.stdout, &stdio.stdout), (streams.stderr, &stdio.stderr)];
-        let outputs = outputs.into_iter().filter(|(wanted, _)| *wanted).map(|(_, path)| Output::open(path));
+    pub async fn hold(deadline: Deadline, stdio: &Stdio) -> Result<Self, IoError> {
+        let Ends { stdin, stdout, stderr } = Ends::open(deadline, stdio).await?;
         let mut io = Self::default();
-        io.held = Mutex::new((input, outputs.collect::<Result<_, _>>()?));
+        io.held = Mutex::new((stdin, [stdout, stderr].into_iter().flatten().collect()));
         Ok(io)
     }
 
     /// Connects the streams of a process that exists in the guest.
-    pub async fn connect(agent: &Agent, key: &ProcessKey, stdio: &Stdio) -> Result<Self, IoError> {
-        let streams = stdio.streams();
+    pub async fn connect(deadline: Deadline, agent: &Agent, key: &ProcessKey, stdio: &Stdio) -> Result<Self, IoError> {
+        let deadline = deadline.part(Operation::ConnectStreams);
         let mut io = Self::default();
         // Everything is opened and connected before the first byte is copied: a failure leaves nothing running.
-        let stdout = if streams.stdout { Some(Output::open(&stdio.stdout)?) } else { None };
-        let stderr = if streams.stderr { Some(Output::open(&stdio.stderr)?) } else { None };
-        let stdin = if streams.stdin { Some(Input::open(&stdio.stdin)?) } else { None };
+        let Ends { stdin, stdout, stderr } = Ends::open(deadline, stdio).await?;
         let mut outputs = Vec::new();
         for (stream, output) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
             if let Some(output) = output {
-                outputs.push((stream, connect_stream(agent, key, stream).await?, output));
+                outputs.push((stream, connect_stream(deadline, agent, key, stream).await?, output));
             }
         }
         if let Some(input) = stdin {
-            let connection = connect_stream(agent, key, Stream::Stdin).await?;
+            let connection = connect_stream(deadline, agent, key, Stream::Stdin).await?;
             let (close, closed) = watch::channel(false);
             io.close_stdin = Some(close);
             io.input = Mutex::new(Some(about::spawn(copy::to_guest(input, connection, closed))));
@@ -159,13 +169,13 @@ impl ProcessIo {
     /// The process has ended: returns when what had been written then has been copied, or the guest falls silent or has had
     /// its time. Before that the end must not be told: containerd 1.6 closes its fifos upon it. What others write later, who
     /// have the streams from the process, goes on to be copied until [`Self::finish`].
-    pub async fn process_ended(&self, written: Written) {
+    pub async fn process_ended(&self, deadline: Deadline, written: Written) {
         self.ended.send_replace(true);
         let followed: Vec<_> = {
             let outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
             outputs.iter().map(|output| all_copied(output.progress.clone(), written.of(output.stream))).collect()
         };
-        if let Err(waited) = patience::timeout(TRAILING, join_all(followed)).await {
+        if let Err(waited) = deadline.timeout(join_all(followed)).await {
             tracing::warn!("a process's output still comes {waited:?} after its end");
         }
     }
@@ -178,7 +188,7 @@ impl ProcessIo {
     }
 
     /// Ends the copies: output is drained, in bounded time, and the fifos are closed.
-    pub async fn finish(&self) {
+    pub async fn finish(&self, deadline: Deadline) {
         drop(take(&self.held));
         if let Some(input) = take(&self.input) {
             input.abort();
@@ -186,8 +196,8 @@ impl ProcessIo {
         let outputs = take(&self.outputs);
         let aborts: Vec<_> = outputs.iter().map(|output| output.task.abort_handle()).collect();
         let drained = join_all(outputs.into_iter().map(|output| output.task));
-        if tokio::time::timeout(DRAIN, drained).await.is_err() {
-            tracing::info!("output did not end within {DRAIN:?}, closing it");
+        if let Err(waited) = deadline.timeout(drained).await {
+            tracing::info!("output did not end within {waited:?}, closing it");
             aborts.iter().for_each(tokio::task::AbortHandle::abort);
         }
     }
@@ -213,15 +223,20 @@ async fn all_copied(mut progress: watch::Receiver<Progress>, written: Option<u64
     let _ = progress.wait_for(enough).await;
 }
 
-async fn connect_stream(agent: &Agent, key: &ProcessKey, stream: Stream) -> Result<UnixStream, IoError> {
+async fn connect_stream(
+    deadline: Deadline,
+    agent: &Agent,
+    key: &ProcessKey,
+    stream: Stream,
+) -> Result<UnixStream, IoError> {
     let header = StreamHeader { container_id: key.container.clone(), exec_id: key.exec.clone(), stream };
     let bytes = encode(&header).map_err(IoError::Header)?;
-    let mut connection = agent.stream().await?;
+    let mut connection = agent.stream(deadline).await?;
     let handshake = async {
         connection.write_all(&bytes).await?;
         connection.read_u8().await
     };
-    match patience::timeout(HEADER, handshake).await {
+    match deadline.part(Operation::StreamHandshake).timeout(handshake).await {
         Ok(Ok(ACCEPTED)) => Ok(connection),
         Ok(Ok(_)) => Err(IoError::Refused(stream)),
         Ok(Err(source)) => Err(IoError::Handshake(source)),

@@ -1,9 +1,12 @@
 //! The host's end of a stream: a fifo, or a file that containerd names by URI (containerd: pkg/cio/io.go).
 
 use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
 use super::IoError;
@@ -14,21 +17,41 @@ pub enum Output {
     /// A fifo, held open for reading as well: the last reader going away (containerd's restart) is not an error.
     Fifo(pipe::Sender),
     /// A file that is appended to: one that a URI names, or that is there at a plain path.
-    File(File),
+    File(Arc<File>),
 }
 
 impl Output {
-    /// Opens a path or URI. Never blocks. Only a URI's file is made if it is not there: containerd removes the fifos of a
-    /// process that it has given up, and a file in a fifo's place would take all that the guest sends into the node's memory.
+    /// Opens a path or URI. Blocks as long as the file system does. Only a URI's file is made if it is not there: containerd
+    /// removes the fifos of a process that it has given up, and a file in a fifo's place would take all that the guest sends into
+    /// the node's memory.
     pub fn open(target: &str) -> Result<Self, IoError> {
         let (scheme, path) = split(target);
         let failed = |source| IoError::Open { path: target.to_owned(), source };
         let is_fifo = || std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
         match scheme {
-            "file" => make_parent(path).and_then(|()| append().create(true).open(path)).map(Self::File).map_err(failed),
-            "" if !is_fifo() => append().open(path).map(Self::File).map_err(failed),
+            "file" => {
+                make_parent(path).and_then(|()| append().create(true).open(path)).map(Self::of_file).map_err(failed)
+            }
+            "" if !is_fifo() => append().open(path).map(Self::of_file).map_err(failed),
             "" | "fifo" => pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed),
             other => Err(IoError::Scheme(other.to_owned())),
+        }
+    }
+
+    fn of_file(file: File) -> Self {
+        Self::File(Arc::new(file))
+    }
+
+    /// Writes all of it. What goes to files of the host is written by the few threads of the runtime's pool, which has no other
+    /// work: a disk that hangs stops output to files, and nothing else.
+    pub async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Fifo(fifo) => fifo.write_all(bytes).await,
+            Self::File(file) => {
+                let (file, bytes) = (file.clone(), bytes.to_vec());
+                let written = tokio::task::spawn_blocking(move || (&*file).write_all(&bytes)).await;
+                written.unwrap_or_else(|error| Err(io::Error::other(error)))
+            }
         }
     }
 }
@@ -53,7 +76,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// Opens a fifo. Never blocks.
+    /// Opens a fifo. Blocks as long as its file system does.
     pub fn open(target: &str) -> Result<Self, IoError> {
         let (scheme, path) = split(target);
         if !matches!(scheme, "" | "fifo") {

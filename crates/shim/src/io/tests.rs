@@ -1,9 +1,11 @@
 //! Copies between fifos and a socketpair that stands for the guest's stream.
 
 use super::*;
+use crate::host_files::HostFilesError;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 fn fifo(dir: &tempfile::TempDir, name: &str) -> PathBuf {
     let path = dir.path().join(name);
@@ -40,16 +42,21 @@ async fn streams_of_no_process_are_held_open_until_its_end() {
         // As CRI-O does, which waits for a writer.
         move || std::fs::File::open(path)
     });
-    let held = ProcessIo::hold(&Stdio { stdout: path.display().to_string(), ..Stdio::default() }).unwrap();
+    let held = ProcessIo::hold(
+        Deadline::begin(Operation::CreatePod),
+        &Stdio { stdout: path.display().to_string(), ..Stdio::default() },
+    )
+    .await
+    .unwrap();
     let mut reader = reader.await.unwrap().unwrap();
     rustix::io::ioctl_fionbio(&reader, true).unwrap();
     let mut text = String::new();
     assert_eq!(reader.read_to_string(&mut text).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
-    held.process_ended(Written::default()).await;
-    held.finish().await;
+    held.process_ended(Deadline::begin(Operation::CopyOutput), Written::default()).await;
+    held.finish(Deadline::begin(Operation::DrainOutput)).await;
     assert_eq!((reader.read_to_string(&mut text).unwrap(), text.as_str()), (0, ""));
     let gone = Stdio { stderr: dir.path().join("gone").display().to_string(), ..Stdio::default() };
-    assert!(matches!(ProcessIo::hold(&gone), Err(IoError::Open { .. })));
+    assert!(matches!(ProcessIo::hold(Deadline::begin(Operation::CreatePod), &gone).await, Err(IoError::Open { .. })));
 }
 
 #[tokio::test]
@@ -119,10 +126,10 @@ async fn a_stream_that_never_ends_is_given_up_after_its_process() {
     let dir = tempfile::tempdir().unwrap();
     let (_guest, connection) = UnixStream::pair().unwrap();
     let io = of_stdout(connection, &dir.path().join("log"));
-    io.process_ended(UNKNOWN).await;
+    io.process_ended(Deadline::begin(Operation::CopyOutput), UNKNOWN).await;
     // A guest that says too much of it is waited for no longer either.
-    io.process_ended(Written { stdout: Some(u64::MAX), ..UNKNOWN }).await;
-    io.finish().await;
+    io.process_ended(Deadline::begin(Operation::CopyOutput), Written { stdout: Some(u64::MAX), ..UNKNOWN }).await;
+    io.finish(Deadline::begin(Operation::DrainOutput)).await;
 }
 
 /// As of `sh -c 'echo line; sleep 1000 &'`.
@@ -133,12 +140,13 @@ async fn end_waits_for_what_was_written_before_and_not_for_who_still_has_the_str
     let (mut guest, connection) = UnixStream::pair().unwrap();
     let io = of_stdout(connection, &log);
     let (begun, written) = (tokio::time::Instant::now(), Written { stdout: Some(5), ..UNKNOWN });
-    let (_, sent) = futures::join!(io.process_ended(written), guest.write_all(b"line\n"));
+    let (_, sent) =
+        futures::join!(io.process_ended(Deadline::begin(Operation::CopyOutput), written), guest.write_all(b"line\n"));
     sent.unwrap();
     assert_eq!((std::fs::read_to_string(&log).unwrap().as_str(), begun.elapsed()), ("line\n", Duration::ZERO));
     guest.write_all(b"later\n").await.unwrap();
     drop(guest);
-    io.finish().await;
+    io.finish(Deadline::begin(Operation::DrainOutput)).await;
     assert_eq!(std::fs::read_to_string(&log).unwrap(), "line\nlater\n");
 }
 
@@ -159,7 +167,7 @@ async fn output_that_came_while_nobody_looked_is_not_taken_for_silence() {
         let path = dir.path().join(round.to_string());
         let (mut guest, connection) = UnixStream::pair().unwrap();
         let io = of_stdout(connection, &path);
-        let mut ended = std::pin::pin!(io.process_ended(UNKNOWN));
+        let mut ended = std::pin::pin!(io.process_ended(Deadline::begin(Operation::CopyOutput), UNKNOWN));
         assert!(futures::poll!(&mut ended).is_pending());
         guest.write_all(b"line\n").await.unwrap();
         drop(guest);
@@ -167,4 +175,36 @@ async fn output_that_came_while_nobody_looked_is_not_taken_for_silence() {
         ended.await;
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "line\n", "round {round}");
     }
+}
+
+/// As of a disk that hangs: open(2) of a fifo waits for its reader, and write(2) for room.
+#[tokio::test]
+async fn regular_file_that_hangs_holds_up_nobody_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir, "log");
+    let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
+    tokio::time::pause();
+    let opened = ProcessIo::hold(Deadline::begin(Operation::CreatePod), &stdio).await;
+    assert!(matches!(opened, Err(IoError::HostFiles(HostFilesError::Hung(_)))), "{opened:?}");
+    tokio::time::resume();
+    let mut reader = tokio::net::unix::pipe::OpenOptions::new().open_receiver(&path).unwrap();
+
+    let (mut guest, connection) = UnixStream::pair().unwrap();
+    let output = Output::open(&stdio.stdout).unwrap();
+    let copy = tokio::spawn(copy::from_guest(
+        connection,
+        output,
+        watch::channel(false).1,
+        watch::channel(Progress::default()).0,
+    ));
+    let sent = vec![7; 1 << 20];
+    let sending = tokio::spawn(async move { guest.write_all(&sent).await });
+    // More than fits into the fifo: this returns only if the copy does not hold up the thread.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!copy.is_finished() && !sending.is_finished());
+    let mut got = Vec::new();
+    reader.read_to_end(&mut got).await.unwrap();
+    sending.await.unwrap().unwrap();
+    copy.await.unwrap();
+    assert_eq!(got.len(), 1 << 20);
 }

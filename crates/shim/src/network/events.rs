@@ -19,10 +19,10 @@ use super::{NetnsError, netns};
 const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 
 /// How long nothing may change before what has changed is read: a plugin makes many changes one after the other.
-const QUIET: Duration = Duration::from_millis(50);
+const SETTLED_AFTER: Duration = Duration::from_millis(50);
 
 /// How long it may be read later than it has changed, however much changes.
-const LATEST: Duration = Duration::from_millis(500);
+const LONGEST_DELAY: Duration = Duration::from_millis(500);
 
 /// Where the kernel tells of changes in a namespace.
 #[derive(Debug)]
@@ -67,11 +67,11 @@ impl Watched {
     pub async fn next(&self) -> io::Result<bool> {
         let mut rules = self.changed().await?;
         let quiet = async {
-            while let Ok(told) = tokio::time::timeout(QUIET, self.changed()).await {
+            while let Ok(told) = tokio::time::timeout(SETTLED_AFTER, self.changed()).await {
                 rules |= told.unwrap_or(false);
             }
         };
-        let _ = tokio::time::timeout(LATEST, quiet).await;
+        let _ = tokio::time::timeout(LONGEST_DELAY, quiet).await;
         Ok(rules)
     }
 

@@ -20,6 +20,7 @@ use tokio::sync::{Mutex, Semaphore, watch};
 
 use super::netns::{self, NetnsError};
 use super::{Connector, NoConnection};
+use crate::deadlines::{Deadline, Operation};
 
 /// Most connections and clients of UDP at a time: a part of the guest's vsock connections.
 const MAX_CARRIED: usize = 64;
@@ -27,11 +28,8 @@ const MAX_CARRIED: usize = 64;
 /// How many connections wait for the guest: a resolver asks for two kinds of addresses at once.
 const WAITING: usize = 2;
 
-/// How long a server of the namespace's may take to accept. On a loopback interface that is at once, unless its backlog is full.
-const CONNECTED_WITHIN: Duration = Duration::from_secs(5);
-
 /// How long nothing may be said between a client of UDP and its server. The guest forgets it before.
-const IDLE: Duration = Duration::from_secs(30);
+const LONGEST_IDLE: Duration = Duration::from_secs(30);
 
 /// Bytes copied at once, in each direction.
 const CHUNK: usize = 16 << 10;
@@ -49,7 +47,12 @@ pub struct Handover {
 
 impl Handover {
     /// Looks who listens in the namespace, and tells the guest if that has changed.
-    pub async fn update(&self, namespace: &Arc<OwnedFd>, agent: &impl Connector) -> Result<(), HandoverError> {
+    pub async fn update(
+        &self,
+        deadline: Deadline,
+        namespace: &Arc<OwnedFd>,
+        agent: &impl Connector,
+    ) -> Result<(), HandoverError> {
         let listening = netns::run_in(&netns::path_of(namespace), async || listening()).await?;
         let listening = listening.map_err(HandoverError::Look)?;
         let mut lists = self.lists.lock().await;
@@ -64,7 +67,7 @@ impl Handover {
                         (self.endpoints.subscribe(), Arc::new(Semaphore::new(MAX_CARRIED / WAITING)));
                     tokio::spawn(carry_all(namespace.clone(), agent.clone(), endpoints, room));
                 }
-                lists.insert(begin(agent, LISTEN).await?)
+                lists.insert(begin(deadline, agent, LISTEN).await?)
             }
         };
         let mut message = vec![u8::try_from(listening.len()).unwrap_or(u8::MAX)];
@@ -75,12 +78,9 @@ impl Handover {
     }
 }
 
-/// How long the VM may take to end from when its guest ends its connections: that is no fault.
-const ENDING: Duration = Duration::from_secs(10);
-
 /// A connection to the guest for one of the two things that they are for.
-async fn begin(agent: &impl Connector, what: u8) -> Result<UnixStream, HandoverError> {
-    let mut host = agent.handover().await?;
+async fn begin(deadline: Deadline, agent: &impl Connector, what: u8) -> Result<UnixStream, HandoverError> {
+    let mut host = agent.handover(deadline).await?;
     host.write_u8(what).await.map_err(HandoverError::Guest)?;
     Ok(host)
 }
@@ -94,7 +94,7 @@ async fn carry_all(
 ) {
     let carrying = async {
         while let Ok(permit) = room.clone().acquire_owned().await {
-            let mut guest = begin(&agent, CARRY).await?;
+            let mut guest = begin(Deadline::begin(Operation::GuestConnection), &agent, CARRY).await?;
             let mut bytes = [0; ENDPOINT_LEN];
             guest.read_exact(&mut bytes).await.map_err(HandoverError::Guest)?;
             // What the guest names is the guest's word.
@@ -115,7 +115,7 @@ async fn carry_all(
     };
     tokio::select! {
         ended = carrying => if let Err(error) = ended
-            && tokio::time::timeout(ENDING, agent.vm_ended()).await.is_err()
+            && Deadline::begin(Operation::LostAgent).timeout(agent.vm_ended()).await.is_err()
         {
             tracing::warn!("servers in the container's namespace are no longer reached: {}", bulkhead_protocol::error::chain(&error));
         },
@@ -143,7 +143,8 @@ enum Server {
 async fn connect(namespace: &Arc<OwnedFd>, address: SocketAddr) -> io::Result<TcpStream> {
     let make = if address.is_ipv4() { TcpSocket::new_v4 } else { TcpSocket::new_v6 };
     let socket = netns::run_in(&netns::path_of(namespace), async move || make()).await.map_err(io::Error::other)??;
-    let server = tokio::time::timeout(CONNECTED_WITHIN, socket.connect(address)).await??;
+    let accepted = Deadline::begin(Operation::DialServer).timeout(socket.connect(address)).await;
+    let server = accepted.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     server.set_nodelay(true)?;
     Ok(server)
 }
@@ -185,8 +186,9 @@ async fn carry_datagrams(guest: &mut UnixStream, server: &UdpSocket) -> io::Resu
             said.send_replace(());
         }
     };
-    let idle =
-        async { while tokio::time::timeout(IDLE, heard.changed()).await.is_ok_and(|changed| changed.is_ok()) {} };
+    let idle = async {
+        while tokio::time::timeout(LONGEST_IDLE, heard.changed()).await.is_ok_and(|changed| changed.is_ok()) {}
+    };
     tokio::select! {
         ended = ask => ended,
         ended = answer => ended,

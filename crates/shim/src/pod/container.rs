@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use containerd_shim_protos::types::task::Status;
 
@@ -12,10 +11,8 @@ use super::error::TaskError;
 use super::hooks::ContainerHooks;
 use super::process::Process;
 use super::stats_cache::StatsCache;
-
-/// How long the ends of execs may trail the end of the init. The kernel has killed them with its pid namespace already;
-/// their reports are on the way. containerd wants theirs first, but the container's must not depend on them.
-const EXEC_ENDS: Duration = Duration::from_secs(2);
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files;
 
 /// File in the bundle by which CRI-O knows that a container was out of memory (cri-o: internal/oci/runtime_vm.go).
 const OOM_FILE: &str = "oom";
@@ -62,10 +59,15 @@ impl Container {
     }
 
     /// Notes that it was out of memory, and answers whether that is news. Who gets no events finds a file when it has ended.
-    pub fn out_of_memory(&self) -> bool {
+    pub async fn out_of_memory(&self) -> bool {
         let news = !self.oom.swap(true, Ordering::Relaxed);
-        if news && let Err(error) = std::fs::write(self.bundle.join(OOM_FILE), "") {
-            tracing::warn!(%error, "cannot note in the bundle that the container was out of memory");
+        if news {
+            let file = self.bundle.join(OOM_FILE);
+            let deadline = Deadline::begin(Operation::NoteOutOfMemory);
+            let noted = host_files::CONTAINERS.run(deadline, move || std::fs::write(file, "")).await;
+            if let Err(error) = noted.map_err(std::io::Error::other).and_then(|written| written) {
+                tracing::warn!(%error, "cannot note in the bundle that the container was out of memory");
+            }
         }
         news
     }
@@ -123,6 +125,6 @@ impl Container {
                 process.wait().await;
             }
         };
-        let _ = tokio::time::timeout(EXEC_ENDS, all).await;
+        let _ = Deadline::begin(Operation::ExecsEnd).timeout(all).await;
     }
 }

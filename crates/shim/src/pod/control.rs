@@ -1,7 +1,6 @@
 //! Calls on a running container: pause, resume, update, numbers, terminal size, closing stdin.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::types::task::Status;
@@ -10,36 +9,32 @@ use protobuf::well_known_types::any::Any;
 use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
-use crate::sandbox::patience;
+use crate::deadlines::{Deadline, Operation};
 use crate::{spec, stats};
-
-/// How long an update may take in all, which makes the VM larger, changes the container and makes the VM smaller: the kubelet
-/// gives two minutes.
-const UPDATED: Duration = Duration::from_secs(100);
 
 impl Pod {
     /// Freezes a container.
-    pub async fn pause(self: Arc<Self>, id: String) -> Result<(), TaskError> {
+    pub async fn pause(self: Arc<Self>, deadline: Deadline, id: String) -> Result<(), TaskError> {
         let container = self.member(&id)?;
         container.init.expect("pause", &[Status::RUNNING])?;
-        self.sandbox()?.agent.pause_container(&id).await?;
+        self.sandbox()?.agent.pause_container(deadline, &id).await?;
         container.init.set_status(Status::PAUSED);
         self.publisher.publish(&TaskPaused { container_id: id, ..TaskPaused::default() });
         Ok(())
     }
 
     /// Thaws a container.
-    pub async fn resume(self: Arc<Self>, id: String) -> Result<(), TaskError> {
+    pub async fn resume(self: Arc<Self>, deadline: Deadline, id: String) -> Result<(), TaskError> {
         let container = self.member(&id)?;
         container.init.expect("resume", &[Status::PAUSED])?;
-        self.sandbox()?.agent.resume_container(&id).await?;
+        self.sandbox()?.agent.resume_container(deadline, &id).await?;
         container.init.set_status(Status::RUNNING);
         self.publisher.publish(&TaskResumed { container_id: id, ..TaskResumed::default() });
         Ok(())
     }
 
     /// Changes a container's resources; `resources` is OCI JSON.
-    pub async fn update(self: Arc<Self>, id: String, resources: Vec<u8>) -> Result<(), TaskError> {
+    pub async fn update(self: Arc<Self>, deadline: Deadline, id: String, resources: Vec<u8>) -> Result<(), TaskError> {
         let container = self.container(&id)?;
         if container.kind == Kind::Sandbox {
             // The sandbox has no process to limit.
@@ -51,29 +46,38 @@ impl Pod {
         let mut limits = sandbox.limits(&id);
         limits.update(&resources);
         let json = spec::translate_resources(resources)?;
-        let change = async { Ok(sandbox.agent.update_container(&id, json).await?) };
-        patience::within(UPDATED, sandbox.change_limits(&id, limits, change)).await
+        let change = async { Ok(sandbox.agent.update_container(deadline, &id, json).await?) };
+        let changed = sandbox.change_limits(deadline, &id, limits, change).await;
+        let _ = deadline.part(Operation::AwaitShrinking).timeout(sandbox.give_back()).await;
+        changed
     }
 
     /// A container's numbers, also after its end; the last ones that are known if the guest is slow. The sandbox's own are none:
     /// nothing runs in it.
-    pub async fn stats(&self, id: &str) -> Result<Any, TaskError> {
+    pub async fn stats(&self, deadline: Deadline, id: &str) -> Result<Any, TaskError> {
         let container = self.container(id)?;
         if container.kind == Kind::Sandbox {
             return Ok(stats::empty()?);
         }
         let (agent, id) = (self.sandbox()?.agent.clone(), id.to_owned());
-        container.stats.get(async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
+        container.stats.get(deadline, async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
     }
 
     /// Sets a terminal's size.
-    pub async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<(), TaskError> {
+    pub async fn resize(
+        &self,
+        deadline: Deadline,
+        id: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), TaskError> {
         let process = self.process(id, exec)?;
         process.expect("resize the terminal of", &[Status::CREATED, Status::RUNNING, Status::PAUSED])?;
         if self.container(id)?.kind == Kind::Sandbox || process.pid() == 0 {
             return Ok(());
         }
-        Ok(self.sandbox()?.agent.resize(&process.key, width, height).await?)
+        Ok(self.sandbox()?.agent.resize(deadline, &process.key, width, height).await?)
     }
 
     /// Closes a process's stdin once what is in it has been read.

@@ -13,8 +13,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 
 use super::container::{Container, Kind};
-use super::end::UNSTARTED_END;
-use super::error::TaskError;
+use super::error::{TaskError, expect_identifier};
 use super::hooks::ContainerHooks;
 use super::process::Process;
 use super::{Pod, options};
@@ -22,10 +21,12 @@ use crate::about;
 use crate::annotations::Role;
 use crate::bundle;
 use crate::config::Config;
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files;
 use crate::host_pid::Users;
 use crate::io::{ProcessIo, Stdio};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, demand, mounting, patience, removing};
+use crate::sandbox::{Sandbox, demand, removing};
 use crate::share::ShareError;
 use crate::spec::{
     self, Asker, ConsoleSize, Given, GuestSpec, GuestVolume, HugeVolume, PidChoice, SandboxSpec, Volume,
@@ -37,18 +38,6 @@ const MAX_EVENTS: u32 = 4096;
 /// Time from one event to the next that is listened to: what comes meanwhile waits in the guest, so that a flood of them is
 /// neither passed on nor keeps other events from containerd.
 const EVENT_PACE: Duration = Duration::from_secs(1);
-
-/// How long guest and VMM may take in all to create a container, and then to remove one that could not be created: the
-/// kubelet gives two minutes for both.
-const CREATED: Duration = Duration::from_secs(80);
-/// See there.
-const FORGOTTEN: Duration = Duration::from_secs(30);
-
-/// How long a container's interfaces that a hook has made may take to come into its guest: device slots and a call of the agent's.
-const CARRIED: Duration = Duration::from_secs(60);
-
-/// How much of that the guest may take. The VMM, which is asked after it, takes disks away whatever the guest does.
-const GUEST_FORGETS: Duration = Duration::from_secs(20);
 
 /// What containerd asks to create.
 #[derive(Clone, Debug, Default)]
@@ -72,8 +61,11 @@ fn config_path(task: &CreateTask) -> Option<PathBuf> {
 
 impl Pod {
     /// Creates a task and answers its pid.
-    pub async fn create(self: Arc<Self>, mut task: CreateTask) -> Result<u32, TaskError> {
-        let mut spec = bundle::read_spec(&task.bundle)?;
+    pub async fn create(self: Arc<Self>, deadline: Deadline, mut task: CreateTask) -> Result<u32, TaskError> {
+        expect_identifier(&task.id, "the container id is not an identifier of containerd")?;
+        let _creation = Creation::begin(self.clone(), &task.id)?;
+        let bundle = task.bundle.clone();
+        let mut spec = host_files::CONTAINERS.run(deadline, move || bundle::read_spec(&bundle)).await??;
         spec::refuse_namespaces(&spec)?;
         task.stdio.console = spec.process().as_ref().map(ConsoleSize::of).unwrap_or_default();
         let hooks = ContainerHooks::new(spec::take_hooks(&mut spec)?, &spec, &task.id, &task.bundle);
@@ -84,20 +76,22 @@ impl Pod {
             Role::Member(id) if id == self.identity.sandbox_id => Kind::Member,
             Role::Member(id) => return Err(TaskError::WrongSandbox(id)),
         };
-        let _creation = Creation::begin(self.clone(), &task.id)?;
         let key = ProcessKey { container: task.id.clone(), exec: String::new() };
         let init = Arc::new(Process::new(key, task.stdio.clone()));
         let container = Arc::new(Container::new(task.id.clone(), kind, task.bundle.clone(), init, hooks));
         let (init, hooks) = (&container.init, &container.hooks);
         match kind {
             Kind::Sandbox => {
-                init.set_io(ProcessIo::hold(&task.stdio)?);
-                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
-                self.or_teardown(init.assign_pid(&self.keeper, &spec::arguments(&spec)).map(drop)).await?;
-                self.or_teardown(hooks.created(init.pid()).await).await?;
-                self.or_teardown(self.register(&container, &task, &sandbox)).await?;
+                let deadline = deadline.turned_into(Operation::CreatePod);
+                init.set_io(ProcessIo::hold(deadline, &task.stdio).await?);
+                let sandbox_spec = spec::sandbox(&spec)?;
+                let (config, deadline) = configured(deadline, config_path(&task)).await?;
+                let sandbox = self.boot(deadline, sandbox_spec, config).await?;
+                self.or_take_back(init.assign_pid(&self.keeper, &spec::arguments(&spec)).map(drop)).await?;
+                self.or_take_back(hooks.created(init.pid()).await).await?;
+                self.or_take_back(self.register(&container, &task, &sandbox)).await?;
             }
-            Kind::Member => self.create_in(&self.sandbox()?, spec, &task, &container).await?,
+            Kind::Member => self.create_in(deadline, &self.sandbox()?, spec, &task, &container).await?,
             Kind::Standalone => {
                 spec::refuse_shared(&spec)?;
                 // Docker has no word for a privileged container without them; a client of containerd's has, and is told it.
@@ -106,17 +100,20 @@ impl Pod {
                 }
                 // A pod's VM is there already. This one would be made in vain.
                 spec::check(&spec, &task.id)?;
-                let sandbox = self.boot(spec::sandbox(&spec)?, config_path(&task)).await?;
-                self.or_teardown(self.create_in(&sandbox, spec, &task, &container).await).await?;
+                let deadline = deadline.turned_into(Operation::CreateStandalone);
+                let sandbox_spec = spec::sandbox(&spec)?;
+                let (config, deadline) = configured(deadline, config_path(&task)).await?;
+                let sandbox = self.boot(deadline, sandbox_spec, config).await?;
+                self.or_take_back(self.create_in(deadline, &sandbox, spec, &task, &container).await).await?;
             }
         }
         Ok(container.init.pid())
     }
 
     /// What follows on the boot has failed: the VM goes again.
-    async fn or_teardown<E>(&self, outcome: Result<(), E>) -> Result<(), E> {
+    async fn or_take_back<E>(&self, outcome: Result<(), E>) -> Result<(), E> {
         if outcome.is_err() {
-            self.teardown().await;
+            self.take_back().await;
         }
         outcome
     }
@@ -158,16 +155,16 @@ impl Pod {
     /// Boots the pod's VM, once.
     pub(super) async fn boot(
         self: &Arc<Self>,
+        deadline: Deadline,
         spec: SandboxSpec,
-        config: Option<PathBuf>,
+        config: Config,
     ) -> Result<Arc<Sandbox>, TaskError> {
         let _gate = self.gate.lock().await;
         if self.sandbox_slot().is_some() {
             return Err(TaskError::Exists(format!("sandbox {}", self.identity.sandbox_id)));
         }
-        let config = Config::load(config.as_deref())?;
         let users = if spec.user.is_some() { Users::Own } else { Users::Nodes };
-        let sandbox = Arc::new(Sandbox::boot(self.identity.run_dir.clone(), spec, config).await?);
+        let sandbox = Arc::new(Sandbox::boot(deadline, self.identity.run_dir.clone(), spec, config).await?);
         if let Err(error) = self.keeper.enter(sandbox.namespace(), users) {
             sandbox.destroy().await;
             return Err(TaskError::HostPid(error));
@@ -181,61 +178,64 @@ impl Pod {
     /// Creates a container in the VM. On an error nothing of it is left on the host.
     async fn create_in(
         self: &Arc<Self>,
+        deadline: Deadline,
         sandbox: &Arc<Sandbox>,
         spec: Spec,
         task: &CreateTask,
         container: &Arc<Container>,
     ) -> Result<(), TaskError> {
         let (init, hooks) = (&container.init, &container.hooks);
-        let created = patience::within(CREATED, self.try_create_in(sandbox, spec, task, init)).await;
-        let created = match created {
+        let making = deadline.part(Operation::MakeContainer);
+        let created = match self.try_create_in(making, sandbox, spec, task, init).await {
             Ok(()) => hooks.created(init.pid()).await.map_err(TaskError::from),
             failed => failed,
         };
         let created = match created {
             Ok(()) if container.kind == Kind::Standalone => {
-                patience::within(CARRIED, sandbox.follow_network()).await.map_err(TaskError::from)
+                sandbox.follow_network(deadline.part(Operation::CarryNetwork)).await.map_err(TaskError::from)
             }
             other => other,
         };
         let created = created.and_then(|()| self.register(container, task, sandbox));
         if created.is_err() {
-            patience::within(FORGOTTEN, forget(sandbox, &init.key)).await;
+            // Whatever the creation has left of the call's time: nothing of it may stay.
+            take_back(Deadline::begin(Operation::TakeBackContainer), sandbox, &init.key).await;
         }
         created
     }
 
     async fn try_create_in(
         &self,
+        deadline: Deadline,
         sandbox: &Sandbox,
         spec: Spec,
         task: &CreateTask,
         init: &Process,
     ) -> Result<(), TaskError> {
-        sandbox.attach_network().await?;
+        sandbox.attach_network(deadline).await?;
         let arguments = spec::arguments(&spec);
         let prepared = task.bundle.join(spec::root_path(&spec));
         let wanted = spec::disks(&spec)?;
         let mut limits = spec::limits(&spec);
-        let (spec, huge_volumes) = with_huge_volumes(sandbox, spec).await?;
+        let (spec, huge_volumes) = with_huge_volumes(deadline, sandbox, spec).await?;
         let volumes = spec::volumes(&spec, &huge_volumes)?;
         for page_kib in huge_volumes.iter().map(|volume| volume.page_kib) {
             sandbox.complete_huge_pages(&mut limits, page_kib);
         }
-        sandbox.make_room(&task.id, limits).await?;
-        let disks = sandbox.attach_disks(&task.id, &wanted).await?;
-        let volumes = mount(sandbox, task, prepared, volumes).await?;
+        sandbox.make_room(deadline, &task.id, limits).await?;
+        let disks = sandbox.attach_disks(deadline, &task.id, &wanted).await?;
+        let volumes = mount(deadline, sandbox, task, prepared, volumes).await?;
         let given = Given { disks, huge_volumes, volumes };
         let guest = spec::translate(spec, &task.id, &given)?;
         let request = CreateContainerRequest {
             volumes: given.volumes.iter().map(|volume| volume.number).collect(),
-            copied_volumes: sandbox.volumes.add(&sandbox.agent, &task.id, &given.volumes),
+            copied_volumes: sandbox.volumes.add(deadline, &sandbox.agent, &task.id, &given.volumes).await?,
             ..self.request(task, guest)
         };
-        sandbox.agent.create_container(request).await?;
+        sandbox.agent.create_container(deadline, request).await?;
         sandbox.volumes.activate(&task.id);
         init.assign_pid(&self.keeper, &arguments)?;
-        init.set_io(ProcessIo::connect(&sandbox.agent, &init.key, &task.stdio).await?);
+        init.set_io(ProcessIo::connect(deadline, &sandbox.agent, &init.key, &task.stdio).await?);
         Ok(())
     }
 
@@ -270,7 +270,7 @@ impl Pod {
                         && let Ok(container) = self.container(&oom.container_id)
                         && container.kind != Kind::Sandbox
                     {
-                        container.out_of_memory();
+                        container.out_of_memory().await;
                         let container_id = oom.container_id;
                         self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
                     }
@@ -281,7 +281,7 @@ impl Pod {
                 Err(error) => {
                     tracing::debug!(%error, "no more events of the guest");
                     if !matches!(error, AgentError::Refused { .. }) {
-                        agent.unheard().await;
+                        agent.lost().await;
                     }
                     return;
                 }
@@ -291,13 +291,21 @@ impl Pod {
     }
 }
 
+/// The configuration, and the time that a call has with it: an operator may give a boot more than the table does.
+pub(super) async fn configured(deadline: Deadline, path: Option<PathBuf>) -> Result<(Config, Deadline), TaskError> {
+    let config = host_files::CONTAINERS.run(deadline, move || Config::load(path.as_deref())).await??;
+    let more = config.boot_timeout.saturating_sub(Operation::BootGuest.budget());
+    Ok((config, deadline.longer_by(more)))
+}
+
 /// Mounts a container's root file system and volumes in the pod's share.
 async fn mount(
+    deadline: Deadline,
     sandbox: &Sandbox,
     task: &CreateTask,
     prepared: PathBuf,
     volumes: Vec<Volume>,
-) -> Result<Vec<GuestVolume>, ShareError> {
+) -> Result<Vec<GuestVolume>, TaskError> {
     let (share, id, rootfs) = (sandbox.share.clone(), task.id.clone(), task.rootfs.clone());
     let (abandoned, its_id) = (share.clone(), id.clone());
     let mount = move || {
@@ -307,24 +315,23 @@ async fn mount(
         share.add_rootfs(&id, &rootfs, &prepared)?;
         share.add_volumes(&id, volumes)
     };
-    mounting(mount, move || warn_of(abandoned.remove_container(&its_id))).await
+    let undo = move || warn_of(abandoned.remove_container(&its_id));
+    Ok(host_files::CONTAINERS.run_or_undo(deadline, mount, undo).await??)
 }
 
 /// Removes what there is of a container that could not be created.
-async fn forget(sandbox: &Sandbox, init: &ProcessKey) {
+async fn take_back(deadline: Deadline, sandbox: &Arc<Sandbox>, init: &ProcessKey) {
     let (share, id) = (sandbox.share.clone(), init.container.clone());
     // The guest's side first: it may hold the mounts. What it says does not matter any more.
-    let forgotten = async {
-        if sandbox.agent.signal(init, SIGKILL, true).await.is_ok() {
-            let _ = patience::timeout(UNSTARTED_END, sandbox.agent.wait(init)).await;
-        }
-        let _ = sandbox.agent.delete_container(&id).await;
-    };
-    let _ = patience::timeout(GUEST_FORGETS, forgotten).await;
+    let forgetting = deadline.part(Operation::GuestForgets);
+    if sandbox.agent.signal(forgetting, init, SIGKILL, true).await.is_ok() {
+        let _ = forgetting.part(Operation::ProcessEnds).timeout(sandbox.agent.wait(init)).await;
+    }
+    let _ = sandbox.agent.delete_container(forgetting, &id).await;
     sandbox.volumes.remove(&id);
     sandbox.container_ended(&id);
-    sandbox.detach_disks(&id).await;
-    sandbox.give_back().await;
+    sandbox.detach_disks(deadline.part(Operation::LeaveDisks), &id).await;
+    drop(sandbox.give_back());
     warn_of(removing(move || share.remove_container(&id)).await);
 }
 
@@ -372,14 +379,18 @@ fn refuse_link(rootfs: &Path) -> Result<(), ShareError> {
 }
 
 /// Makes the volumes of huge pages that a spec mounts.
-async fn with_huge_volumes(sandbox: &Sandbox, spec: Spec) -> Result<(Spec, Vec<HugeVolume>), TaskError> {
+async fn with_huge_volumes(
+    deadline: Deadline,
+    sandbox: &Sandbox,
+    spec: Spec,
+) -> Result<(Spec, Vec<HugeVolume>), TaskError> {
     let look = move || {
         let volumes = spec::huge_volumes(&spec);
-        Ok::<_, ShareError>((spec, volumes))
+        (spec, volumes)
     };
-    let (spec, volumes) = mounting(look, || ()).await?;
+    let (spec, volumes) = host_files::CONTAINERS.run(deadline, look).await?;
     for volume in &volumes {
-        sandbox.agent.add_huge_page_volume(volume).await?;
+        sandbox.agent.add_huge_page_volume(deadline, volume).await?;
     }
     Ok((spec, volumes))
 }

@@ -1,7 +1,6 @@
 //! `Kill` and `Delete`: both end in bounded time, whatever the guest does (ARCHITECTURE.md, D9).
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::types::task::Status;
@@ -13,18 +12,10 @@ use super::container::{Container, Kind};
 use super::error::TaskError;
 use super::process::{Exit, Process};
 use crate::about;
+use crate::deadlines::{Deadline, Operation};
 use crate::sandbox::agent::{AgentError, SIGKILL};
-use crate::sandbox::{Sandbox, patience, removing};
+use crate::sandbox::{Sandbox, removing};
 use crate::share::ShareError;
-
-/// How long a process that was never started may take to die of SIGKILL before its VM is killed. It has executed nothing and
-/// has no output to be copied, so that is milliseconds, fifty times as long on an emulated node; containerd gives a Delete 10 s.
-pub(super) const UNSTARTED_END: Duration = Duration::from_secs(10);
-
-/// How long a container may go on that was sent SIGKILL, before its VM is killed, and an exec, before nobody waits for it any
-/// more. The kernel takes milliseconds, but the end is not told before the output has been copied, for which there are 30 s.
-/// containerd waits two minutes.
-const KILLED_END: Duration = Duration::from_secs(60);
 
 /// Signals that end a sandbox: HUP, INT, QUIT, ABRT, KILL, TERM. The pause program would ignore the others.
 const ENDING: [u32; 6] = [1, 2, 3, 6, SIGKILL, 15];
@@ -40,12 +31,20 @@ pub struct Deleted {
 
 impl Pod {
     /// Sends a signal to a process, or to all of a container's.
-    pub async fn kill(self: Arc<Self>, id: String, exec: String, signal: u32, all: bool) -> Result<(), TaskError> {
+    pub async fn kill(
+        self: Arc<Self>,
+        mut deadline: Deadline,
+        id: String,
+        exec: String,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), TaskError> {
         let container = self.container(&id)?;
         let process = self.process(&id, &exec)?;
         if !exec.is_empty() && process.status() == Status::CREATED {
-            // A start that is under way comes first: what it makes is what is to be killed.
+            // A start that is under way comes first, and has its own bound: what it makes is what is to be killed.
             drop(process.order.lock().await);
+            deadline = Deadline::begin(Operation::Kill);
         }
         match process.status() {
             Status::STOPPED => return Err(TaskError::Finished),
@@ -63,7 +62,7 @@ impl Pod {
             }
             return Ok(());
         }
-        let answer = sandbox.agent.signal(&process.key, signal, all).await;
+        let answer = sandbox.agent.signal(deadline, &process.key, signal, all).await;
         if signal == SIGKILL {
             about::spawn(self.clone().see_ended(container, process, sandbox.clone()));
         }
@@ -80,9 +79,9 @@ impl Pod {
     }
 
     /// Deletes an ended process, with all that is left of it.
-    pub async fn delete(self: Arc<Self>, id: String, exec: String) -> Result<Deleted, TaskError> {
+    pub async fn delete(self: Arc<Self>, deadline: Deadline, id: String, exec: String) -> Result<Deleted, TaskError> {
         if exec.is_empty() {
-            self.delete_container(&*self.created(&id)?).await
+            self.delete_container(deadline, &*self.created(&id)?).await
         } else {
             self.delete_exec(&*self.container(&id)?, &exec).await
         }
@@ -103,26 +102,27 @@ impl Pod {
 
     async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Deleted, TaskError> {
         let process = container.exec(exec)?;
-        // A start that is under way says whether there is a process to forget.
+        // A start that is under way says whether there is a process to forget. It has its own bound.
         let _order = process.order.lock().await;
+        let deadline = Deadline::begin(Operation::Delete);
         container.exec(exec)?;
         process.expect("delete", &[Status::STOPPED, Status::CREATED])?;
         // One that was never started: whoever waits for it is told, and no start may come any more.
         process.ended(Exit::now(Exit::KILLED));
-        finish_io(&process).await;
+        finish_io(deadline, &process).await;
         if let Ok(sandbox) = self.sandbox()
             && process.io().is_some()
         {
-            tolerate(&sandbox, sandbox.agent.delete_process(&process.key).await).await;
+            tolerate(&sandbox, sandbox.agent.delete_process(deadline, &process.key).await).await;
         }
         container.remove_exec(exec);
         Ok(deleted(&process))
     }
 
-    async fn delete_container(&self, container: &Container) -> Result<Deleted, TaskError> {
+    async fn delete_container(&self, deadline: Deadline, container: &Container) -> Result<Deleted, TaskError> {
         let init = &container.init;
         if init.status() == Status::CREATED {
-            self.end_unstarted(container).await;
+            self.end_unstarted(deadline, container).await;
         }
         init.expect("delete", &[Status::STOPPED])?;
         // containerd gives up after 10 s and asks again: the second call waits for the first, and finds nothing.
@@ -130,11 +130,11 @@ impl Pod {
         self.container(&container.id)?;
         // All at once: containerd does not wait longer for having executed more.
         let execs = container.all_execs();
-        join_all(execs.iter().chain([init]).map(|process| finish_io(process))).await;
+        join_all(execs.iter().chain([init]).map(|process| finish_io(deadline, process))).await;
         if container.kind == Kind::Sandbox {
             self.teardown().await;
         } else {
-            self.remove_member(container).await?;
+            self.remove_member(deadline, container).await?;
         }
         self.containers().remove(&container.id);
         self.end_execs(container);
@@ -171,7 +171,7 @@ impl Pod {
     /// Whatever the guest has answered to SIGKILL. A container that goes on would keep its pod from being removed. An exec,
     /// which may wait for a server of the host's in the guest's kernel, is let go: a probe that hangs must not end its pod.
     async fn see_ended(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
-        if patience::timeout(KILLED_END, process.wait()).await.is_ok() {
+        if Deadline::begin(Operation::KilledEnds).timeout(process.wait()).await.is_ok() {
             return;
         }
         if process.key.exec.is_empty() {
@@ -183,60 +183,70 @@ impl Pod {
         self.let_go(&container, &process);
     }
 
-    async fn remove_member(&self, container: &Container) -> Result<(), TaskError> {
+    async fn remove_member(&self, deadline: Deadline, container: &Container) -> Result<(), TaskError> {
         if container.kind == Kind::Standalone {
             self.teardown().await;
             return Ok(());
         }
         // The VM may have ended and be gone; the container's mounts went with it then.
         let Some(sandbox) = self.sandbox_slot().clone() else { return Ok(()) };
-        if !sandbox.vm.has_ended() {
-            tolerate(&sandbox, sandbox.agent.delete_container(&container.id).await).await;
-        }
+        let goes_on = !sandbox.vm.has_ended()
+            && tolerate(&sandbox, sandbox.agent.delete_container(deadline, &container.id).await).await;
         sandbox.volumes.remove(&container.id);
         sandbox.container_ended(&container.id);
-        sandbox.detach_disks(&container.id).await;
-        let shrinking = sandbox.clone();
-        about::spawn(async move { shrinking.give_back().await });
+        if goes_on {
+            sandbox.detach_disks(deadline.part(Operation::DetachDisks), &container.id).await;
+            drop(sandbox.give_back());
+        }
         let (share, id) = (sandbox.share.clone(), container.id.clone());
         let removed: Result<(), ShareError> = removing(move || share.remove_container(&id)).await;
         Ok(removed?)
     }
 
     /// A created container has a process that waits to be started; it is killed first.
-    async fn end_unstarted(&self, container: &Container) {
+    async fn end_unstarted(&self, deadline: Deadline, container: &Container) {
+        let ended = |deadline: Deadline| deadline.part(Operation::ProcessEnds).timeout(container.init.wait());
         let Ok(sandbox) = self.sandbox() else {
             // The VM has ended, and with it the container as soon as its output has been copied.
-            let _ = patience::timeout(UNSTARTED_END, container.init.wait()).await;
+            let _ = ended(deadline).await;
             return;
         };
         if container.kind == Kind::Sandbox {
             sandbox.stop().await;
-        } else {
-            let _ = sandbox.agent.signal(&container.init.key, SIGKILL, true).await;
+            let _ = ended(deadline).await;
+            return;
         }
-        if patience::timeout(UNSTARTED_END, container.init.wait()).await.is_err() {
+        let deadline = deadline.part(Operation::EndUnstarted);
+        let killed = async {
+            let _ = sandbox.agent.signal(deadline, &container.init.key, SIGKILL, true).await;
+            container.init.wait().await
+        };
+        if deadline.part(Operation::ProcessEnds).timeout(killed).await.is_err() {
             sandbox.vm.kill().await;
             // Not for ever: what waits for a disk of the host has not ended, and is said not to have.
-            let _ = patience::timeout(UNSTARTED_END, container.init.wait()).await;
+            let _ = ended(deadline).await;
         }
     }
 }
 
-async fn finish_io(process: &Process) {
+async fn finish_io(deadline: Deadline, process: &Process) {
     if let Some(io) = process.io() {
-        io.finish().await;
+        io.finish(deadline.part(Operation::DrainOutput)).await;
     }
 }
 
-/// A refusal while cleaning up is logged; a guest that does not answer at all has its VM killed.
-async fn tolerate(sandbox: &Sandbox, answer: Result<(), AgentError>) {
+/// A refusal while cleaning up is logged; a guest that does not answer at all has its VM killed. Answers whether the VM goes on.
+async fn tolerate(sandbox: &Sandbox, answer: Result<(), AgentError>) -> bool {
     match answer {
-        Ok(()) => {}
-        Err(error @ AgentError::Refused { .. }) => tracing::warn!(%error, "the guest does not clean up"),
+        Ok(()) => true,
+        Err(error @ AgentError::Refused { .. }) => {
+            tracing::warn!(%error, "the guest does not clean up");
+            true
+        }
         Err(error) => {
             tracing::warn!(%error, "killing the VM of a guest that does not clean up");
             sandbox.vm.kill().await;
+            false
         }
     }
 }

@@ -1,10 +1,12 @@
 //! Why a task call failed, in the terms of containerd's errors (containerd: api errdefs, gRPC codes).
 
+use bulkhead_protocol::guest::is_identifier;
 use ttrpc::Code;
 
 use super::hooks::HookError;
 use crate::bundle::BundleError;
 use crate::config::ConfigError;
+use crate::host_files::HostFilesError;
 use crate::io::IoError;
 use crate::network::NetworkError;
 use crate::pod::files::FilesError;
@@ -75,6 +77,9 @@ pub enum TaskError {
     /// Block devices.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Files of the host.
+    #[error(transparent)]
+    HostFiles(#[from] HostFilesError),
     /// Mounts.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -108,14 +113,16 @@ impl TaskError {
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
             Self::Resize(error) => resize_code(error),
-            Self::Sandbox(SandboxError::Vm(VmError::NotReady(..))) => Code::DEADLINE_EXCEEDED,
+            Self::Sandbox(SandboxError::Vm(VmError::NotReady(..) | VmError::Lingers(_))) => Code::DEADLINE_EXCEEDED,
             Self::Sandbox(SandboxError::Agent(error))
             | Self::Disk(DiskError::Agent(error))
             | Self::Agent(error)
             | Self::Io(IoError::Agent(error)) => agent_code(error),
-            Self::Disk(DiskError::Hung(..)) | Self::Share(ShareError::Hung(_) | ShareError::Stuck(_)) => {
-                Code::DEADLINE_EXCEEDED
-            }
+            Self::Disk(DiskError::Hung(..) | DiskError::Busy(_)) => Code::DEADLINE_EXCEEDED,
+            Self::HostFiles(error)
+            | Self::Disk(DiskError::HostFiles(error))
+            | Self::Sandbox(SandboxError::HostFiles(error))
+            | Self::Io(IoError::HostFiles(error)) => host_files_code(error),
             Self::Disk(_) | Self::Sandbox(SandboxError::Network(NetworkError::Unsupported(_))) => {
                 Code::FAILED_PRECONDITION
             }
@@ -132,12 +139,21 @@ impl TaskError {
     }
 }
 
+/// What is the matter with the host.
+fn host_files_code(error: &HostFilesError) -> Code {
+    match error {
+        HostFilesError::Hung(_) | HostFilesError::Stuck(_) => Code::DEADLINE_EXCEEDED,
+        HostFilesError::Thread(_) => Code::UNAVAILABLE,
+    }
+}
+
 /// A VM that cannot grow, and why.
 fn resize_code(error: &ResizeError) -> Code {
     match error {
         ResizeError::Size(_) | ResizeError::Vm(VmError::NotPlugged(..)) => Code::RESOURCE_EXHAUSTED,
         ResizeError::Agent(AgentError::Refused { code: Code::RESOURCE_EXHAUSTED, .. }) => Code::RESOURCE_EXHAUSTED,
         ResizeError::Agent(error) => agent_code(error),
+        ResizeError::Busy(_) => Code::DEADLINE_EXCEEDED,
         ResizeError::Vm(_) => Code::FAILED_PRECONDITION,
     }
 }
@@ -154,6 +170,11 @@ fn agent_code(error: &AgentError) -> Code {
         AgentError::Vm(VmError::Busy(_)) => Code::UNAVAILABLE,
         AgentError::Release(_) | AgentError::Gone(_) | AgentError::Vm(_) => Code::FAILED_PRECONDITION,
     }
+}
+
+/// Fails unless an id is one that containerd gives: it becomes the name of a directory.
+pub fn expect_identifier(id: &str, otherwise: &'static str) -> Result<(), TaskError> {
+    if is_identifier(id) { Ok(()) } else { Err(TaskError::Invalid(otherwise)) }
 }
 
 #[cfg(test)]

@@ -14,10 +14,9 @@ use oci_spec::runtime::{ContainerState, Hook, Spec, State};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files;
 use crate::spec::HostHooks;
-
-/// How long a hook may take that does not say itself: the kubelet gives the whole call two minutes.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A container's hooks, and what they are told.
 #[derive(Debug)]
@@ -72,7 +71,7 @@ async fn run(hook: &Hook, state: &State) -> Result<(), HookError> {
     let path = hook.path().clone();
     let failed = |source| HookError::Run { path: path.clone(), source };
     let limit = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
-    let limit = limit.map_or(DEFAULT_TIMEOUT, Duration::from_secs);
+    let limit = limit.map_or(Operation::Hook.budget(), Duration::from_secs);
     let input = serde_json::to_vec(state).map_err(|error| failed(error.into()))?;
     // Dropped at the limit, and killed with that.
     let output = tokio::time::timeout(limit, execute(hook, state.bundle(), &input));
@@ -91,7 +90,10 @@ async fn execute(hook: &Hook, bundle: &Path, input: &[u8]) -> io::Result<std::pr
     }
     let env = hook.env().iter().flatten().filter_map(|pair| pair.split_once('='));
     command.env_clear().envs(env).current_dir(bundle).kill_on_drop(true);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // Waits for the file system of the program.
+    let spawned = host_files::HOOKS.run(Deadline::begin(Operation::Hook), move || command.spawn()).await;
+    let mut child = spawned.map_err(io::Error::other)??;
     if let Some(mut stdin) = child.stdin.take() {
         // A hook need not read it.
         let _ = stdin.write_all(input).await;

@@ -20,13 +20,14 @@ mod stats_cache;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use bulkhead_protocol::cri::PodSandboxConfig;
 use tokio::sync::watch;
 
+use crate::deadlines::{Deadline, Operation};
 use crate::endpoint::Endpoint;
 use crate::events::Publisher;
+use crate::host_files::OneEach;
 use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::sandbox::{Sandbox, kill_recorded, removing};
@@ -38,14 +39,6 @@ use files::PodFiles;
 use process::Process;
 pub use sandbox_api::CreateSandbox;
 pub use start::ExecTask;
-
-/// How long a boot may go on when the daemon is to end. It takes a second, but some fifty times as long on an emulated node;
-/// in all, systemd gives a process 90 s when the node shuts down (systemd-system.conf(5), DefaultTimeoutStopSec).
-const BOOTED: Duration = Duration::from_secs(30);
-
-/// How long such a boot may take to remove what it has made when its VMM has been killed. That waits for no guest and no file
-/// system, but a boot that has no VMM yet has to come to it first; see [`BOOTED`] for what there is.
-const RELEASED: Duration = Duration::from_secs(30);
 
 /// Names a pod.
 #[derive(Clone, Debug)]
@@ -83,6 +76,8 @@ pub struct ApiSandbox {
     spec: SandboxSpec,
     config: PodSandboxConfig,
     files: Option<PodFiles>,
+    /// Makes them again, one at a time: containerd's root may be on a disk that hangs.
+    restoring: OneEach<()>,
     /// Stands for the VM: its pid, its state and its end.
     process: Arc<Process>,
 }
@@ -181,16 +176,26 @@ impl Pod {
         self.finished.send_replace(true);
     }
 
-    /// Removes the VM and everything of it.
+    /// Removes the VM and everything of it. It has its time whatever is left of a call's.
     pub async fn teardown(&self) {
         let _gate = self.gate.lock().await;
         self.unmake().await;
     }
 
+    /// The same for a VM that has served for nothing, and need not end by itself.
+    async fn take_back(&self) {
+        let sandbox = self.sandbox_slot().clone();
+        if let Some(sandbox) = sandbox {
+            sandbox.vm.kill().await;
+        }
+        self.teardown().await;
+    }
+
     /// Ends the pod with its daemon: as [`Self::teardown`] does, but a boot that takes long is cut short, and none begins any
     /// more.
     pub async fn end(&self) {
-        let mut gate = tokio::time::timeout(BOOTED, self.gate.lock()).await;
+        let deadline = Deadline::begin(Operation::EndDaemon);
+        let mut gate = deadline.part(Operation::FinishBoot).timeout(self.gate.lock()).await;
         if gate.is_err() {
             tracing::warn!("killing a VMM whose boot takes long");
             let vmm = self.identity.run_dir.vmm_pid();
@@ -199,7 +204,7 @@ impl Pod {
                 Ok(())
             })
             .await;
-            gate = tokio::time::timeout(RELEASED, self.gate.lock()).await;
+            gate = deadline.part(Operation::TakeBackBoot).timeout(self.gate.lock()).await;
         }
         self.unmake().await;
         // What waits for it would boot.

@@ -5,18 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_protocol::cri::PodSandboxConfig;
+use bulkhead_protocol::error::chain;
 use containerd_shim_protos::types::task::Status;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 
-use super::error::TaskError;
+use super::create::configured;
+use super::error::{TaskError, expect_identifier};
 use super::files::PodFiles;
 use super::process::{Exit, Process};
 use super::{ApiSandbox, Pod};
 use crate::about;
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files::{self, OneEach};
 use crate::io::Stdio;
 use crate::sandbox::agent::ProcessKey;
-use crate::sandbox::{Sandbox, blocking, removing};
+use crate::sandbox::{Sandbox, SandboxError, VmError, removing};
 use crate::spec;
 use crate::stats;
 
@@ -52,6 +56,7 @@ pub struct SandboxState {
 impl Pod {
     /// Fails unless the id is this pod's.
     pub fn expect_id(&self, id: &str) -> Result<(), TaskError> {
+        expect_identifier(id, "the sandbox id is not an identifier of containerd")?;
         if id == self.identity.sandbox_id { Ok(()) } else { Err(TaskError::NotFound(format!("sandbox {id}"))) }
     }
 
@@ -61,7 +66,7 @@ impl Pod {
     }
 
     /// Checks what is asked for and makes the pod's files; the VM comes with [`Pod::start_sandbox`].
-    pub async fn create_sandbox(self: Arc<Self>, request: CreateSandbox) -> Result<(), TaskError> {
+    pub async fn create_sandbox(self: Arc<Self>, deadline: Deadline, request: CreateSandbox) -> Result<(), TaskError> {
         let id = &self.identity.sandbox_id;
         let metadata = request.config.metadata.get_or_default();
         about::note_pod_name(&metadata.namespace, &metadata.name);
@@ -69,28 +74,31 @@ impl Pod {
         let spec = spec::pod_sandbox(&request.config, id, &request.netns)?;
         let key = ProcessKey { container: id.clone(), exec: String::new() };
         let process = Arc::new(Process::new(key, Stdio::default()));
-        let files = PodFiles::locate(&request.bundle, id);
         let _gate = self.gate.lock().await;
         if self.api_slot().is_some() || self.sandbox_slot().is_some() {
             return Err(TaskError::Exists(format!("sandbox {id}")));
         }
-        if let (Some(files), config) = (files.clone(), request.config.clone()) {
-            let made: Result<(), TaskError> = blocking(move || files.create(&config).map_err(TaskError::Files)).await;
-            made?;
-        }
-        *self.api_slot() = Some(Arc::new(ApiSandbox { spec, config: request.config, files, process }));
+        let (bundle, config, its_id) = (request.bundle, request.config.clone(), id.clone());
+        let make = move || {
+            let files = PodFiles::locate(&bundle, &its_id);
+            files.as_ref().map_or(Ok(()), |files| files.create(&config)).map(|()| files)
+        };
+        let files = host_files::CONTAINERS.run(deadline, make).await?.map_err(TaskError::Files)?;
+        let (config, restoring) = (request.config, OneEach::default());
+        *self.api_slot() = Some(Arc::new(ApiSandbox { spec, config, files, restoring, process }));
         Ok(())
     }
 
     /// Boots the VM.
-    pub async fn start_sandbox(self: Arc<Self>) -> Result<SandboxState, TaskError> {
+    pub async fn start_sandbox(self: Arc<Self>, deadline: Deadline) -> Result<SandboxState, TaskError> {
         let api = self.api_sandbox()?;
         let order = api.process.order.lock().await;
         api.process.expect("start", &[Status::CREATED])?;
-        let sandbox = self.boot(api.spec.clone(), None).await?;
+        let (config, deadline) = configured(deadline, None).await?;
+        let sandbox = self.boot(deadline, api.spec.clone(), config).await?;
         self.sandbox_booted(&api, sandbox).await?;
         drop(order);
-        self.sandbox_state()
+        Ok(self.state_of(&api))
     }
 
     /// The VM is there. On an error it is not any more.
@@ -99,7 +107,7 @@ impl Pod {
         let begun = api.process.expect("start", &[Status::CREATED]);
         let begun = begun.and_then(|()| api.process.assign_pid(&self.keeper, &[PAUSE.to_owned()]));
         if let Err(error) = begun {
-            self.teardown().await;
+            self.take_back().await;
             return Err(error);
         }
         api.process.set_status(Status::RUNNING);
@@ -109,13 +117,15 @@ impl Pod {
 
     /// Ends the VM, orderly or in bounded time; one that is being booted goes when it is there. What belongs to it on the
     /// host stays until [`Pod::shutdown_sandbox`].
-    pub async fn stop_sandbox(self: Arc<Self>) -> Result<(), TaskError> {
+    pub async fn stop_sandbox(self: Arc<Self>, deadline: Deadline) -> Result<(), TaskError> {
         let api = self.api_sandbox()?;
         let sandbox = self.sandbox_slot().clone();
         match sandbox {
             Some(sandbox) => {
                 sandbox.stop().await;
-                api.process.wait().await;
+                // A VMM that waits for a disk of the host has not ended, and is said not to have.
+                let ended = deadline.part(Operation::ProcessEnds).timeout(api.process.wait()).await;
+                ended.map_err(|waited| SandboxError::Vm(VmError::Lingers(waited)))?;
             }
             None => drop(api.process.ended(Exit::now(Exit::KILLED))),
         }
@@ -129,11 +139,15 @@ impl Pod {
     }
 
     /// The state, without asking the guest.
-    pub fn sandbox_state(&self) -> Result<SandboxState, TaskError> {
+    pub async fn sandbox_state(&self, deadline: Deadline) -> Result<SandboxState, TaskError> {
         let api = self.api_sandbox()?;
-        api.restore_files();
+        api.restore_files(deadline).await;
+        Ok(self.state_of(&api))
+    }
+
+    fn state_of(&self, api: &ApiSandbox) -> SandboxState {
         let sandbox = self.sandbox_slot().clone();
-        Ok(SandboxState {
+        SandboxState {
             pid: api.process.pid(),
             ready: api.process.status() == Status::RUNNING,
             created_at: sandbox.as_ref().map(|sandbox| sandbox.booted_at.clone()),
@@ -145,7 +159,7 @@ impl Pod {
                 "vmmPid": sandbox.map(|sandbox| sandbox.vm.pid()),
                 "runDirectory": self.identity.run_dir.path(),
             }),
-        })
+        }
     }
 
     /// Fails unless the VM runs. The guest is not asked: it might not answer.
@@ -162,18 +176,21 @@ impl Pod {
 
     /// Ends the VM, removes everything of the pod and lets the daemon end. containerd asks for it after a failed
     /// `CreateSandbox` too, when there is nothing to remove.
-    pub async fn shutdown_sandbox(self: Arc<Self>) {
+    pub async fn shutdown_sandbox(self: Arc<Self>, deadline: Deadline) {
         let _gate = self.gate.lock().await;
         self.unmake().await;
         let api = self.api_slot().take();
         if let Some(api) = api {
             api.process.ended(Exit::now(Exit::KILLED));
             if let Some(files) = api.files.clone() {
-                let _: Result<(), TaskError> = removing(move || {
+                let removed = removing(move || {
                     files.remove();
-                    Ok(())
-                })
-                .await;
+                    Ok::<_, TaskError>(())
+                });
+                // They are on containerd's disk, which may hang. The thread goes on, and is the only one.
+                if deadline.part(Operation::HostFiles).timeout(removed).await.is_err() {
+                    tracing::warn!("the pod's files are still being removed; does containerd's disk answer?");
+                }
             }
         }
         self.finish();
@@ -183,11 +200,15 @@ impl Pod {
 impl ApiSandbox {
     /// A containerd that starts again takes the pod's files for a leak and removes them (2.1: internal/cri/server/restart.go
     /// cleanupOrphanedIDDirs knows sandboxes with a pause container only). It asks for the state before it makes the next
-    /// container, as the kubelet does.
-    fn restore_files(&self) {
-        let missing = self.files.as_ref().filter(|files| self.process.exit().is_none() && !files.exist());
-        if let Some(Err(error)) = missing.map(|files| files.create(&self.config)) {
-            tracing::warn!("{}", bulkhead_protocol::error::chain(&error));
+    /// container, as the kubelet does. The state is told in any case.
+    async fn restore_files(&self, deadline: Deadline) {
+        let Some(files) = self.files.clone().filter(|_| self.process.exit().is_none()) else { return };
+        let config = self.config.clone();
+        let restore = move || if files.exist() { Ok(()) } else { files.create(&config) };
+        match self.restoring.run((), deadline.part(Operation::RestorePodFiles), restore).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("{}", chain(&error)),
+            Err(error) => tracing::warn!("cannot see to the pod's files: {}", chain(&error)),
         }
     }
 }
@@ -195,4 +216,59 @@ impl ApiSandbox {
 async fn follow(process: Arc<Process>, sandbox: Arc<Sandbox>) {
     sandbox.vm.ended().await;
     process.ended(Exit::now(Exit::KILLED));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::spec::SandboxSpec;
+
+    /// A sandbox with a bundle as containerd makes it, whose files are not there.
+    fn sandbox(dir: &Path) -> ApiSandbox {
+        let bundle = dir.join("state/io.containerd.sandbox.controller.v1.shim/k8s.io/s");
+        std::fs::create_dir_all(&bundle).unwrap();
+        let work = dir.join("root/io.containerd.sandbox.controller.v1.shim/k8s.io/s");
+        std::os::unix::fs::symlink(work, bundle.join("work")).unwrap();
+        let key = ProcessKey { container: "s".into(), exec: String::new() };
+        let config = PodSandboxConfig::new();
+        ApiSandbox {
+            spec: SandboxSpec::default(),
+            config,
+            files: PodFiles::locate(&bundle, "s"),
+            restoring: OneEach::default(),
+            process: Arc::new(Process::new(key, Stdio::default())),
+        }
+    }
+
+    #[tokio::test]
+    async fn files_that_are_gone_are_made_again_before_the_state_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = sandbox(dir.path());
+        sandbox.restore_files(Deadline::begin(Operation::SandboxStatus)).await;
+        assert!(sandbox.files.as_ref().unwrap().exist());
+        sandbox.files.as_ref().unwrap().remove();
+        sandbox.process.ended(Exit::now(0));
+        sandbox.restore_files(Deadline::begin(Operation::SandboxStatus)).await;
+        assert!(!sandbox.files.as_ref().unwrap().exist(), "of a sandbox that has ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn state_is_told_in_bounded_time_though_containerds_disk_hangs_and_at_once_after_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let sandbox = sandbox(dir.path());
+        let (answer, hung) = channel::<()>();
+        let begun = Instant::now();
+        let first = sandbox.restoring.run((), Deadline::begin(Operation::RestorePodFiles), move || hung.recv());
+        let second = sandbox.restore_files(Deadline::begin(Operation::SandboxStatus));
+        let _ = tokio::join!(first, second);
+        assert_eq!(begun.elapsed().as_secs(), Operation::RestorePodFiles.budget().as_secs());
+        sandbox.restore_files(Deadline::begin(Operation::SandboxStatus)).await;
+        assert_eq!(begun.elapsed().as_secs(), Operation::RestorePodFiles.budget().as_secs());
+        assert!(!sandbox.files.as_ref().unwrap().exist());
+        drop(answer);
+    }
 }

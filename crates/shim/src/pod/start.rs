@@ -1,26 +1,22 @@
 //! `Start` and `Exec`: processes begin, and each is waited for from then on.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bulkhead_protocol::agent::ExecRequest;
-use bulkhead_protocol::guest::is_identifier;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart};
 use containerd_shim_protos::types::task::Status;
 use protobuf::MessageField;
 
 use super::Pod;
 use super::container::{Container, Kind};
-use super::error::TaskError;
+use super::error::{TaskError, expect_identifier};
 use super::process::{Exit, Process};
 use crate::about;
+use crate::deadlines::{Deadline, Operation};
 use crate::io::{ProcessIo, Stdio, Written};
+use crate::sandbox::Sandbox;
 use crate::sandbox::agent::{AgentError, ProcessKey};
-use crate::sandbox::{Sandbox, patience};
 use crate::spec;
-
-/// How long an exec may take in all to be made and to have its streams: the kubelet gives two minutes.
-const EXECUTED: Duration = Duration::from_secs(100);
 
 /// What containerd asks to execute.
 #[derive(Clone, Debug, Default)]
@@ -37,22 +33,27 @@ pub struct ExecTask {
 
 impl Pod {
     /// Starts a container's init or an exec and answers its pid.
-    pub async fn start(self: Arc<Self>, id: String, exec: String) -> Result<u32, TaskError> {
+    pub async fn start(self: Arc<Self>, deadline: Deadline, id: String, exec: String) -> Result<u32, TaskError> {
         let container = self.container(&id)?;
-        if exec.is_empty() { self.start_init(&container).await } else { self.start_exec(&container, &exec).await }
+        if exec.is_empty() {
+            self.start_init(deadline, &container).await
+        } else {
+            self.start_exec(deadline.turned_into(Operation::StartExec), &container, &exec).await
+        }
     }
 
-    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+    async fn start_init(&self, mut deadline: Deadline, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
         let _order = init.order.lock().await;
         init.expect("start", &[Status::CREATED])?;
         let sandbox = self.sandbox()?;
         if container.kind == Kind::Standalone {
             // An engine may make the network only between creation and start.
-            sandbox.follow_network().await?;
+            deadline = deadline.turned_into(Operation::StartStandalone);
+            sandbox.follow_network(deadline.part(Operation::CarryNetwork)).await?;
         }
         if container.kind != Kind::Sandbox {
-            sandbox.agent.start_container(&container.id).await?;
+            sandbox.agent.start_container(deadline, &container.id).await?;
         }
         init.set_status(Status::RUNNING);
         let (container_id, pid) = (container.id.clone(), init.pid());
@@ -61,14 +62,19 @@ impl Pod {
         Ok(pid)
     }
 
-    async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<u32, TaskError> {
+    async fn start_exec(
+        self: &Arc<Self>,
+        deadline: Deadline,
+        container: &Arc<Container>,
+        exec: &str,
+    ) -> Result<u32, TaskError> {
         let process = container.exec(exec)?;
         let order = process.order.lock().await;
         process.expect("start", &[Status::CREATED])?;
         container.init.expect("execute in", &[Status::RUNNING])?;
         let sandbox = self.sandbox()?;
         let pid = process.assign_pid(&self.keeper, &spec::process_arguments(&container.exec_spec(exec)?))?;
-        let ran = patience::within(EXECUTED, run_exec(&sandbox, container, &process)).await;
+        let ran = run_exec(deadline, &sandbox, container, &process).await;
         // It has ended already if its container has been deleted meanwhile.
         if let Err(error) = ran.and_then(|()| process.expect("start", &[Status::CREATED])) {
             // Whoever waits for it is told. No event: its start was not told either.
@@ -89,9 +95,7 @@ impl Pod {
         if container.kind == Kind::Sandbox {
             return Err(TaskError::Unsupported("executing in a sandbox, which has no process of its own,"));
         }
-        if !is_identifier(&task.exec_id) {
-            return Err(TaskError::Invalid("the exec id is not an identifier of containerd"));
-        }
+        expect_identifier(&task.exec_id, "the exec id is not an identifier of containerd")?;
         container.init.expect("execute in", &[Status::CREATED, Status::RUNNING])?;
         let (spec, console) = spec::translate_process(&task.process)?;
         let key = ProcessKey { container: task.id.clone(), exec: task.exec_id.clone() };
@@ -114,7 +118,7 @@ impl Pod {
         sandbox.vm.ended().await;
         let init = container.init.clone();
         if let Some(io) = init.io() {
-            io.finish().await;
+            io.finish(Deadline::begin(Operation::DrainOutput)).await;
         }
         self.process_ended(&container, &init, Exit::KILLED).await;
     }
@@ -145,7 +149,7 @@ impl Pod {
             _ = process.wait() => return,
         };
         if let Some(io) = process.io() {
-            io.process_ended(written).await;
+            io.process_ended(Deadline::begin(Operation::CopyOutput), written).await;
         }
         if process.key.exec.is_empty() {
             sandbox.container_ended(&container.id);
@@ -156,7 +160,7 @@ impl Pod {
     /// Says that a container was out of memory, if that was not said before, and waits until containerd knows: the reason
     /// that the kubelet sees is settled by what containerd knows when it learns of the end.
     async fn tell_oom(&self, container: &Container) {
-        if container.out_of_memory() {
+        if container.out_of_memory().await {
             let container_id = container.id.clone();
             self.publisher.publish(&TaskOOM { container_id, ..TaskOOM::default() });
         }
@@ -192,7 +196,12 @@ impl Pod {
 }
 
 /// Makes an exec's process in the guest, and connects its streams. On an error nothing of it is left there.
-async fn run_exec(sandbox: &Sandbox, container: &Container, process: &Process) -> Result<(), TaskError> {
+async fn run_exec(
+    deadline: Deadline,
+    sandbox: &Sandbox,
+    container: &Container,
+    process: &Process,
+) -> Result<(), TaskError> {
     let request = ExecRequest {
         container_id: container.id.clone(),
         exec_id: process.key.exec.clone(),
@@ -200,8 +209,8 @@ async fn run_exec(sandbox: &Sandbox, container: &Container, process: &Process) -
         streams: MessageField::some(process.stdio.streams()),
         ..ExecRequest::default()
     };
-    sandbox.agent.exec(request).await?;
-    match ProcessIo::connect(&sandbox.agent, &process.key, &process.stdio).await {
+    sandbox.agent.exec(deadline, request).await?;
+    match ProcessIo::connect(deadline, &sandbox.agent, &process.key, &process.stdio).await {
         Ok(io) => process.set_io(io),
         Err(error) => {
             let (agent, key) = (sandbox.agent.clone(), process.key.clone());

@@ -4,18 +4,13 @@
 //! pod's guest must not hold up the others' numbers. A guest that is slow has its last ones told, and is not asked again
 //! before it has answered.
 
-use std::time::Duration;
-
 use protobuf::well_known_types::any::Any;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::error::TaskError;
+use crate::deadlines::{Deadline, Operation};
 use crate::sandbox::agent::AgentError;
-
-/// What an answer may take. It is a few reads of files in the guest, a millisecond; emulated CI nodes are some fifty times
-/// slower. More than a hundred silent containers of a node come to the kubelet's two minutes, and that once.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is known of one container's numbers.
 #[derive(Debug, Default)]
@@ -32,7 +27,7 @@ struct Known {
 impl StatsCache {
     /// The numbers: those that `ask` answers with, or the last ones if that takes long. `ask` goes on for as long as it takes,
     /// unless it is dropped because one goes on already.
-    pub async fn get<A>(&self, ask: A) -> Result<Any, TaskError>
+    pub async fn get<A>(&self, deadline: Deadline, ask: A) -> Result<Any, TaskError>
     where
         A: Future<Output = Result<Any, TaskError>> + Send + 'static,
     {
@@ -46,16 +41,17 @@ impl StatsCache {
             answer.is_some()
         });
         if let Some(answer) = answer {
-            if let Ok(Ok(answer)) = tokio::time::timeout(PATIENCE, answer).await {
+            if let Ok(Ok(answer)) = deadline.timeout(answer).await {
                 return answer;
             }
         } else if known.borrow().last.is_none() {
-            // The first numbers are under way: whoever asks for them has the same patience.
+            // The first numbers are under way: whoever asks for them waits no longer than the first who did.
             let asked = known.borrow().asked.unwrap_or_else(Instant::now);
-            let _ = tokio::time::timeout_at(asked + PATIENCE, known.wait_for(|known| known.asked.is_none())).await;
+            let until = asked + Operation::Stats.budget();
+            let _ = tokio::time::timeout_at(until, known.wait_for(|known| known.asked.is_none())).await;
         }
         let last = self.0.borrow().last.clone();
-        last.ok_or(TaskError::Agent(AgentError::Silent(PATIENCE)))
+        last.ok_or(TaskError::Agent(AgentError::Silent(Operation::Stats.budget())))
     }
 }
 
@@ -84,6 +80,15 @@ mod tests {
         Any { value: vec![value], ..Any::default() }
     }
 
+    const LIMIT: std::time::Duration = Operation::Stats.budget();
+
+    async fn get<A>(known: &StatsCache, ask: A) -> Result<Any, TaskError>
+    where
+        A: Future<Output = Result<Any, TaskError>> + Send + 'static,
+    {
+        known.get(Deadline::begin(Operation::Stats), ask).await
+    }
+
     async fn never() -> Result<Any, TaskError> {
         pending().await
     }
@@ -97,43 +102,43 @@ mod tests {
         let known = StatsCache::default();
         let begin = Instant::now();
         for _ in 0..100 {
-            assert!(is_silent(&known.get(never()).await));
+            assert!(is_silent(&get(&known, never()).await));
         }
-        assert_eq!(begin.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!(begin.elapsed().as_secs(), LIMIT.as_secs());
     }
 
     #[tokio::test(start_paused = true)]
     async fn hostile_21_slow_guest_has_its_last_numbers_told_and_its_answer_kept() {
         let known = StatsCache::default();
-        assert_eq!(known.get(ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
+        assert_eq!(get(&known, ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
         let (tell, told) = oneshot::channel();
         let slow = async { Ok(told.await.unwrap()) };
         let begin = Instant::now();
-        assert_eq!(known.get(slow).await.unwrap(), numbers(1));
-        assert_eq!(begin.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!(get(&known, slow).await.unwrap(), numbers(1));
+        assert_eq!(begin.elapsed().as_secs(), LIMIT.as_secs());
         // Not asked again, and not waited for.
-        assert_eq!(known.get(ready(Ok(numbers(9)))).await.unwrap(), numbers(1));
-        assert_eq!(begin.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!(get(&known, ready(Ok(numbers(9)))).await.unwrap(), numbers(1));
+        assert_eq!(begin.elapsed().as_secs(), LIMIT.as_secs());
         tell.send(numbers(2)).unwrap();
         known.0.subscribe().wait_for(|known| known.asked.is_none()).await.unwrap();
-        assert!(known.get(never()).await.is_ok_and(|last| last == numbers(2)));
+        assert!(get(&known, never()).await.is_ok_and(|last| last == numbers(2)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn refusal_is_an_error_and_does_not_silence_the_guest() {
         let known = StatsCache::default();
-        assert!(matches!(known.get(ready(Err(TaskError::Finished))).await, Err(TaskError::Finished)));
-        assert_eq!(known.get(ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
+        assert!(matches!(get(&known, ready(Err(TaskError::Finished))).await, Err(TaskError::Finished)));
+        assert_eq!(get(&known, ready(Ok(numbers(1)))).await.unwrap(), numbers(1));
     }
 
     #[tokio::test(start_paused = true)]
     async fn two_that_ask_for_the_first_numbers_have_the_same() {
         let known = StatsCache::default();
         let soon = async {
-            tokio::time::sleep(PATIENCE / 2).await;
+            tokio::time::sleep(LIMIT / 2).await;
             Ok(numbers(1))
         };
-        let (one, two) = tokio::join!(known.get(soon), known.get(never()));
+        let (one, two) = tokio::join!(get(&known, soon), get(&known, never()));
         assert_eq!((one.unwrap(), two.unwrap()), (numbers(1), numbers(1)));
     }
 }

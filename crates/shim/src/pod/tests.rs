@@ -95,6 +95,10 @@ async fn listen(socket: &Path) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
     (server, told)
 }
 
+fn creation() -> Deadline {
+    Deadline::begin(Operation::CreateContainer)
+}
+
 /// Runs a test that mounts.
 fn with_mounts<F: Future<Output = ()>>(test: impl FnOnce(PathBuf) -> F + Send + 'static) {
     in_mount_namespace(|dir| {
@@ -175,15 +179,15 @@ impl Fixture {
     }
 
     fn start(&self, exec: &str) -> JoinHandle<Result<u32, TaskError>> {
-        tokio::spawn(self.pod.clone().start("c".into(), exec.into()))
+        tokio::spawn(self.pod.clone().start(Deadline::begin(Operation::StartContainer), "c".into(), exec.into()))
     }
 
     fn kill(&self, exec: &str) -> JoinHandle<Result<(), TaskError>> {
-        tokio::spawn(self.pod.clone().kill("c".into(), exec.into(), 9, false))
+        tokio::spawn(self.pod.clone().kill(Deadline::begin(Operation::Kill), "c".into(), exec.into(), 9, false))
     }
 
     fn delete(&self, id: &str, exec: &str) -> JoinHandle<Result<end::Deleted, TaskError>> {
-        tokio::spawn(self.pod.clone().delete(id.into(), exec.into()))
+        tokio::spawn(self.pod.clone().delete(Deadline::begin(Operation::Delete), id.into(), exec.into()))
     }
 }
 
@@ -337,11 +341,13 @@ async fn update_that_the_guest_draws_out_ends_before_the_kubelet_gives_up() {
         tokio::time::advance(Duration::from_secs(seconds)).await;
         tokio::time::resume();
     };
-    fixture.sandbox.make_room("c", Limits::default()).await.unwrap();
+    let deadline = Deadline::begin(Operation::Update);
+    fixture.sandbox.make_room(deadline, "c", Limits::default()).await.unwrap();
     agent.hold("ResizeGuest");
     agent.hold("UpdateContainer");
     let cpus = br#"{ "cpu": { "quota": 600000, "period": 100000 } }"#;
-    let update = tokio::spawn(fixture.pod.clone().update("c".into(), cpus.to_vec()));
+    let update =
+        tokio::spawn(fixture.pod.clone().update(Deadline::begin(Operation::Update), "c".into(), cpus.to_vec()));
     agent.called("ResizeGuest ", 1).await;
     pass(50).await;
     agent.release("ResizeGuest");
@@ -361,9 +367,9 @@ fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
     with_mounts(async |dir| {
         let fixture = pod_that_mounts(&dir).await;
         let mut bundle = SlowBundle::new(dir.join("bundle"));
-        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        let create = tokio::spawn(fixture.pod.clone().create(creation(), bundle.task("late")));
         bundle.begun().await;
-        let second = fixture.pod.clone().create(bundle.task("late")).await;
+        let second = fixture.pod.clone().create(creation(), bundle.task("late")).await;
         assert_eq!(second.unwrap_err().code(), ttrpc::Code::ALREADY_EXISTS);
         assert_eq!(fixture.delete("late", "").await.unwrap().unwrap_err().code(), ttrpc::Code::NOT_FOUND);
         bundle.go_on().await;
@@ -372,7 +378,7 @@ fn container_that_is_deleted_while_it_is_created_does_not_come_to_be() {
         assert_eq!(fixture.sandbox.limits("late"), Limits::default());
         assert!(!fixture.pod.identity.run_dir.share().join("late").exists());
         // Its id is free again.
-        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        let create = tokio::spawn(fixture.pod.clone().create(creation(), bundle.task("late")));
         bundle.begun().await;
         bundle.go_on().await;
         create.await.unwrap().unwrap();
@@ -384,7 +390,7 @@ fn container_whose_vm_ends_while_it_is_created_can_be_deleted() {
     with_mounts(async |dir| {
         let fixture = pod_that_mounts(&dir).await;
         let mut bundle = SlowBundle::new(dir.join("bundle"));
-        let create = tokio::spawn(fixture.pod.clone().create(bundle.task("late")));
+        let create = tokio::spawn(fixture.pod.clone().create(creation(), bundle.task("late")));
         bundle.begun().await;
         fixture.sandbox.vm.kill().await;
         fixture.pod.teardown().await;
@@ -399,8 +405,8 @@ async fn sandbox_that_is_stopped_while_it_boots_has_no_vm() {
     let fixture = pod().await;
     let pod = &fixture.pod;
     *pod.sandbox_slot() = None;
-    pod.clone().create_sandbox(CreateSandbox::default()).await.unwrap();
-    pod.clone().stop_sandbox().await.unwrap();
+    pod.clone().create_sandbox(Deadline::begin(Operation::CreateSandbox), CreateSandbox::default()).await.unwrap();
+    pod.clone().stop_sandbox(Deadline::begin(Operation::StopSandbox)).await.unwrap();
     assert_eq!(pod.wait_sandbox().await.unwrap().code, 137);
     *pod.sandbox_slot() = Some(fixture.sandbox.clone());
     let booted = pod.sandbox_booted(&pod.api_sandbox().unwrap(), fixture.sandbox.clone()).await;
@@ -433,6 +439,7 @@ async fn boot_that_takes_long_when_the_daemon_is_to_end_is_cut_short() {
     *pod.sandbox_slot() = None;
     pod.identity.run_dir.create().unwrap();
     record(&pod.identity.run_dir.vmm_pid(), fixture.sandbox.vm.pid());
+    let limit = Operation::FinishBoot.budget();
     let gate = pod.gate.lock().await;
     let boot = async {
         fixture.sandbox.vm.ended().await;
@@ -443,12 +450,12 @@ async fn boot_that_takes_long_when_the_daemon_is_to_end_is_cut_short() {
         tokio::pin!(end);
         assert!(end.as_mut().now_or_never().is_none());
         tokio::time::pause();
-        tokio::time::advance(BOOTED).await;
+        tokio::time::advance(limit).await;
         tokio::time::resume();
         end.await;
     };
     let both = async { tokio::join!(boot, end) };
-    tokio::time::timeout(BOOTED + Duration::from_secs(10), both).await.expect("the boot goes on");
+    tokio::time::timeout(limit + Duration::from_secs(10), both).await.expect("the boot goes on");
 }
 
 #[tokio::test]

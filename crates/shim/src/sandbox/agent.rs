@@ -1,6 +1,6 @@
-//! Calls to the agent. Every one has a deadline, and no more than what is left of the patience of containerd's call, because
-//! the guest may never answer; only waiting for a process, for an event, for a demand and for numbers has none, and these end
-//! with the VM.
+//! Calls to the agent. Every one has a deadline, and no more than what is left of the call of containerd's that it is made for,
+//! because the guest may never answer; only waiting for a process, for an event, for a demand and for numbers has none, and these
+//! end with the VM.
 
 use std::time::Duration;
 
@@ -15,27 +15,11 @@ use ttrpc::context::Context;
 use ttrpc::{Code, asynchronous::Client};
 
 use super::bounded_replies::BoundedReplies;
-use super::patience;
 use super::vm::{Vm, VmError};
+use crate::deadlines::{Deadline, Operation};
 use crate::network::{Connector, NoConnection};
 use crate::sizing::Target;
 use crate::spec::{DeviceNumber, HugeVolume};
-
-/// What an ordinary call may take. Creating a container is milliseconds of work; emulated CI nodes are some fifty times
-/// slower, and the kubelet gives up after two minutes.
-const DEADLINE: Duration = Duration::from_secs(60);
-
-/// What a call may take that neither makes a process nor mounts anything, a signal above all: a guest that takes longer is
-/// not going to answer. `Kill` and `Delete` kill its VM then.
-const SHORT_DEADLINE: Duration = Duration::from_secs(20);
-
-/// How long a VM may go on whose agent has ended the connection: it does so at its orderly end too, just before the VM's.
-const UNHEARD: Duration = Duration::from_secs(10);
-
-/// How long the agent may take to make a process, or to tell of the end of one that was killed, when nobody waits for it any
-/// more. It gives up itself within a minute (its `runtime::ANSWER`): a guest that has not answered by then keeps what it is
-/// asked for, and what it is asked for next, for ever.
-const NEVER: Duration = Duration::from_secs(300);
 
 /// The size of huge pages that every x86 guest has, in KiB.
 const COMMON_PAGE_KIB: u64 = 2048;
@@ -83,24 +67,24 @@ impl ProcessKey {
 
 impl Agent {
     /// Connects to the agent, which listens already.
-    pub async fn connect(vm: &Vm) -> Result<Self, AgentError> {
-        let stream = vm.connect(AGENT_RPC_PORT).await?;
+    pub async fn connect(deadline: Deadline, vm: &Vm) -> Result<Self, AgentError> {
+        let stream = vm.connect(deadline, AGENT_RPC_PORT).await?;
         Ok(Self { client: AgentClient::new(Client::new(Socket::new(BoundedReplies::new(stream)))), vm: vm.clone() })
     }
 
     /// A connection for a standard stream.
-    pub async fn stream(&self) -> Result<UnixStream, AgentError> {
-        Ok(self.vm.connect(AGENT_STDIO_PORT).await?)
+    pub async fn stream(&self, deadline: Deadline) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(deadline, AGENT_STDIO_PORT).await?)
     }
 
     /// A connection to be forwarded to the guest's localhost.
-    pub async fn forward(&self) -> Result<UnixStream, AgentError> {
-        Ok(self.vm.connect(AGENT_FORWARD_PORT).await?)
+    pub async fn forward(&self, deadline: Deadline) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(deadline, AGENT_FORWARD_PORT).await?)
     }
 
     /// A connection for what the guest hands over.
-    pub async fn handover(&self) -> Result<UnixStream, AgentError> {
-        Ok(self.vm.connect(AGENT_HANDOVER_PORT).await?)
+    pub async fn handover(&self, deadline: Deadline) -> Result<UnixStream, AgentError> {
+        Ok(self.vm.connect(deadline, AGENT_HANDOVER_PORT).await?)
     }
 
     /// Returns when the VM is gone.
@@ -109,8 +93,8 @@ impl Agent {
     }
 
     /// The connection is gone, and with it all that the guest could be asked for: sees to it that the VM ends.
-    pub async fn unheard(&self) {
-        if tokio::time::timeout(UNHEARD, self.vm.ended()).await.is_err() {
+    pub async fn lost(&self) {
+        if Deadline::begin(Operation::LostAgent).timeout(self.vm.ended()).await.is_err() {
             tracing::warn!("killing the VM of a guest whose agent is not there any more");
             self.vm.kill().await;
         }
@@ -120,9 +104,10 @@ impl Agent {
     /// take.
     pub async fn create_sandbox(
         &self,
+        deadline: Deadline,
         request: &proto::CreateSandboxRequest,
     ) -> Result<(Duration, proto::AddNetworkResponse), AgentError> {
-        let answer = within(DEADLINE, self.client.create_sandbox(Context::default(), request)).await?;
+        let answer = work(deadline, self.client.create_sandbox(Context::default(), request)).await?;
         if answer.release != RELEASE {
             return Err(AgentError::Release(bounded(&answer.release)));
         }
@@ -132,27 +117,32 @@ impl Agent {
     }
 
     /// See `Agent.SyncClock`.
-    pub async fn sync_clock(&self, request: proto::SyncClockRequest) -> Result<proto::SyncClockResponse, AgentError> {
-        within(SHORT_DEADLINE, self.client.sync_clock(Context::default(), &request)).await
+    pub async fn sync_clock(
+        &self,
+        deadline: Deadline,
+        request: proto::SyncClockRequest,
+    ) -> Result<proto::SyncClockResponse, AgentError> {
+        answer(deadline, self.client.sync_clock(Context::default(), &request)).await
     }
 
     /// See `Agent.AddNetwork`. What the pod can do without and has failed is logged.
     pub async fn add_network(
         &self,
+        deadline: Deadline,
         request: &proto::AddNetworkRequest,
     ) -> Result<proto::AddNetworkResponse, AgentError> {
-        let answer = within(DEADLINE, self.client.add_network(Context::default(), request)).await?;
+        let answer = work(deadline, self.client.add_network(Context::default(), request)).await?;
         tell_failed(&answer);
         Ok(answer)
     }
 
     /// See `Agent.DestroySandbox`.
-    pub async fn destroy_sandbox(&self) -> Result<(), AgentError> {
-        within(SHORT_DEADLINE, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)
+    pub async fn destroy_sandbox(&self, deadline: Deadline) -> Result<(), AgentError> {
+        answer(deadline, self.client.destroy_sandbox(Context::default(), &proto::Empty::new())).await.map(drop)
     }
 
     /// See `Agent.ResizeGuest`.
-    pub async fn resize_guest(&self, target: &Target, boot_mib: u64) -> Result<(), AgentError> {
+    pub async fn resize_guest(&self, deadline: Deadline, target: &Target, boot_mib: u64) -> Result<(), AgentError> {
         let pool = |(page_kib, pages): (&u64, &u64)| proto::HugePagePool {
             page_kib: *page_kib,
             pages: *pages,
@@ -166,75 +156,84 @@ impl Agent {
             memory_mib: boot_mib + target.plugged_mib,
             ..proto::ResizeGuestRequest::default()
         };
-        within(DEADLINE, self.client.resize_guest(Context::default(), &request)).await.map(drop)
+        work(deadline, self.client.resize_guest(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.AddHugePageVolume`.
-    pub async fn add_huge_page_volume(&self, volume: &HugeVolume) -> Result<(), AgentError> {
+    pub async fn add_huge_page_volume(&self, deadline: Deadline, volume: &HugeVolume) -> Result<(), AgentError> {
         let (name, page_kib) = (volume.name.clone(), volume.page_kib);
         let request = proto::HugePageVolume { name, page_kib, ..proto::HugePageVolume::default() };
-        within(DEADLINE, self.client.add_huge_page_volume(Context::default(), &request)).await.map(drop)
+        work(deadline, self.client.add_huge_page_volume(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.BindDevice`; answers the disk's number in the guest.
-    pub async fn bind_device(&self, slot: u8) -> Result<DeviceNumber, AgentError> {
+    pub async fn bind_device(&self, deadline: Deadline, slot: u8) -> Result<DeviceNumber, AgentError> {
         let request = proto::DeviceSlot { slot: slot.into(), ..proto::DeviceSlot::default() };
-        let disk = within(DEADLINE, self.client.bind_device(Context::default(), &request)).await?;
+        let disk = work(deadline, self.client.bind_device(Context::default(), &request)).await?;
         Ok(DeviceNumber { major: disk.major, minor: disk.minor })
     }
 
     /// See `Agent.UnbindDevice`.
-    pub async fn unbind_device(&self, slot: u8) -> Result<(), AgentError> {
+    pub async fn unbind_device(&self, deadline: Deadline, slot: u8) -> Result<(), AgentError> {
         let request = proto::DeviceSlot { slot: slot.into(), ..proto::DeviceSlot::default() };
-        within(SHORT_DEADLINE, self.client.unbind_device(Context::default(), &request)).await.map(drop)
+        answer(deadline, self.client.unbind_device(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.CreateContainer`.
-    pub async fn create_container(&self, request: proto::CreateContainerRequest) -> Result<(), AgentError> {
+    pub async fn create_container(
+        &self,
+        deadline: Deadline,
+        request: proto::CreateContainerRequest,
+    ) -> Result<(), AgentError> {
         let key = ProcessKey { container: request.container_id.clone(), exec: String::new() };
         let client = self.client.clone();
         let call = async move { client.create_container(Context::default(), &request).await.map(drop) };
-        self.make(key, call).await
+        self.make(deadline, key, call).await
     }
 
     /// See `Agent.StartContainer`.
-    pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
-        within(DEADLINE, self.client.start_container(Context::default(), &container(id))).await.map(drop)
+    pub async fn start_container(&self, deadline: Deadline, id: &str) -> Result<(), AgentError> {
+        work(deadline, self.client.start_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.DeleteContainer`.
-    pub async fn delete_container(&self, id: &str) -> Result<(), AgentError> {
-        within(SHORT_DEADLINE, self.client.delete_container(Context::default(), &container(id))).await.map(drop)
+    pub async fn delete_container(&self, deadline: Deadline, id: &str) -> Result<(), AgentError> {
+        answer(deadline, self.client.delete_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.PauseContainer`.
-    pub async fn pause_container(&self, id: &str) -> Result<(), AgentError> {
-        within(SHORT_DEADLINE, self.client.pause_container(Context::default(), &container(id))).await.map(drop)
+    pub async fn pause_container(&self, deadline: Deadline, id: &str) -> Result<(), AgentError> {
+        answer(deadline, self.client.pause_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.ResumeContainer`.
-    pub async fn resume_container(&self, id: &str) -> Result<(), AgentError> {
-        within(SHORT_DEADLINE, self.client.resume_container(Context::default(), &container(id))).await.map(drop)
+    pub async fn resume_container(&self, deadline: Deadline, id: &str) -> Result<(), AgentError> {
+        answer(deadline, self.client.resume_container(Context::default(), &container(id))).await.map(drop)
     }
 
     /// See `Agent.UpdateContainer`.
-    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+    pub async fn update_container(&self, deadline: Deadline, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
         let request = proto::UpdateContainerRequest {
             container_id: id.to_owned(),
             resources,
             ..proto::UpdateContainerRequest::default()
         };
-        within(SHORT_DEADLINE, self.client.update_container(Context::default(), &request)).await.map(drop)
+        answer(deadline, self.client.update_container(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.UpdateVolume`.
-    pub async fn update_volume(&self, id: &str, volume: proto::CopiedVolume) -> Result<(), AgentError> {
+    pub async fn update_volume(
+        &self,
+        deadline: Deadline,
+        id: &str,
+        volume: proto::CopiedVolume,
+    ) -> Result<(), AgentError> {
         let request = proto::UpdateVolumeRequest {
             container_id: id.to_owned(),
             volume: Some(volume).into(),
             ..proto::UpdateVolumeRequest::default()
         };
-        within(DEADLINE, self.client.update_volume(Context::default(), &request)).await.map(drop)
+        work(deadline, self.client.update_volume(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.GetStats`. Ends with the answer or with the VM: who asks does not wait for it.
@@ -243,23 +242,25 @@ impl Agent {
     }
 
     /// See `Agent.Exec`.
-    pub async fn exec(&self, request: proto::ExecRequest) -> Result<(), AgentError> {
+    pub async fn exec(&self, deadline: Deadline, request: proto::ExecRequest) -> Result<(), AgentError> {
         let key = ProcessKey { container: request.container_id.clone(), exec: request.exec_id.clone() };
         let client = self.client.clone();
         let call = async move { client.exec(Context::default(), &request).await.map(drop) };
-        self.make(key, call).await
+        self.make(deadline, key, call).await
     }
 
     /// Has a process made. One that is there only after the deadline is discarded: nobody would know of it.
     async fn make(
         &self,
+        deadline: Deadline,
         key: ProcessKey,
         call: impl Future<Output = ttrpc::Result<()>> + Send + 'static,
     ) -> Result<(), AgentError> {
         let (tell, told) = oneshot::channel();
         let agent = self.clone();
         tokio::spawn(async move {
-            match tokio::time::timeout(NEVER, call).await {
+            // It goes on without the call.
+            match Deadline::begin(Operation::LateProcess).timeout(call).await {
                 Ok(answer) => {
                     if let Err(Ok(())) = tell.send(answer) {
                         agent.discard(&key).await;
@@ -269,33 +270,35 @@ impl Agent {
             }
         });
         let answer = async { told.await.unwrap_or_else(|_| Err(ttrpc::Error::Others("the call is lost".to_owned()))) };
-        within(DEADLINE, answer).await
+        work(deadline, answer).await
     }
 
     /// Kills a process that nobody has, and makes the guest forget it, with its container if it is an init.
     pub async fn discard(&self, key: &ProcessKey) {
+        let deadline = Deadline::begin(Operation::DiscardProcess);
         let is_init = key.exec.is_empty();
-        let _ = self.signal(key, SIGKILL, is_init).await;
-        match tokio::time::timeout(NEVER, self.wait(key)).await {
-            Ok(Ok(_)) if is_init => drop(self.delete_container(&key.container).await),
-            Ok(Ok(_)) => drop(self.delete_process(key).await),
+        let _ = self.signal(deadline, key, SIGKILL, is_init).await;
+        match deadline.part(Operation::LateProcess).timeout(self.wait(key)).await {
+            Ok(Ok(_)) if is_init => drop(self.delete_container(deadline, &key.container).await),
+            Ok(Ok(_)) => drop(self.delete_process(deadline, key).await),
             Ok(Err(_)) => {}
             Err(_) => self.give_up().await,
         }
     }
 
     async fn give_up(&self) {
-        tracing::warn!("killing the VM of a guest that has not answered within {NEVER:?}");
+        let waited = Operation::LateProcess.budget();
+        tracing::warn!("killing the VM of a guest that has not answered within {waited:?}");
         self.vm.kill().await;
     }
 
     /// See `Agent.DeleteProcess`.
-    pub async fn delete_process(&self, key: &ProcessKey) -> Result<(), AgentError> {
-        within(SHORT_DEADLINE, self.client.delete_process(Context::default(), &key.request())).await.map(drop)
+    pub async fn delete_process(&self, deadline: Deadline, key: &ProcessKey) -> Result<(), AgentError> {
+        answer(deadline, self.client.delete_process(Context::default(), &key.request())).await.map(drop)
     }
 
     /// See `Agent.SignalProcess`.
-    pub async fn signal(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), AgentError> {
+    pub async fn signal(&self, deadline: Deadline, key: &ProcessKey, signal: u32, all: bool) -> Result<(), AgentError> {
         let request = proto::SignalRequest {
             container_id: key.container.clone(),
             exec_id: key.exec.clone(),
@@ -303,11 +306,17 @@ impl Agent {
             all,
             ..proto::SignalRequest::default()
         };
-        within(SHORT_DEADLINE, self.client.signal_process(Context::default(), &request)).await.map(drop)
+        answer(deadline, self.client.signal_process(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.ResizeTerminal`.
-    pub async fn resize(&self, key: &ProcessKey, width: u32, height: u32) -> Result<(), AgentError> {
+    pub async fn resize(
+        &self,
+        deadline: Deadline,
+        key: &ProcessKey,
+        width: u32,
+        height: u32,
+    ) -> Result<(), AgentError> {
         let request = proto::ResizeRequest {
             container_id: key.container.clone(),
             exec_id: key.exec.clone(),
@@ -315,7 +324,7 @@ impl Agent {
             height,
             ..proto::ResizeRequest::default()
         };
-        within(SHORT_DEADLINE, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
+        answer(deadline, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
     }
 
     /// See `Agent.WaitProcess`. Ends with the process or with the VM.
@@ -336,12 +345,12 @@ impl Agent {
 }
 
 impl Connector for Agent {
-    async fn forward(&self) -> Result<UnixStream, NoConnection> {
-        Ok(Self::forward(self).await?)
+    async fn forward(&self, deadline: Deadline) -> Result<UnixStream, NoConnection> {
+        Ok(Self::forward(self, deadline).await?)
     }
 
-    async fn handover(&self) -> Result<UnixStream, NoConnection> {
-        Ok(Self::handover(self).await?)
+    async fn handover(&self, deadline: Deadline) -> Result<UnixStream, NoConnection> {
+        Ok(Self::handover(self, deadline).await?)
     }
 
     async fn vm_ended(&self) {
@@ -359,8 +368,18 @@ fn container(id: &str) -> proto::ContainerRequest {
     proto::ContainerRequest { container_id: id.to_owned(), ..proto::ContainerRequest::default() }
 }
 
-async fn within<T>(deadline: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
-    match patience::timeout(deadline, call).await {
+/// See [`Operation::GuestAnswer`].
+async fn answer<T>(deadline: Deadline, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    within(deadline.part(Operation::GuestAnswer), call).await
+}
+
+/// See [`Operation::GuestWork`].
+async fn work<T>(deadline: Deadline, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    within(deadline.part(Operation::GuestWork), call).await
+}
+
+async fn within<T>(deadline: Deadline, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    match deadline.timeout(call).await {
         Ok(answer) => answer.map_err(AgentError::from),
         Err(waited) => Err(AgentError::Silent(waited)),
     }

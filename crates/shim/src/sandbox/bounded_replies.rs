@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::UnixStream;
 
 /// Length, stream and kind, flags.
-const HEADER: usize = 10;
+const HEADER_LENGTH: usize = 10;
 
 /// The kind of a frame that answers a call.
 const RESPONSE: u8 = 2;
@@ -23,7 +23,7 @@ const RESPONSE: u8 = 2;
 pub struct BoundedReplies {
     /// Its limit is what is missing of the current header or body.
     stream: Take<UnixStream>,
-    header: [u8; HEADER],
+    header: [u8; HEADER_LENGTH],
     /// Bytes of the header that have come.
     have: usize,
     /// Bytes of the body that have not.
@@ -33,7 +33,7 @@ pub struct BoundedReplies {
 impl BoundedReplies {
     /// Watches over a connection from its first byte on.
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream: stream.take(0), header: [0; HEADER], have: 0, left: 0 }
+        Self { stream: stream.take(0), header: [0; HEADER_LENGTH], have: 0, left: 0 }
     }
 
     /// Notes what has come; fails at the end of a header that no answer has.
@@ -48,7 +48,7 @@ impl BoundedReplies {
                 self.have += 1;
             }
         }
-        if self.have < HEADER {
+        if self.have < HEADER_LENGTH {
             return Ok(());
         }
         let [l0, l1, l2, l3, _, _, _, _, kind, _] = self.header;
@@ -68,7 +68,7 @@ impl BoundedReplies {
 impl AsyncRead for BoundedReplies {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let missing = if this.left > 0 { this.left } else { HEADER - this.have };
+        let missing = if this.left > 0 { this.left } else { HEADER_LENGTH - this.have };
         this.stream.set_limit(u64::try_from(missing).unwrap_or(u64::MAX));
         let before = buffer.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(context, buffer))?;

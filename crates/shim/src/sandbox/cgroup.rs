@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use bulkhead_protocol::huge_pages::page_name;
 
 /// Where cgroup v2 is mounted.
-pub const ROOT: &str = "/sys/fs/cgroup";
+const ROOT: &str = "/sys/fs/cgroup";
 
 /// A cgroup that holds shim and VMM.
 #[derive(Clone, Debug)]
@@ -32,6 +32,11 @@ impl Cgroup {
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Its directory and those of the groups above it, the root's included.
+    pub fn with_those_above(&self) -> Vec<PathBuf> {
+        self.0.ancestors().take_while(|dir| dir.starts_with(ROOT)).map(Path::to_path_buf).collect()
     }
 
     /// Moves the VMM into it, and the shim.

@@ -12,16 +12,17 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use tokio::net::unix::pipe;
 
 use super::agent::{Agent, AgentError};
+use crate::deadlines::{Deadline, Operation};
 
 /// Time between two comparisons. A quartz is off by 100 ppm at most, 3.2 ms in that time, and after a few comparisons the guest
 /// knows by how much.
-const LOOK: Duration = Duration::from_secs(32);
+const COMPARE_EVERY: Duration = Duration::from_secs(32);
 
 /// Questions of which the best counts: what an answer says is wrong by half the time that it took, at most.
 const TRIES: usize = 5;
 
 /// An answer that took no longer than twice this says enough: a guest's files may be newer than its clock by ten times as much.
-const GOOD: Duration = Duration::from_millis(1);
+const GOOD_ERROR: Duration = Duration::from_millis(1);
 
 /// Follows the host's clock for the VM's life.
 pub async fn follow(agent: Agent, mut synced: Synced) {
@@ -33,9 +34,9 @@ pub async fn follow(agent: Agent, mut synced: Synced) {
         tokio::select! {
             () = agent.vm_ended() => return,
             () = stepped(host.as_ref()) => {}
-            () = tokio::time::sleep(LOOK), if synced == Synced::ByShim => {}
+            () = tokio::time::sleep(COMPARE_EVERY), if synced == Synced::ByShim => {}
         }
-        match sync(&agent).await {
+        match sync(Deadline::begin(Operation::SyncClock), &agent).await {
             Ok(by) => synced = by,
             // A VM that has ended says so above.
             Err(error) => tracing::warn!(%error, "cannot compare the guest's clock"),
@@ -53,11 +54,11 @@ pub enum Synced {
 }
 
 /// Makes the guest's clock that of the host.
-pub async fn sync(agent: &Agent) -> Result<Synced, AgentError> {
+pub async fn sync(deadline: Deadline, agent: &Agent) -> Result<Synced, AgentError> {
     let mut best = None::<Offset>;
     for _ in 0..TRIES {
         let (began, asked) = (SystemTime::now(), Instant::now());
-        let answer = agent.sync_clock(SyncClockRequest::default()).await?;
+        let answer = agent.sync_clock(deadline, SyncClockRequest::default()).await?;
         if answer.reads_host {
             return Ok(Synced::ByAgent);
         }
@@ -65,14 +66,14 @@ pub async fn sync(agent: &Agent) -> Result<Synced, AgentError> {
         if best.as_ref().is_none_or(|best| offset.error_ns < best.error_ns) {
             best = Some(offset);
         }
-        if u128::from(offset.error_ns) <= GOOD.as_nanos() {
+        if u128::from(offset.error_ns) <= GOOD_ERROR.as_nanos() {
             break;
         }
     }
     if let Some(Offset { ahead_ns, error_ns }) = best
         && ahead_ns.unsigned_abs() > error_ns
     {
-        agent.sync_clock(SyncClockRequest { ahead_ns, error_ns, ..SyncClockRequest::default() }).await?;
+        agent.sync_clock(deadline, SyncClockRequest { ahead_ns, error_ns, ..SyncClockRequest::default() }).await?;
     }
     Ok(Synced::ByShim)
 }
@@ -157,7 +158,8 @@ mod tests {
         let (sandbox, guest) = Sandbox::fake(dir.path()).await;
         for ahead in [-600_000_000_000, 600_000_000_000] {
             guest.set_clock(ahead);
-            assert_eq!(sync(&sandbox.agent).await.unwrap(), Synced::ByShim);
+            let deadline = Deadline::begin(Operation::SyncClock);
+            assert_eq!(sync(deadline, &sandbox.agent).await.unwrap(), Synced::ByShim);
             assert!(guest.clock().abs() < 1_000_000_000, "{} ns", guest.clock());
         }
     }

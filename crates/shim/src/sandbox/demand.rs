@@ -10,7 +10,7 @@ use super::{Sandbox, room};
 
 /// Time from a demand that was refused, or was one for less, to the next that is listened to. One that is met needs no bound: each
 /// doubles the VM, and it shrinks no oftener than that.
-const PACE: Duration = Duration::from_secs(1);
+const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Does what the guest demands, to the VM's end.
 pub async fn follow(sandbox: Arc<Sandbox>) {
@@ -32,7 +32,7 @@ pub async fn follow(sandbox: Arc<Sandbox>) {
         if less {
             sandbox.resizer.shrink_on_demand(&sandbox.vm, &sandbox.agent).await;
         }
-        if (less || refused) && tokio::time::timeout(PACE, sandbox.vm.ended()).await.is_ok() {
+        if (less || refused) && tokio::time::timeout(LISTEN_AGAIN_AFTER, sandbox.vm.ended()).await.is_ok() {
             return;
         }
     }
@@ -63,7 +63,7 @@ mod tests {
         let begin = Instant::now();
         let following = tokio::spawn(follow(sandbox.clone()));
         agent.called("NextDemand again", 2).await;
-        assert!(begin.elapsed() >= 2 * PACE);
+        assert!(begin.elapsed() >= 2 * LISTEN_AGAIN_AFTER);
         // From 256 MiB to the 4 GiB of the node, if this host has as much: 4 steps.
         assert!((1..=4).contains(&agent.calls("ResizeGuest ")), "{}", agent.calls("ResizeGuest "));
         assert_eq!(agent.calls("NextDemand "), agent.calls("ResizeGuest ") + 1, "each step is one demand");

@@ -7,32 +7,28 @@
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags};
 
 use super::agent::{Agent, AgentError};
-use super::patience;
 use super::vm::{Vm, VmError};
-use crate::own_thread;
+use crate::about;
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files::{HostFilesError, OneEach};
 use crate::share;
 use crate::spec::{DeviceNumber, GuestDisk, HostDisk};
-
-/// How long open(2) of a disk may take: one whose path is being recovered may wait for ever.
-const OPENED: Duration = Duration::from_secs(30);
-
-/// How long the guest and the VMM may take in all to let go of a container's disks: as long as for one, see the deadlines of
-/// `Agent::unbind_device` and `Vm::remove_device`.
-const DETACHED: Duration = Duration::from_secs(50);
 
 /// The pod's disks.
 #[derive(Debug, Default)]
 pub struct Disks {
     /// Held while one comes or goes, so that two containers do not bring the same one.
-    disks: tokio::sync::Mutex<Vec<Disk>>,
+    disks: Arc<tokio::sync::Mutex<Vec<Disk>>>,
     /// Containers that have disks or are about to: the others wait for nobody.
     users: Mutex<HashSet<String>>,
+    /// Those that are being opened: a disk that hangs has one thread, however often the kubelet tries again.
+    opening: OneEach<(DeviceNumber, bool)>,
 }
 
 #[derive(Debug)]
@@ -58,6 +54,7 @@ impl Disks {
     /// Gives a container its disks. On an error, [`Self::detach`] takes back what it has got.
     pub async fn attach(
         &self,
+        deadline: Deadline,
         vm: &Vm,
         agent: &Agent,
         id: &str,
@@ -70,9 +67,9 @@ impl Disks {
         // Before the lock: what hangs here holds up this container alone.
         let mut files = Vec::new();
         for host in wanted {
-            files.push(open_beside(host.number, host.writable).await?);
+            files.push(self.open(deadline, host.number, host.writable).await?);
         }
-        let mut disks = self.disks.lock().await;
+        let mut disks = deadline.timeout(self.disks.lock()).await.map_err(DiskError::Busy)?;
         let mut attached = Vec::new();
         for (host, file) in wanted.iter().zip(files) {
             let fits = |disk: &&mut Disk| disk.host == host.number && (disk.writable || !host.writable);
@@ -82,7 +79,7 @@ impl Disks {
                     disk.guest
                 }
                 None => {
-                    let disk = add(vm, agent, id, host, file).await?;
+                    let disk = add(deadline, vm, agent, id, host, file).await?;
                     let guest = disk.guest;
                     disks.push(disk);
                     guest
@@ -93,52 +90,62 @@ impl Disks {
         Ok(attached)
     }
 
-    /// Takes a container's disks away, as far as no other has them. The guest may refuse; the slot is emptied anyway.
-    pub async fn detach(&self, vm: &Vm, agent: &Agent, id: &str) {
+    /// Opens a disk on a thread of its own.
+    async fn open(&self, deadline: Deadline, number: DeviceNumber, writable: bool) -> Result<OwnedFd, DiskError> {
+        let deadline = deadline.part(Operation::OpenDisk);
+        match self.opening.run((number, writable), deadline, move || open(number, writable)).await {
+            Ok(opened) => opened,
+            Err(HostFilesError::Hung(waited)) => Err(DiskError::Hung(number, waited)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes a container's disks away, as far as no other has them. The guest may refuse; the slot is emptied anyway, also when
+    /// the time of whoever waits for it is over.
+    pub async fn detach(&self, deadline: Deadline, vm: &Vm, agent: &Agent, id: &str) {
         if !self.users().remove(id) || vm.has_ended() {
             return;
         }
-        patience::within(DETACHED, self.take_out(vm, agent, id)).await;
+        let (disks, vm, agent, id) = (self.disks.clone(), vm.clone(), agent.clone(), id.to_owned());
+        let taking_out = about::spawn(async move { take_out(&mut *disks.lock().await, &vm, &agent, &id).await });
+        let _ = deadline.timeout(taking_out).await;
     }
+}
 
-    async fn take_out(&self, vm: &Vm, agent: &Agent, id: &str) {
-        let mut disks = self.disks.lock().await;
-        let unused = |disk: &mut Disk| disk.users.remove(id) && disk.users.is_empty();
-        for disk in disks.extract_if(.., unused).collect::<Vec<_>>() {
-            if vm.has_ended() {
-                continue;
-            }
-            if let Err(error) = agent.unbind_device(disk.slot).await {
-                tracing::warn!(%error, slot = disk.slot, "the guest does not let go of a disk");
-            }
-            if let Err(error) = vm.remove_device(disk.slot).await {
-                tracing::warn!(%error, slot = disk.slot, "the VMM does not let go of a disk");
-            }
+async fn take_out(disks: &mut Vec<Disk>, vm: &Vm, agent: &Agent, id: &str) {
+    let deadline = Deadline::begin(Operation::DetachDisks);
+    let unused = |disk: &mut Disk| disk.users.remove(id) && disk.users.is_empty();
+    for disk in disks.extract_if(.., unused).collect::<Vec<_>>() {
+        if vm.has_ended() {
+            continue;
+        }
+        if let Err(error) = agent.unbind_device(deadline, disk.slot).await {
+            tracing::warn!(%error, slot = disk.slot, "the guest does not let go of a disk");
+        }
+        if let Err(error) = vm.remove_device(deadline, disk.slot).await {
+            tracing::warn!(%error, slot = disk.slot, "the VMM does not let go of a disk");
         }
     }
 }
 
-async fn add(vm: &Vm, agent: &Agent, id: &str, host: &HostDisk, file: OwnedFd) -> Result<Disk, DiskError> {
+async fn add(
+    deadline: Deadline,
+    vm: &Vm,
+    agent: &Agent,
+    id: &str,
+    host: &HostDisk,
+    file: OwnedFd,
+) -> Result<Disk, DiskError> {
     let (number, writable) = (host.number, host.writable);
-    let slot = vm.add_disk(file, !writable, number.to_string()).await?;
-    let guest = match agent.bind_device(slot).await {
+    let slot = vm.add_disk(deadline, file, !writable, number.to_string()).await?;
+    let guest = match agent.bind_device(deadline, slot).await {
         Ok(guest) => guest,
         Err(error) => {
-            let _ = vm.remove_device(slot).await;
+            let _ = vm.remove_device(deadline, slot).await;
             return Err(error.into());
         }
     };
     Ok(Disk { host: number, writable, slot, guest, users: HashSet::from([id.to_owned()]) })
-}
-
-/// Opens a disk on a thread that others do not wait for.
-async fn open_beside(number: DeviceNumber, writable: bool) -> Result<OwnedFd, DiskError> {
-    let opened = own_thread::run("bulkhead-open", move || open(number, writable));
-    let deadline = patience::left(OPENED);
-    match tokio::time::timeout(deadline, opened).await {
-        Ok(opened) => opened.map_err(DiskError::Thread)?,
-        Err(_) => Err(DiskError::Hung(number, deadline)),
-    }
 }
 
 /// Where the kernel keeps the nodes of devices (devtmpfs).
@@ -175,9 +182,14 @@ pub enum DiskError {
     /// open(2) has not come back.
     #[error("the block device {0} has not been opened within {1:?}; does its disk answer?")]
     Hung(DeviceNumber, Duration),
+    /// They come or go for others.
+    #[error(
+        "disks of other containers of the pod have been attached or detached for {0:?}; does a disk of the host answer?"
+    )]
+    Busy(Duration),
     /// No thread.
-    #[error("cannot start a thread to open a block device; is the node out of threads?")]
-    Thread(#[source] std::io::Error),
+    #[error(transparent)]
+    HostFiles(#[from] HostFilesError),
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -197,5 +209,21 @@ mod tests {
             open(number, true).unwrap_err().to_string(),
             "the host has no block device 4000:1; was the volume detached?"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_hangs_has_one_thread_and_who_asks_again_is_told_at_once() {
+        let (disks, number) = (Disks::default(), DeviceNumber { major: 4000, minor: 1 });
+        let (answer, hung) = std::sync::mpsc::channel::<()>();
+        let deadline = Deadline::begin(Operation::OpenDisk);
+        assert!(disks.opening.run((number, true), deadline, move || hung.recv()).await.is_err());
+        let begun = tokio::time::Instant::now();
+        for _ in 0..3 {
+            let again = disks.open(Deadline::begin(Operation::MakeContainer), number, true).await;
+            let limit = Operation::OpenDisk.budget();
+            assert!(matches!(again, Err(DiskError::Hung(_, waited)) if waited == limit), "{again:?}");
+        }
+        assert_eq!(begun.elapsed().as_secs(), 0);
+        drop(answer);
     }
 }

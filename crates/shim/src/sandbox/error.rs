@@ -4,6 +4,7 @@ use super::agent::AgentError;
 use super::vm::VmError;
 use crate::annotations::AnnotationError;
 use crate::config::ConfigError;
+use crate::host_files::HostFilesError;
 use crate::network::{HandoverError, NetworkError};
 use crate::share::ShareError;
 use crate::sizing::SizeError;
@@ -20,6 +21,9 @@ pub enum SandboxError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Files of the host.
+    #[error(transparent)]
+    HostFiles(#[from] HostFilesError),
     /// The share.
     #[error(transparent)]
     Share(#[from] ShareError),

@@ -252,7 +252,7 @@ impl Sandbox {
         let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();
         let run_dir = RunDir::new(&dir.join("run"), "k8s.io", "s");
         let sandbox = Self {
-            agent: Agent::connect(&vm).await.unwrap(),
+            agent: Agent::connect(Deadline::begin(Operation::CreatePod), &vm).await.unwrap(),
             vm,
             share: Share::of(&run_dir),
             booted_at: Timestamp::now(),

@@ -10,7 +10,6 @@ mod error;
 #[cfg(test)]
 pub mod fake;
 mod oom;
-pub mod patience;
 mod pid_namespace;
 mod pids;
 mod pod_network;
@@ -30,10 +29,13 @@ use std::time::Duration;
 use bulkhead_protocol::agent::{AddNetworkRequest, CreateSandboxRequest};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
+use crate::about;
 use crate::annotations;
 use crate::config::Config;
+use crate::deadlines::{self, Deadline, Operation};
+use crate::host_files;
 use crate::network;
 use crate::own_thread;
 use crate::paths::RunDir;
@@ -46,7 +48,7 @@ use clock::Synced;
 pub use disks::DiskError;
 use disks::Disks;
 pub use error::SandboxError;
-use pod_network::PodNetwork;
+use pod_network::{Guest, PodNetwork};
 pub use process::{has_ended, kill_recorded, record};
 pub use resize::ResizeError;
 use resize::Resizer;
@@ -54,21 +56,6 @@ use timeline::Timeline;
 use vm::machine_spec;
 pub use vm::{Vm, VmError};
 use volumes::FollowedVolumes;
-
-/// How long an orderly end of the guest may take before its VMM is killed. The guest only has to kill processes and
-/// flush: what containers wrote is in files of the host already. The kubelet waits two minutes for the whole.
-const ORDERLY_END: Duration = Duration::from_secs(10);
-
-/// How long the guest may take in all to connect and to be told of its pod, once its agent listens. With a `boot_timeout_s`
-/// as it is by default and the VMM's end, the kubelet's two minutes suffice.
-const BEGIN: Duration = Duration::from_secs(40);
-
-/// How long a container's mounts may take. Overlays and binds are made in milliseconds, unless a server or a disk of the host does
-/// not answer.
-const MOUNTED: Duration = Duration::from_secs(60);
-
-/// Containers of a pod whose mounts may be waited for: the kubelet tries again and again to create one that hangs.
-const MOUNTING: usize = 16;
 
 /// A pod's running VM.
 #[derive(Debug)]
@@ -92,9 +79,14 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Boots the VM. On an error nothing is left behind.
-    pub async fn boot(run_dir: RunDir, spec: SandboxSpec, config: Config) -> Result<Self, SandboxError> {
+    pub async fn boot(
+        deadline: Deadline,
+        run_dir: RunDir,
+        spec: SandboxSpec,
+        config: Config,
+    ) -> Result<Self, SandboxError> {
         let network = Arc::new(PodNetwork::new(&spec.netns, config.unsupported_network).await?);
-        let booted = Self::try_boot(&run_dir, spec, network.clone(), config).await;
+        let booted = Self::try_boot(deadline, &run_dir, spec, network.clone(), config).await;
         if booted.is_err() {
             release(&run_dir, &network).await;
         }
@@ -102,6 +94,7 @@ impl Sandbox {
     }
 
     async fn try_boot(
+        deadline: Deadline,
         run_dir: &RunDir,
         spec: SandboxSpec,
         pod_network: Arc<PodNetwork>,
@@ -109,20 +102,17 @@ impl Sandbox {
     ) -> Result<Self, SandboxError> {
         let mut timeline = Timeline::begin();
         let plan = Plan::new(&config, &annotations::request(&spec.annotations, &config.annotations)?)?;
-        let files = machine_spec::Files::open(&config)?;
-        let share = blocking({
-            let run_dir = run_dir.clone();
-            move || {
-                let share = Share::create(&run_dir)?;
-                record(&run_dir.shim_pid(), std::process::id());
-                Ok::<_, ShareError>(share)
-            }
-        })
-        .await?;
+        let opening = {
+            let config = config.clone();
+            move || machine_spec::Files::open(&config)
+        };
+        let files = host_files::CONTAINERS.run(deadline, opening).await??;
+        let share = Share::create(run_dir)?;
+        record(&run_dir.shim_pid(), std::process::id());
         let (devices, mut network) = pod_network.begin().await?;
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         if let Some(cgroup) = &cgroup {
-            patience::follow(cgroup.path());
+            deadlines::follow(cgroup.with_those_above());
         }
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =
@@ -130,11 +120,12 @@ impl Sandbox {
         let slots = machine.net_slots();
         network::name_devices(&mut network, &slots);
         timeline.done("share and network");
-        let (vm, built) = Vm::boot(&config, machine, &run_dir.vmm_pid()).await?;
+        let (vm, built) = Vm::boot(deadline, &config, machine, &run_dir.vmm_pid()).await?;
         share.is_jail_of(vm.process()?);
         timeline.until("VMM start", built);
         timeline.done("guest");
-        let begun = patience::within(BEGIN, begin(&vm, &pod_network, request(&spec, network, &plan))).await;
+        let deadline = deadline.part(Operation::TellGuestItsPod);
+        let begun = begin(deadline, &vm, &pod_network, request(&spec, network, &plan)).await;
         if begun.is_err() {
             // Before its cgroup is removed, which cannot be done as long as something is in it.
             vm.kill().await;
@@ -164,21 +155,21 @@ impl Sandbox {
     }
 
     /// Carries the network into the guest that CNI has made since it was booted, if it makes it so late.
-    pub async fn attach_network(&self) -> Result<(), SandboxError> {
-        self.network.attach(&self.vm, &self.agent).await
+    pub async fn attach_network(&self, deadline: Deadline) -> Result<(), SandboxError> {
+        self.network.attach(Guest { vm: &self.vm, agent: &self.agent, deadline }).await
     }
 
     /// Carries what a hook, or an engine before it starts the container, has made in a container's own namespace, and from then
     /// on what comes and goes there. Its localhost is not the guest's, but the other way round: servers for the container may
     /// listen there.
-    pub async fn follow_network(&self) -> Result<(), SandboxError> {
-        self.network.attach_and_follow(&self.vm, &self.agent).await
+    pub async fn follow_network(&self, deadline: Deadline) -> Result<(), SandboxError> {
+        self.network.attach_and_follow(Guest { vm: &self.vm, agent: &self.agent, deadline }).await
     }
 
     /// Makes the VM large enough for one more container, which counts from now on until [`Self::container_ended`].
-    pub async fn make_room(&self, id: &str, limits: Limits) -> Result<(), ResizeError> {
+    pub async fn make_room(&self, deadline: Deadline, id: &str, limits: Limits) -> Result<(), ResizeError> {
         self.resizer.note(id, limits);
-        let grown = self.resizer.grow(&self.vm, &self.agent).await;
+        let grown = self.resizer.grow(deadline, &self.vm, &self.agent).await;
         if grown.is_err() {
             self.resizer.forget(id);
         }
@@ -197,24 +188,24 @@ impl Sandbox {
         }
     }
 
-    /// Changes what a container may use: `change` is what makes the guest keep to it, and comes after the VM has grown and
-    /// before it shrinks.
+    /// Changes what a container may use: `change` is what makes the guest keep to it, and comes after the VM has grown. That it
+    /// shrinks comes after this, by [`Self::give_back`].
     pub async fn change_limits<E: From<ResizeError>>(
         &self,
+        deadline: Deadline,
         id: &str,
         limits: Limits,
         change: impl Future<Output = Result<(), E>>,
     ) -> Result<(), E> {
         let before = self.resizer.limits(id);
         self.resizer.change(id, before.larger(&limits));
-        let changed = match self.resizer.grow(&self.vm, &self.agent).await {
+        let changed = match self.resizer.grow(deadline, &self.vm, &self.agent).await {
             Ok(()) => change.await,
             Err(error) => Err(error.into()),
         };
         // It may have ended meanwhile.
         self.resizer.change(id, if changed.is_ok() { limits } else { before });
         self.tell_host();
-        self.resizer.shrink(&self.vm, &self.agent).await;
         changed
     }
 
@@ -229,19 +220,25 @@ impl Sandbox {
         self.tell_host();
     }
 
-    /// Gives back what no container needs.
-    pub async fn give_back(&self) {
-        self.resizer.shrink(&self.vm, &self.agent).await;
+    /// Gives back what no container needs, in a task that nobody has to wait for.
+    pub fn give_back(self: &Arc<Self>) -> JoinHandle<()> {
+        let sandbox = self.clone();
+        about::spawn(async move { sandbox.resizer.shrink(&sandbox.vm, &sandbox.agent).await })
     }
 
     /// Gives a container its block devices.
-    pub async fn attach_disks(&self, id: &str, wanted: &[HostDisk]) -> Result<Vec<GuestDisk>, DiskError> {
-        self.disks.attach(&self.vm, &self.agent, id, wanted).await
+    pub async fn attach_disks(
+        &self,
+        deadline: Deadline,
+        id: &str,
+        wanted: &[HostDisk],
+    ) -> Result<Vec<GuestDisk>, DiskError> {
+        self.disks.attach(deadline, &self.vm, &self.agent, id, wanted).await
     }
 
     /// Takes them away.
-    pub async fn detach_disks(&self, id: &str) {
-        self.disks.detach(&self.vm, &self.agent, id).await;
+    pub async fn detach_disks(&self, deadline: Deadline, id: &str) {
+        self.disks.detach(deadline, &self.vm, &self.agent, id).await;
     }
 
     /// What the kubelet asks of the host for containers is asked for the VMM: it binds them to CPUs (its static CPU policy),
@@ -256,18 +253,19 @@ impl Sandbox {
         }
     }
 
-    /// Ends the guest orderly, or in bounded time.
+    /// Ends the guest orderly, or in bounded time. It has that time whatever is left of a call's.
     pub async fn stop(&self) {
         if self.vm.has_ended() {
             return;
         }
+        let deadline = Deadline::begin(Operation::OrderlyEnd);
         // Either answer is good: what counts is that the VM ends.
         let end = async {
-            let _ = self.agent.destroy_sandbox().await;
+            let _ = self.agent.destroy_sandbox(deadline).await;
             self.vm.ended().await;
         };
-        if tokio::time::timeout(ORDERLY_END, end).await.is_err() {
-            tracing::warn!("the guest did not end in {ORDERLY_END:?}, killing its VMM");
+        if let Err(waited) = deadline.timeout(end).await {
+            tracing::warn!("the guest did not end in {waited:?}, killing its VMM");
         }
         self.vm.kill().await;
     }
@@ -282,14 +280,15 @@ impl Sandbox {
 /// Connects to the agent and tells it of its pod and the time; answers with what the guest's kernel took to boot, and with who
 /// sees to the clock from now on.
 async fn begin(
+    deadline: Deadline,
     vm: &Vm,
     network: &PodNetwork,
     request: CreateSandboxRequest,
 ) -> Result<(Agent, Duration, Synced), SandboxError> {
-    let agent = Agent::connect(vm).await?;
-    let (kernel, answer) = agent.create_sandbox(&request).await?;
+    let agent = Agent::connect(deadline, vm).await?;
+    let (kernel, answer) = agent.create_sandbox(deadline, &request).await?;
     network.check(&request.network, &answer)?;
-    let synced = clock::sync(&agent).await?;
+    let synced = clock::sync(deadline, &agent).await?;
     Ok((agent, kernel, synced))
 }
 
@@ -316,41 +315,9 @@ async fn release(run_dir: &RunDir, network: &PodNetwork) {
     }
 }
 
-/// Runs system calls that may block on a thread beside the reactor.
-pub async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
-where
-    T: Send + 'static,
-    E: From<ShareError> + Send + 'static,
-{
-    let whose = tracing::Span::current();
-    match tokio::task::spawn_blocking(move || whose.in_scope(work)).await {
-        Ok(done) => done,
-        Err(error) => Err(ShareError::Thread(std::io::Error::other(error)).into()),
-    }
-}
-
-/// Runs system calls that mount something, on a thread of their own: one that waits for a file system of the host holds up its own
-/// container alone, and that not for ever. If nobody waits any more when it is done, `undo` follows.
-pub async fn mounting<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ShareError> + Send + 'static,
-    undo: impl FnOnce() + Send + 'static,
-) -> Result<T, ShareError> {
-    static THREADS: Semaphore = Semaphore::const_new(MOUNTING);
-    let thread = THREADS.try_acquire().map_err(|_| ShareError::Stuck(MOUNTING))?;
-    let deadline = patience::left(MOUNTED);
-    let work = move || {
-        let done = work();
-        drop(thread);
-        done
-    };
-    match tokio::time::timeout(deadline, own_thread::run_or_undo("bulkhead-mount", work, undo)).await {
-        Ok(done) => done.map_err(ShareError::Thread)?,
-        Err(_) => Err(ShareError::Hung(deadline)),
-    }
-}
-
-/// Runs system calls that remove something, on a thread of their own. They wait for no file system; all threads of
-/// [`blocking`] may wait for one that does not answer any more, and the pod must be removable all the same.
+/// Runs system calls that remove something, on a thread of their own. They wait for no file system, and have no bound beside
+/// others: all threads of [`host_files`] may wait for one that does not answer any more, and the pod must be removable all the
+/// same.
 pub async fn removing<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
 where
     T: Send + 'static,
@@ -379,32 +346,14 @@ fn request(spec: &SandboxSpec, network: AddNetworkRequest, plan: &Plan) -> Creat
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn mount_that_hangs_is_not_waited_for_and_undone_when_it_comes_back() {
-        let (answer, hung) = channel::<()>();
-        let (undone, told) = channel();
-        let work = move || {
-            let _ = hung.recv();
-            Ok(())
-        };
-        let outcome = mounting(work, move || undone.send(()).unwrap()).await;
-        assert!(matches!(outcome, Err(ShareError::Hung(MOUNTED))), "{outcome:?}");
-        assert!(told.try_recv().is_err());
-        drop(answer);
-        told.recv_timeout(Duration::from_secs(10)).unwrap();
-        tokio::time::resume();
-        mounting(|| Ok(()), || panic!("somebody has waited")).await.unwrap();
-    }
 
     #[tokio::test]
     async fn container_without_disks_waits_for_nobodys() {
         let dir = tempfile::tempdir().unwrap();
         let (sandbox, _) = Sandbox::fake(dir.path()).await;
         let _attaching = sandbox.disks.lock().await;
-        tokio::time::timeout(Duration::from_secs(10), sandbox.detach_disks("c")).await.unwrap();
+        let detached = sandbox.detach_disks(Deadline::begin(Operation::DetachDisks), "c");
+        tokio::time::timeout(Duration::from_secs(10), detached).await.unwrap();
     }
 }

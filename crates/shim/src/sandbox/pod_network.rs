@@ -13,25 +13,30 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bulkhead_protocol::agent::{AddNetworkRequest, AddNetworkResponse};
 use bulkhead_protocol::error::chain;
 use tokio::sync::Mutex;
 
+use super::SandboxError;
 use super::agent::Agent;
 use super::vm::Vm;
-use super::{SandboxError, patience};
+use crate::deadlines::{Deadline, Operation};
 use crate::network::policy::Policy;
 use crate::network::{self, Events, Handover, NetDevice, Network, NetworkError, State, Take, netns};
+use crate::retry::GrowingPause;
 use crate::spec::Netns;
 
-/// How long one change may take in all. A guest answers in milliseconds, and each question that it is asked has a bound as well.
-const UPDATED: Duration = Duration::from_secs(40);
-
-/// How long after a failure a change is tried again, at first and at most: a guest that refuses it shall not keep the node busy.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LAST_PAUSE: Duration = Duration::from_secs(60);
+/// The guest, and how long it may take in all for what it is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest<'a> {
+    /// Its VM.
+    pub vm: &'a Vm,
+    /// Its agent.
+    pub agent: &'a Agent,
+    /// For all of it together.
+    pub deadline: Deadline,
+}
 
 /// A pod's network namespace. It is held: it exists, and its path in /proc is its own, whatever becomes of the path that CNI
 /// has given.
@@ -138,7 +143,7 @@ impl PodNetwork {
     }
 
     /// Carries the network of a namespace of the sandbox's own into the guest, once there is something, and its localhost.
-    pub async fn attach(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+    pub async fn attach(self: &Arc<Self>, guest: Guest<'_>) -> Result<(), SandboxError> {
         if self.prepared.is_some() {
             return Ok(());
         }
@@ -146,24 +151,24 @@ impl PodNetwork {
         if carried.state.is_some() {
             return Ok(());
         }
-        self.carry(vm, agent, &mut carried, Take::All).await?;
+        self.carry(guest, &mut carried, Take::All).await?;
         if carried.state.is_some() {
             drop(carried);
-            self.serve_localhost(agent).await;
-            self.follow(vm, agent, false).await;
+            self.serve_localhost(guest.agent).await;
+            self.follow(guest.vm, guest.agent, false).await;
         }
         Ok(())
     }
 
     /// Carries what there is in a namespace of the sandbox's own, and from then on what comes and goes there, servers for the
     /// container included.
-    pub async fn attach_and_follow(self: &Arc<Self>, vm: &Vm, agent: &Agent) -> Result<(), SandboxError> {
+    pub async fn attach_and_follow(self: &Arc<Self>, guest: Guest<'_>) -> Result<(), SandboxError> {
         if self.prepared.is_some() {
             return Ok(());
         }
-        self.update(vm, agent, Take::All, true).await?;
-        self.hand_over(agent).await?;
-        self.follow(vm, agent, true).await;
+        self.update(guest, Take::All, true).await?;
+        self.hand_over(guest.deadline, guest.agent).await?;
+        self.follow(guest.vm, guest.agent, true).await;
         Ok(())
     }
 
@@ -175,16 +180,17 @@ impl PodNetwork {
     }
 
     /// Makes the guest's network that of the namespace; its rules only if they are said to have changed.
-    async fn update(&self, vm: &Vm, agent: &Agent, take: Take, rules: bool) -> Result<(), SandboxError> {
+    async fn update(&self, guest: Guest<'_>, take: Take, rules: bool) -> Result<(), SandboxError> {
         let mut carried = self.carried.lock().await;
         match carried.state.clone() {
-            None => self.carry(vm, agent, &mut carried, take).await,
-            Some(old) => self.change(vm, agent, &mut carried, old, take, rules).await,
+            None => self.carry(guest, &mut carried, take).await,
+            Some(old) => self.change(guest, &mut carried, old, take, rules).await,
         }
     }
 
     /// Carries a namespace, unless there is nothing in it. On an error nothing of it is in the guest.
-    async fn carry(&self, vm: &Vm, agent: &Agent, carried: &mut Carried, take: Take) -> Result<(), SandboxError> {
+    async fn carry(&self, guest: Guest<'_>, carried: &mut Carried, take: Take) -> Result<(), SandboxError> {
+        let Guest { vm, agent, deadline } = guest;
         let Network { devices, mut request, state, events } = network::attach(self.path(), take, self.policy).await?;
         if state.is_empty() {
             carried.events = Some(events).filter(|_| !carried.followed);
@@ -195,16 +201,16 @@ impl PodNetwork {
         let added = async {
             for device in devices {
                 let link = device.link;
-                slots.push((vm.add_net(device).await?, link));
+                slots.push((vm.add_net(deadline, device).await?, link));
             }
             network::name_devices(&mut request, &slots);
-            let answer = agent.add_network(&request).await?;
+            let answer = agent.add_network(deadline, &request).await?;
             Ok::<_, SandboxError>(self.check(&request, &answer)?)
         };
         if let Err(error) = added.await {
             for (slot, _) in slots {
-                let _ = agent.unbind_device(slot).await;
-                let _ = vm.remove_device(slot).await;
+                let _ = agent.unbind_device(deadline, slot).await;
+                let _ = vm.remove_device(deadline, slot).await;
             }
             network::detach(&self.path(), links).await?;
             return Err(error);
@@ -217,13 +223,13 @@ impl PodNetwork {
     /// Carries what is other than it was. What cannot be is told in the log, and the rest goes on.
     async fn change(
         &self,
-        vm: &Vm,
-        agent: &Agent,
+        guest: Guest<'_>,
         carried: &mut Carried,
         old: State,
         take: Take,
         rules: bool,
     ) -> Result<(), SandboxError> {
+        let Guest { vm, agent, deadline } = guest;
         let known: HashSet<u32> = carried.slots.keys().chain(&carried.refused).copied().collect();
         let (mut now, come) = network::look(&self.path(), known, take).await?;
         carried.refused.retain(|link| now.link(*link).is_some());
@@ -231,7 +237,7 @@ impl PodNetwork {
             let (link, error) = match device {
                 Ok(device) => {
                     let link = device.link;
-                    match vm.add_net(device).await {
+                    match vm.add_net(deadline, device).await {
                         Ok(slot) => {
                             carried.slots.insert(link, Some(slot));
                             carried.unnamed.push((slot, link));
@@ -253,8 +259,8 @@ impl PodNetwork {
         for link in gone {
             if let Some(Some(slot)) = carried.slots.remove(&link) {
                 carried.unnamed.retain(|(_, unnamed)| *unnamed != link);
-                let unbound = agent.unbind_device(slot).await.map_err(|error| chain(&error));
-                let removed = vm.remove_device(slot).await.map_err(|error| chain(&error));
+                let unbound = agent.unbind_device(deadline, slot).await.map_err(|error| chain(&error));
+                let removed = vm.remove_device(deadline, slot).await.map_err(|error| chain(&error));
                 if let Err(error) = unbound.and(removed) {
                     tracing::warn!("the device of an interface that is gone is still in the guest: {error}");
                 }
@@ -273,7 +279,7 @@ impl PodNetwork {
         if request.is_some() || !carried.unnamed.is_empty() {
             let mut request = request.unwrap_or_default();
             network::name_devices(&mut request, &carried.unnamed);
-            let answer = agent.add_network(&request).await?;
+            let answer = agent.add_network(deadline, &request).await?;
             carried.unnamed.clear();
             let _ = network::check(&request, &answer, Policy::Warn);
         }
@@ -297,7 +303,7 @@ impl PodNetwork {
         };
         tokio::spawn(async move {
             let following = async {
-                let (mut pause, mut rules) = (None, false);
+                let (mut growing, mut pause, mut rules) = (GrowingPause::default(), None, false);
                 loop {
                     match pause {
                         None => match events.next().await {
@@ -310,10 +316,11 @@ impl PodNetwork {
                             rules = true;
                         }
                     }
-                    let updating = network.update(&vm, &agent, Take::Raised, rules);
-                    let mut updated = patience::within(UPDATED, updating).await;
+                    let deadline = Deadline::begin(Operation::UpdateNetwork);
+                    let guest = Guest { vm: &vm, agent: &agent, deadline };
+                    let mut updated = network.update(guest, Take::Raised, rules).await;
                     if hands_over && updated.is_ok() {
-                        updated = network.hand_over(&agent).await;
+                        updated = network.hand_over(deadline, &agent).await;
                     }
                     let failed = updated.inspect_err(|error| {
                         tracing::warn!("a change of the network is not in the guest yet: {}", chain(error));
@@ -321,9 +328,10 @@ impl PodNetwork {
                     pause = match failed {
                         Ok(()) => {
                             rules = false;
+                            growing.worked();
                             None
                         }
-                        Err(_) => Some(pause.map_or(FIRST_PAUSE, |pause: Duration| (pause * 2).min(LAST_PAUSE))),
+                        Err(_) => Some(growing.failed()),
                     };
                 }
             };
@@ -335,7 +343,7 @@ impl PodNetwork {
     }
 
     /// Lets the guest reach servers for the container that listen in the namespace.
-    async fn hand_over(&self, agent: &Agent) -> Result<(), SandboxError> {
-        Ok(self.handover.update(&self.namespace, agent).await?)
+    async fn hand_over(&self, deadline: Deadline, agent: &Agent) -> Result<(), SandboxError> {
+        Ok(self.handover.update(deadline, &self.namespace, agent).await?)
     }
 }

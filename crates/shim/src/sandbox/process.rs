@@ -2,15 +2,14 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bulkhead_protocol::node::ProcessRecord;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// How long killed processes may take to be gone, all of them together; containerd gives the whole of `delete` 5 s.
-const DEATH: Duration = Duration::from_secs(2);
+use crate::deadlines::Operation;
 
 /// Writes a process's record. Without one, cleaning up after a crash has less to go by; nothing else fails.
 pub fn record(file: &Path, pid: u32) {
@@ -24,7 +23,7 @@ pub fn record(file: &Path, pid: u32) {
 /// Kills the recorded processes and waits until they are gone. Nothing happens to one that is not that process any more, or
 /// is the calling one.
 pub fn kill_recorded(files: &[&Path]) {
-    let deadline = Instant::now() + DEATH;
+    let deadline = Instant::now() + Operation::KillLeftovers.budget();
     // Twice: a daemon may start its VMM, and record it, just before it is killed.
     for _ in 0..2 {
         wait(files.iter().filter_map(|file| kill(file)).collect(), deadline);
@@ -146,7 +145,8 @@ mod tests {
         std::fs::write(&files[3], ProcessRecord { pid: later.id(), start_time: 1 }.to_string()).unwrap();
         let begun = Instant::now();
         kill_recorded(&files.each_ref().map(PathBuf::as_path));
-        assert!(begun.elapsed() >= DEATH && begun.elapsed() < DEATH * 2, "{:?}", begun.elapsed());
+        let limit = Operation::KillLeftovers.budget();
+        assert!(begun.elapsed() >= limit && begun.elapsed() < limit * 2, "{:?}", begun.elapsed());
         assert!([&mut first, &mut second].map(|child| child.try_wait().unwrap()).iter().all(Option::is_none));
         assert_eq!(last.wait().unwrap().signal(), Some(9));
         assert!(later.try_wait().unwrap().is_none(), "it only has the pid of one that was recorded");

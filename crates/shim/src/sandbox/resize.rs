@@ -3,9 +3,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::agent::{Agent, AgentError};
 use super::vm::{Vm, VmError};
+use crate::deadlines::{Deadline, Operation};
 use crate::sizing::{Limits, Plan, SizeError, Target};
 
 /// The size of a VM and what it follows from.
@@ -102,10 +104,11 @@ impl Resizer {
     /// Gives the guest more memory, one step and no more than `most_mib` in all; `false` if there is none.
     pub async fn grow_on_demand(&self, vm: &Vm, agent: &Agent, most_mib: u64) -> Result<bool, ResizeError> {
         let mut size = self.size.lock().await;
+        let deadline = Deadline::begin(Operation::GrowVm);
         let before = size.on_demand_mib;
         let Some(next) = self.plan.step_up(before, self.needed()?.plugged_mib, most_mib) else { return Ok(false) };
         size.on_demand_mib = next;
-        let grown = self.grow_to(&mut size, vm, agent).await;
+        let grown = self.grow_to(deadline, &mut size, vm, agent).await;
         if grown.is_err() {
             size.on_demand_mib = before;
         }
@@ -122,15 +125,17 @@ impl Resizer {
     }
 
     /// Makes the VM at least as large as the containers need; returns when it is.
-    pub async fn grow(&self, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
-        self.grow_to(&mut *self.size.lock().await, vm, agent).await
+    pub async fn grow(&self, deadline: Deadline, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
+        let deadline = deadline.part(Operation::GrowVm);
+        let mut size = deadline.timeout(self.size.lock()).await.map_err(ResizeError::Busy)?;
+        self.grow_to(deadline, &mut size, vm, agent).await
     }
 
-    async fn grow_to(&self, size: &mut Size, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
+    async fn grow_to(&self, deadline: Deadline, size: &mut Size, vm: &Vm, agent: &Agent) -> Result<(), ResizeError> {
         let wanted = size.asked.larger(&self.target(size.on_demand_mib)?);
         let known = size.asked.clone();
         if wanted.plugged_mib > size.plugged_mib {
-            if let Err(error) = vm.grow_memory(wanted.plugged_mib).await {
+            if let Err(error) = vm.grow_memory(deadline, wanted.plugged_mib).await {
                 // What cannot be had is not asked for any longer.
                 let _ = vm.shrink_memory(size.asked.plugged_mib).await;
                 return Err(error.into());
@@ -139,13 +144,14 @@ impl Resizer {
             size.asked.plugged_mib = wanted.plugged_mib;
         }
         if wanted != known {
-            agent.resize_guest(&wanted, self.plan.boot_mib).await?;
+            agent.resize_guest(deadline, &wanted, self.plan.boot_mib).await?;
             size.asked = wanted;
         }
         Ok(())
     }
 
-    /// Makes the VM as small as the containers allow. Memory is given back as soon as the guest can; nobody waits for it.
+    /// Makes the VM as small as the containers allow. Memory is given back as soon as the guest can; nobody waits for it. This has
+    /// its own time: it must not end with a call that waits for it.
     pub async fn shrink(&self, vm: &Vm, agent: &Agent) {
         self.shrink_to(&mut *self.size.lock().await, vm, agent).await;
     }
@@ -160,7 +166,8 @@ impl Resizer {
             return;
         }
         // It keeps its containers from using what is about to go.
-        if let Err(error) = agent.resize_guest(&wanted, self.plan.boot_mib).await {
+        if let Err(error) = agent.resize_guest(Deadline::begin(Operation::GiveBack), &wanted, self.plan.boot_mib).await
+        {
             tracing::warn!(%error, "the guest does not shrink");
             return;
         }
@@ -177,6 +184,9 @@ pub enum ResizeError {
     /// It may not.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// It is being changed for others.
+    #[error("the size of the pod's VM has been changed for other containers for {0:?}; try again when that is done")]
+    Busy(Duration),
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -190,6 +200,7 @@ mod tests {
     use super::*;
     use crate::annotations::Request;
     use crate::config::{Config, Node, RawConfig};
+    use crate::sandbox::Sandbox;
 
     #[test]
     fn change_of_a_container_that_has_ended_is_none() {
@@ -217,5 +228,18 @@ mod tests {
         resizer.forget("b");
         resizer.note("a", bound("1"));
         assert_eq!(resizer.host_cpus(), "1");
+    }
+
+    #[tokio::test]
+    async fn size_that_is_changed_for_others_is_waited_for_no_longer_than_the_call_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sandbox, _) = Sandbox::fake(dir.path()).await;
+        let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();
+        let resizer = Resizer::new(Plan::new(&config, &Request::default()).unwrap());
+        let _changing = resizer.size.lock().await;
+        tokio::time::pause();
+        let grown = resizer.grow(Deadline::begin(Operation::Update), &sandbox.vm, &sandbox.agent).await;
+        let limit = Operation::GrowVm.budget();
+        assert!(matches!(grown, Err(ResizeError::Busy(waited)) if waited == limit), "{grown:?}");
     }
 }

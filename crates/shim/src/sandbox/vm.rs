@@ -23,28 +23,14 @@ use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::oom::{self, OomScore};
-use super::{patience, pid_namespace, pids};
+use super::{pid_namespace, pids};
 use crate::config::Config;
+use crate::deadlines::{Deadline, Operation};
 use crate::network::NetDevice;
 use console::Tail;
 pub use error::VmError;
 use machine_spec::Machine;
-use supervisor::{AFTERWORD, Order, Supervised, Unsent};
-
-/// How long the VMM may take to connect to a port of the guest. The guest's kernel answers from its interrupt handler, so
-/// a second is much on hardware; emulated CI nodes are some fifty times slower.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
-
-/// How long the VMM may take to fill or empty a slot. It waits for nothing but a request that a disk is working on; a disk
-/// of the host that takes longer than a kernel's own patience is broken.
-const SLOT_DEADLINE: Duration = Duration::from_secs(30);
-
-/// How long the guest may take to plug memory. Linux takes some 100 ms for a GiB; emulated CI nodes are some fifty times
-/// slower, and the kubelet waits two minutes for a container.
-const PLUG_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long a VMM may take to be gone after SIGKILL. Giving gigabytes of memory back takes a second.
-const DEATH: Duration = Duration::from_secs(10);
+use supervisor::{Order, Supervised, Unsent};
 
 /// A VM, as long as its VMM's process is there. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -58,7 +44,12 @@ pub struct Vm {
 
 impl Vm {
     /// Starts the VMM, boots the machine and waits until its agent listens. Also says when the machine was built.
-    pub async fn boot(config: &Config, machine: Machine<'_>, pid_file: &Path) -> Result<(Self, Instant), VmError> {
+    pub async fn boot(
+        deadline: Deadline,
+        config: &Config,
+        machine: Machine<'_>,
+        pid_file: &Path,
+    ) -> Result<(Self, Instant), VmError> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(io_error)?;
         let tail = Tail::default();
@@ -67,9 +58,8 @@ impl Vm {
         let mut command = tokio::process::Command::new(&config.vmm);
         command.args(["--control-fd", "0"]).stdin(theirs).stdout(Stdio::null()).stderr(stderr);
         command.env_clear().current_dir("/").kill_on_drop(true);
-        let spawned = pid_namespace::spawn(&mut command);
-        // The command holds the VMM's end of the socket and of stderr; only the VMM may.
-        drop(command);
+        // The command holds the VMM's end of the socket and of stderr. Only the VMM may, so the command is gone after this.
+        let spawned = pid_namespace::spawn(deadline, command).await;
         let child = spawned.map_err(|source| VmError::Spawn { path: config.vmm.clone(), source })?;
         let pid = child.id().unwrap_or(0);
         super::record(pid_file, pid);
@@ -85,7 +75,7 @@ impl Vm {
         let cgroup = machine.cgroup.cloned();
         drop((machine, console));
         let (vm, ready) = Self::supervise(ours, child, pid, oom_score)?;
-        match patience::timeout(config.boot_timeout, ready).await {
+        match deadline.part_of(Operation::BootGuest, config.boot_timeout).timeout(ready).await {
             Ok(Ok(Ok(built))) => {
                 pids::warn_without_room(cgroup.as_ref(), pid);
                 Ok((vm, built))
@@ -93,7 +83,7 @@ impl Vm {
             Ok(Ok(Err(VmError::DiedEarly { how, .. }))) => {
                 // The process is gone; what it has said may still be in the pipes.
                 let said = async { tokio::join!(console_task, stderr_task) };
-                let _ = tokio::time::timeout(AFTERWORD, said).await;
+                let _ = Deadline::begin(Operation::VmmExit).timeout(said).await;
                 Err(vm.fail(VmError::DiedEarly { how, last_words: tail.last_line() }).await)
             }
             Ok(Ok(Err(error))) => Err(vm.fail(error).await),
@@ -146,21 +136,24 @@ impl Vm {
     }
 
     /// Kills the VMM and waits for its process, though not for ever: SIGKILL is not refused, but a thread that waits for a
-    /// disk of the host dies only when that answers.
+    /// disk of the host dies only when that answers. The time for it is always the same, whatever a call has left.
     pub async fn kill(&self) {
         let killed = async {
             let _ = self.requests.send(Order::Kill).await;
             self.ended().await;
         };
-        if tokio::time::timeout(DEATH, killed).await.is_err() {
-            tracing::warn!("the VMM is still there {DEATH:?} after SIGKILL; does a disk of the host not answer?");
+        if let Err(waited) = Deadline::begin(Operation::KillVmm).timeout(killed).await {
+            tracing::warn!("the VMM is still there {waited:?} after SIGKILL; does a disk of the host not answer?");
         }
     }
 
     /// Connects to a vsock port of the guest.
-    pub async fn connect(&self, port: u32) -> Result<UnixStream, VmError> {
+    pub async fn connect(&self, deadline: Deadline, port: u32) -> Result<UnixStream, VmError> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Socket)?;
-        match self.ask(Command::ConnectVsock { port }, vec![theirs.into()], CONNECT_DEADLINE).await {
+        match self
+            .ask(deadline.part(Operation::GuestConnection), Command::ConnectVsock { port }, vec![theirs.into()])
+            .await
+        {
             Err(VmError::Silent(waited)) => return Err(VmError::ConnectTimeout(port, waited)),
             answer => answer?,
         };
@@ -169,31 +162,37 @@ impl Vm {
     }
 
     /// Puts a disk into a slot of the machine and answers which.
-    pub async fn add_disk(&self, file: OwnedFd, read_only: bool, serial: String) -> Result<u8, VmError> {
-        self.add_device(DeviceSpec::Block { file: FdIndex(0), read_only, serial }, file).await
+    pub async fn add_disk(
+        &self,
+        deadline: Deadline,
+        file: OwnedFd,
+        read_only: bool,
+        serial: String,
+    ) -> Result<u8, VmError> {
+        self.add_device(deadline, DeviceSpec::Block { file: FdIndex(0), read_only, serial }, file).await
     }
 
     /// Puts a network device into a slot of the machine and answers which.
-    pub async fn add_net(&self, device: NetDevice) -> Result<u8, VmError> {
+    pub async fn add_net(&self, deadline: Deadline, device: NetDevice) -> Result<u8, VmError> {
         let NetDevice { tap, mac, mtu, .. } = device;
-        self.add_device(DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, tap).await
+        self.add_device(deadline, DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, tap).await
     }
 
-    async fn add_device(&self, device: DeviceSpec, fd: OwnedFd) -> Result<u8, VmError> {
-        match self.ask(Command::AddDevice(device), vec![fd], SLOT_DEADLINE).await? {
+    async fn add_device(&self, deadline: Deadline, device: DeviceSpec, fd: OwnedFd) -> Result<u8, VmError> {
+        match self.ask(deadline.part(Operation::DeviceSlot), Command::AddDevice(device), vec![fd]).await? {
             Reply::Added { slot, .. } => Ok(slot),
             _ => Err(VmError::Unexpected),
         }
     }
 
     /// Empties a slot, whatever the guest does with it.
-    pub async fn remove_device(&self, slot: u8) -> Result<(), VmError> {
-        self.ask(Command::RemoveDevice { slot }, Vec::new(), SLOT_DEADLINE).await.map(drop)
+    pub async fn remove_device(&self, deadline: Deadline, slot: u8) -> Result<(), VmError> {
+        self.ask(deadline.part(Operation::DeviceSlot), Command::RemoveDevice { slot }, Vec::new()).await.map(drop)
     }
 
     /// Grows the guest to so much memory beyond its boot memory, and waits until it is there.
-    pub async fn grow_memory(&self, mib: u64) -> Result<(), VmError> {
-        match self.ask(Command::ResizeMemory { mib }, Vec::new(), PLUG_DEADLINE).await {
+    pub async fn grow_memory(&self, deadline: Deadline, mib: u64) -> Result<(), VmError> {
+        match self.ask(deadline.part(Operation::GuestMemory), Command::ResizeMemory { mib }, Vec::new()).await {
             Ok(Reply::Resized { mib: there, .. }) if there >= mib => Ok(()),
             // A later request has taken its place.
             Ok(Reply::Resized { .. }) => Err(VmError::NotPlugged(mib, Duration::ZERO)),
@@ -209,14 +208,14 @@ impl Vm {
         self.requests.send(Order::Ask(request)).await.map_err(|_| VmError::Ended)
     }
 
-    async fn ask(&self, command: Command, fds: Vec<OwnedFd>, deadline: Duration) -> Result<Reply, VmError> {
+    async fn ask(&self, deadline: Deadline, command: Command, fds: Vec<OwnedFd>) -> Result<Reply, VmError> {
         let (answer, answered) = oneshot::channel();
         let order = Order::Ask(Unsent { command, fds, answer: Some(answer) });
         let done = async {
             self.requests.send(order).await.map_err(|_| VmError::Ended)?;
             answered.await.map_err(|_| VmError::Ended)?
         };
-        patience::timeout(deadline, done).await.map_err(VmError::Silent)?
+        deadline.timeout(done).await.map_err(VmError::Silent)?
     }
 }
 

@@ -6,6 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_protocol::agent::CopiedVolume;
 use bulkhead_protocol::guest::DATA_LINK;
@@ -15,6 +16,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::agent::{Agent, AgentError};
+use crate::deadlines::{Deadline, Operation};
+use crate::host_files::{self, HostFilesError, OneEach};
+use crate::retry::GrowingPause;
 use crate::spec::GuestVolume;
 
 /// The followed volumes of a pod.
@@ -39,21 +43,36 @@ impl Drop for Follower {
 impl FollowedVolumes {
     /// Begins to follow those of a container that are to be copied, and answers which version each has. Nothing is told
     /// to the guest before [`Self::activate`].
-    pub fn add(&self, agent: &Agent, container: &str, volumes: &[GuestVolume]) -> Vec<CopiedVolume> {
-        let mut copied: Vec<_> = volumes.iter().filter(|volume| volume.host.copied).collect();
+    pub async fn add(
+        &self,
+        deadline: Deadline,
+        agent: &Agent,
+        container: &str,
+        volumes: &[GuestVolume],
+    ) -> Result<Vec<CopiedVolume>, HostFilesError> {
+        let copied = volumes.iter().filter(|volume| volume.host.copied);
+        let mut copied: Vec<(u64, PathBuf)> =
+            copied.map(|GuestVolume { host, number }| (*number, host.source.clone())).collect();
         // A container may bind one in several ways. It has one copy of it.
-        copied.sort_by_key(|volume| volume.number);
-        copied.dedup_by_key(|volume| volume.number);
-        let followed = copied.into_iter().map(|GuestVolume { host, number }| {
-            let version = self.watch(agent).and_then(|watch| watch.add(container, *number, &host.source));
-            let version = version.unwrap_or_else(|error| {
-                let dir = host.source.display();
-                tracing::warn!(%error, %dir, "updates of a volume raise no events in the guest; fs.inotify.max_user_instances may be too low");
-                String::new()
+        copied.sort_by_key(|(number, _)| *number);
+        copied.dedup_by_key(|(number, _)| *number);
+        if copied.is_empty() {
+            return Ok(Vec::new());
+        }
+        let watch = match self.watch(agent) {
+            Ok(watch) => watch,
+            Err(error) => return Ok(copied.iter().map(|(number, dir)| unfollowed(&error, *number, dir)).collect()),
+        };
+        let (abandoned, its_container) = (watch.clone(), container.to_owned());
+        let container = container.to_owned();
+        let add = move || {
+            let followed = copied.iter().map(|(number, dir)| match watch.add(&container, *number, dir) {
+                Ok(version) => CopiedVolume { number: *number, version, ..CopiedVolume::default() },
+                Err(error) => unfollowed(&error, *number, dir),
             });
-            CopiedVolume { number: *number, version, ..CopiedVolume::default() }
-        });
-        followed.collect()
+            followed.collect()
+        };
+        host_files::CONTAINERS.run_or_undo(deadline, add, move || abandoned.remove(&its_container)).await
     }
 
     fn watch(&self, agent: &Agent) -> io::Result<Arc<Watch>> {
@@ -86,22 +105,62 @@ impl FollowedVolumes {
     }
 }
 
-/// Tells the guest of each version. What it does not take is tried again with the next change, of whichever volume.
+/// A volume of which the guest has the version that it finds, and no later one.
+fn unfollowed(error: &io::Error, number: u64, dir: &Path) -> CopiedVolume {
+    let dir = dir.display();
+    tracing::warn!(%error, %dir, "updates of a volume raise no events in the guest; fs.inotify.max_user_instances may be too low");
+    CopiedVolume { number, ..CopiedVolume::default() }
+}
+
+/// Tells the guest of each version. What it does not take is tried again after a pause that grows, and with the next change of
+/// whichever volume: a token that comes too late is an outage of whoever uses it.
 async fn follow(watch: Arc<Watch>, agent: Agent) {
-    while watch.changed().await.is_ok() {
-        for (container, volume) in watch.updates() {
-            match agent.update_volume(&container, volume.clone()).await {
-                Ok(()) => watch.taken(&container, volume),
-                Err(error @ (AgentError::Refused { .. } | AgentError::Silent(_))) => {
-                    tracing::warn!(%error, container, "the guest does not take a volume's update");
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "no more updates of volumes");
-                    return;
-                }
+    let (looking, mut growing, mut pause) = (OneEach::default(), GrowingPause::default(), None::<Duration>);
+    loop {
+        let changed = match pause {
+            None => watch.changed().await,
+            // The pause is over.
+            Some(pause) => tokio::time::timeout(pause, watch.changed()).await.unwrap_or(Ok(())),
+        };
+        if changed.is_err() {
+            return;
+        }
+        pause = match carry(&watch, &agent, &looking).await {
+            Ok(true) => {
+                growing.worked();
+                None
             }
+            Ok(false) => Some(growing.failed()),
+            Err(error) => return tracing::debug!(%error, "no more updates of volumes"),
+        };
+    }
+}
+
+/// Tells the guest what it does not know. Answers whether it knows all then; fails if it cannot be told any more.
+async fn carry(watch: &Arc<Watch>, agent: &Agent, looking: &OneEach<()>) -> Result<bool, AgentError> {
+    let look = {
+        let watch = watch.clone();
+        move || watch.updates()
+    };
+    let updates = match looking.run((), Deadline::begin(Operation::LookAtVolumes), look).await {
+        Ok(updates) => updates,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look for updates of the pod's volumes");
+            return Ok(false);
+        }
+    };
+    let mut all = true;
+    for (container, volume) in updates {
+        match agent.update_volume(Deadline::begin(Operation::UpdateVolume), &container, volume.clone()).await {
+            Ok(()) => watch.taken(&container, volume),
+            Err(error @ (AgentError::Refused { .. } | AgentError::Silent(_))) => {
+                tracing::warn!(%error, container, "the guest does not take a volume's update yet");
+                all = false;
+            }
+            Err(error) => return Err(error),
         }
     }
+    Ok(all)
 }
 
 /// An inotify instance and what it watches.
@@ -174,22 +233,26 @@ impl Watch {
             () = self.activated.notified() => Ok(()),
             ready = self.inotify.readable() => {
                 ready?;
-                // Which directory it was does not matter: all are looked at.
-                match self.inotify.try_read(&mut [0; 4096]) {
-                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-                    _ => Ok(()),
+                // Which directory it was does not matter: all are looked at. Read to its end, as it would be ready again at once.
+                loop {
+                    match self.inotify.try_read(&mut [0; 4096]) {
+                        Ok(1..) => {}
+                        Err(error) if error.kind() != io::ErrorKind::WouldBlock => break Err(error),
+                        _ => break Ok(()),
+                    }
                 }
             }
         }
     }
 
-    /// What the guest does not know yet.
+    /// What the guest does not know yet. Blocks as long as the file systems of the volumes do; nothing is locked meanwhile.
     fn updates(&self) -> Vec<(String, CopiedVolume)> {
+        let known = |entry: &Entry| (entry.container.clone(), entry.number, entry.dir.clone(), entry.version.clone());
+        let active: Vec<_> = self.entries().iter().filter(|entry| entry.active).map(known).collect();
         let mut updates = Vec::new();
-        for entry in self.entries().iter().filter(|entry| entry.active) {
-            if let Some(version) = version(&entry.dir).filter(|version| *version != entry.version) {
-                let volume = CopiedVolume { number: entry.number, version, ..CopiedVolume::default() };
-                updates.push((entry.container.clone(), volume));
+        for (container, number, dir, known) in active {
+            if let Some(version) = version(&dir).filter(|version| *version != known) {
+                updates.push((container, CopiedVolume { number, version, ..CopiedVolume::default() }));
             }
         }
         updates
@@ -220,6 +283,7 @@ fn version(dir: &Path) -> Option<String> {
 mod tests {
     use super::*;
     use crate::sandbox::Sandbox;
+    use crate::sandbox::fake::FakeAgent;
     use crate::spec::{Access, Volume};
     use std::os::unix::fs::symlink;
 
@@ -268,11 +332,10 @@ mod tests {
         assert_eq!(watch.updates().len(), 1);
     }
 
-    #[tokio::test]
-    async fn guest_that_does_not_take_a_version_is_told_again_with_the_next_change() {
-        let dir = tempfile::tempdir().unwrap();
-        let (sandbox, guest) = Sandbox::fake(dir.path()).await;
-        let sources = ["one", "two"].map(|name| dir.path().join(name));
+    /// A pod whose containers, `a` and `b`, have a volume each.
+    async fn pod_with_volumes(dir: &Path) -> (Arc<Sandbox>, Arc<FakeAgent>, [PathBuf; 2]) {
+        let (sandbox, guest) = Sandbox::fake(dir).await;
+        let sources = ["one", "two"].map(|name| dir.join(name));
         for (container, source) in ["a", "b"].into_iter().zip(&sources) {
             std::fs::create_dir(source).unwrap();
             switch(source, "..1");
@@ -285,9 +348,18 @@ mod tests {
                 scratch: false,
                 mapped_by: None,
             };
-            sandbox.volumes.add(&sandbox.agent, container, &[GuestVolume { host, number: 7 }]);
+            let deadline = Deadline::begin(Operation::CreateContainer);
+            let volume = GuestVolume { host, number: 7 };
+            sandbox.volumes.add(deadline, &sandbox.agent, container, &[volume]).await.unwrap();
             sandbox.volumes.activate(container);
         }
+        (sandbox, guest, sources)
+    }
+
+    #[tokio::test]
+    async fn guest_that_does_not_take_a_version_is_told_again_with_the_next_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_sandbox, guest, sources) = pod_with_volumes(dir.path()).await;
         guest.hold("UpdateVolume");
         switch(&sources[0], "..2");
         guest.called("UpdateVolume a/7 ..2", 1).await;
@@ -319,9 +391,34 @@ mod tests {
             GuestVolume { host, number }
         };
         let volumes = [given(true, true, 7), given(true, false, 8), given(false, true, 7)];
-        let copied = sandbox.volumes.add(&sandbox.agent, "c", &volumes);
+        let deadline = Deadline::begin(Operation::CreateContainer);
+        let copied = sandbox.volumes.add(deadline, &sandbox.agent, "c", &volumes).await.unwrap();
         let copied: Vec<_> = copied.iter().map(|volume| (volume.number, &*volume.version)).collect();
         assert_eq!(copied, [(7, "..1")]);
+    }
+
+    #[tokio::test]
+    async fn version_that_the_guest_has_refused_or_not_answered_is_told_again_though_nothing_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_sandbox, guest, sources) = pod_with_volumes(dir.path()).await;
+        guest.refuse("UpdateVolume");
+        switch(&sources[0], "..2");
+        guest.called("UpdateVolume a/7 ..2", 1).await;
+        // The first pauses are short.
+        guest.hold("UpdateVolume");
+        guest.called("UpdateVolume a/7 ..2", 2).await;
+        tokio::time::pause();
+        tokio::time::advance(Operation::UpdateVolume.budget() + Duration::from_secs(1)).await;
+        // Until who waits for the answer has seen that its time is over.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        tokio::time::resume();
+        guest.accept("UpdateVolume");
+        guest.release("UpdateVolume");
+        guest.called("UpdateVolume a/7 ..2", 3).await;
+        // What has been taken is not told again.
+        switch(&sources[1], "..2");
+        guest.called("UpdateVolume b/7 ..2", 1).await;
+        assert_eq!(guest.calls("UpdateVolume a/7 ..2"), 3);
     }
 
     #[test]

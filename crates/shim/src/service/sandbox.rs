@@ -13,6 +13,7 @@ use protobuf::{Message, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::status::{detached, status};
+use crate::deadlines::{Deadline, Operation};
 use crate::pod::error::TaskError;
 use crate::pod::{CreateSandbox, Pod};
 
@@ -60,7 +61,7 @@ impl Sandbox for SandboxService {
         let pod = self.pod(&r.sandbox_id)?;
         let config = pod_config(r.options).map_err(status)?;
         let request = CreateSandbox { bundle: r.bundle_path.into(), config, netns: r.netns_path };
-        detached(pod.create_sandbox(request)).await?;
+        detached(pod.create_sandbox(Deadline::begin(Operation::CreateSandbox), request)).await?;
         Ok(api::CreateSandboxResponse::new())
     }
 
@@ -69,7 +70,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: api::StartSandboxRequest,
     ) -> ttrpc::Result<api::StartSandboxResponse> {
-        let state = detached(self.pod(&r.sandbox_id)?.start_sandbox()).await?;
+        let deadline = Deadline::begin(Operation::CreatePod);
+        let state = detached(self.pod(&r.sandbox_id)?.start_sandbox(deadline)).await?;
         let created_at = state.created_at.into();
         Ok(api::StartSandboxResponse { pid: state.pid, created_at, ..Default::default() })
     }
@@ -92,7 +94,8 @@ impl Sandbox for SandboxService {
         r: api::StopSandboxRequest,
     ) -> ttrpc::Result<api::StopSandboxResponse> {
         // A pod has a bound of its own for an orderly end, shorter than any that containerd gives.
-        detached(self.pod(&r.sandbox_id)?.stop_sandbox()).await?;
+        let deadline = Deadline::begin(Operation::StopSandbox);
+        detached(self.pod(&r.sandbox_id)?.stop_sandbox(deadline)).await?;
         Ok(api::StopSandboxResponse::new())
     }
 
@@ -111,7 +114,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: api::SandboxStatusRequest,
     ) -> ttrpc::Result<api::SandboxStatusResponse> {
-        let state = self.pod(&r.sandbox_id)?.sandbox_state().map_err(status)?;
+        let deadline = Deadline::begin(Operation::SandboxStatus);
+        let state = self.pod(&r.sandbox_id)?.sandbox_state(deadline).await.map_err(status)?;
         let mut answer = api::SandboxStatusResponse {
             sandbox_id: r.sandbox_id,
             pid: state.pid,
@@ -138,7 +142,7 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<api::ShutdownSandboxResponse> {
         let pod = self.pod(&r.sandbox_id)?;
         detached(async move {
-            pod.shutdown_sandbox().await;
+            pod.shutdown_sandbox(Deadline::begin(Operation::ShutdownSandbox)).await;
             Ok(())
         })
         .await?;

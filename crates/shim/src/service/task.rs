@@ -16,6 +16,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use super::status::{detached, status};
 use crate::about;
+use crate::deadlines::{Deadline, Operation};
 use crate::io::Stdio;
 use crate::pod::error::TaskError;
 use crate::pod::{CreateTask, ExecTask, Pod};
@@ -43,13 +44,16 @@ impl Task for TaskService {
         let (bundle, options) = (r.bundle.into(), r.options.into_option());
         let whose = about::process(&r.id, "");
         let task = CreateTask { id: r.id, bundle, rootfs: r.rootfs, stdio, options };
-        let pid = detached(self.pod.clone().create(task)).instrument(whose).await?;
+        let pid = detached(self.pod.clone().create(Deadline::begin(Operation::CreateContainer), task))
+            .instrument(whose)
+            .await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, r: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
         let whose = about::process(&r.id, &r.exec_id);
-        let pid = detached(self.pod.clone().start(r.id, r.exec_id)).instrument(whose).await?;
+        let deadline = Deadline::begin(Operation::StartContainer);
+        let pid = detached(self.pod.clone().start(deadline, r.id, r.exec_id)).instrument(whose).await?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -85,13 +89,15 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, r: api::KillRequest) -> ttrpc::Result<Empty> {
         let whose = about::process(&r.id, &r.exec_id);
-        detached(self.pod.clone().kill(r.id, r.exec_id, r.signal, r.all)).instrument(whose).await?;
+        let deadline = Deadline::begin(Operation::Kill);
+        detached(self.pod.clone().kill(deadline, r.id, r.exec_id, r.signal, r.all)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, r: api::DeleteRequest) -> ttrpc::Result<api::DeleteResponse> {
         let whose = about::process(&r.id, &r.exec_id);
-        let deleted = detached(self.pod.clone().delete(r.id, r.exec_id)).instrument(whose).await?;
+        let deadline = Deadline::begin(Operation::Delete);
+        let deleted = detached(self.pod.clone().delete(deadline, r.id, r.exec_id)).instrument(whose).await?;
         Ok(api::DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.code,
@@ -122,13 +128,13 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, r: api::PauseRequest) -> ttrpc::Result<Empty> {
         let whose = about::process(&r.id, "");
-        detached(self.pod.clone().pause(r.id)).instrument(whose).await?;
+        detached(self.pod.clone().pause(Deadline::begin(Operation::Pause), r.id)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, r: api::ResumeRequest) -> ttrpc::Result<Empty> {
         let whose = about::process(&r.id, "");
-        detached(self.pod.clone().resume(r.id)).instrument(whose).await?;
+        detached(self.pod.clone().resume(Deadline::begin(Operation::Resume), r.id)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
@@ -138,7 +144,8 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, r: api::ResizePtyRequest) -> ttrpc::Result<Empty> {
-        self.pod.resize(&r.id, &r.exec_id, r.width, r.height).await.map_err(status)?;
+        let deadline = Deadline::begin(Operation::ResizeTerminal);
+        self.pod.resize(deadline, &r.id, &r.exec_id, r.width, r.height).await.map_err(status)?;
         Ok(Empty::new())
     }
 
@@ -152,12 +159,13 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, r: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources = r.resources.into_option().unwrap_or_default().value;
         let whose = about::process(&r.id, "");
-        detached(self.pod.clone().update(r.id, resources)).instrument(whose).await?;
+        let deadline = Deadline::begin(Operation::Update);
+        detached(self.pod.clone().update(deadline, r.id, resources)).instrument(whose).await?;
         Ok(Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, r: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
-        let stats = self.pod.stats(&r.id).await.map_err(status)?;
+        let stats = self.pod.stats(Deadline::begin(Operation::Stats), &r.id).await.map_err(status)?;
         Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 

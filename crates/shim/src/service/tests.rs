@@ -7,6 +7,8 @@ use crate::host_pid::Keeper;
 use crate::paths::RunDir;
 use crate::pod::PodIdentity;
 use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, ShutdownRequest, StateRequest};
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use ttrpc::Code;
 use ttrpc::context::Context;
@@ -104,4 +106,27 @@ async fn bad_setup_gets_one_sentence_and_leaves_nothing() {
     });
     assert_eq!(create(&served, member).await.0, Code::FAILED_PRECONDITION);
     assert!(!served.dir.path().join("run").exists());
+}
+
+/// Ids become names of directories, in either API.
+#[tokio::test]
+async fn id_that_is_no_identifier_is_refused() {
+    let served = serve().await;
+    for id in ["", ".", "../escape", "a/b", "a..b", &"x".repeat(77)] {
+        for service in [TASK_V2, TASK_V3] {
+            let create = CreateTaskRequest { id: id.to_owned(), bundle: "/nonexistent".into(), ..Default::default() };
+            let mut request = ttrpc::Request::new();
+            request.service = service.to_owned();
+            request.method = "Create".to_owned();
+            request.payload = protobuf::Message::write_to_bytes(&create).unwrap();
+            let (code, message) = code(served.client.request(request).await.unwrap_err());
+            assert_eq!(code, Code::INVALID_ARGUMENT, "{service}, {id:?}: {message}");
+        }
+        let create = CreateSandboxRequest { sandbox_id: id.to_owned(), ..CreateSandboxRequest::default() };
+        let sandboxes = SandboxClient::new(served.client.clone());
+        let (code, message) = code(sandboxes.create_sandbox(Context::default(), &create).await.unwrap_err());
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{id:?}: {message}");
+    }
+    // The same checks let a good id pass, to fail for its bundle.
+    assert_eq!(create(&served, serde_json::json!({"ociVersion": 1})).await.0, Code::UNKNOWN);
 }

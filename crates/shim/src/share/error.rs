@@ -1,7 +1,6 @@
 //! Why a pod's share cannot be prepared.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// The share cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -63,12 +62,6 @@ pub enum ShareError {
     /// A device as a volume.
     #[error("the volume {0} is a device or fifo of the host, which a guest cannot open; remove it from the pod")]
     Device(PathBuf),
-    /// A file system of the host does not answer.
-    #[error("the container's mounts were not made within {0:?}; does a volume's server or disk answer?")]
-    Hung(Duration),
-    /// Several of the pod's containers wait for one already.
-    #[error("the mounts of {0} containers of the pod are still waited for; does a volume's server or disk answer?")]
-    Stuck(usize),
     /// A thread for what may block.
     #[error("cannot run a thread for the pod's mounts; is the node out of threads?")]
     Thread(#[source] std::io::Error),

@@ -10,6 +10,7 @@
 
 mod steer;
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,6 +24,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use super::{Connector, NoConnection};
+use crate::deadlines::{Deadline, Operation};
+use crate::retry::GrowingPause;
 
 /// Most connections at a time; one more is reset. `kubectl port-forward` opens one for each connection to its local port, so
 /// a browser takes a dozen. They are a part of the guest's vsock connections, of which most stay for streams of processes.
@@ -30,10 +33,6 @@ const MAX_CONNECTIONS: usize = 128;
 
 /// Bytes copied at once, in each direction: 4 MiB for all connections together.
 const CHUNK: usize = 16 << 10;
-
-/// How long the guest may take to say whether somebody listens; it gives up after 10 s itself. See `CONNECT_DEADLINE` of
-/// the VM for emulated nodes.
-const ANSWER: Duration = Duration::from_secs(30);
 
 /// Listeners in the pod's namespace to which its localhost leads. The namespace is as before when they are dropped.
 #[derive(Debug)]
@@ -77,24 +76,42 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn accept(listener: tokio::net::TcpListener, agent: &impl Connector, room: &Arc<Semaphore>) {
+    let listener = &listener;
+    let accepting = || async move { listener.accept().await.map(|(dialled, _)| dialled) };
+    accept_all(accepting, |dialled| match Arc::clone(room).try_acquire_owned() {
+        Ok(permit) => {
+            let agent = agent.clone();
+            tokio::spawn(async move {
+                forward(dialled, &agent).await;
+                drop(permit);
+            });
+        }
+        Err(_) => {
+            tracing::warn!("{MAX_CONNECTIONS} connections are forwarded already; one more is reset");
+            reset(dialled);
+        }
+    })
+    .await;
+}
+
+/// Takes connections without end. The node may be out of descriptors or memory for a while, of whose end nothing tells, and
+/// asking again at once would take all of a processor.
+async fn accept_all<T, F>(mut accept: impl FnMut() -> F, mut take: impl FnMut(T)) -> Infallible
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let mut pause = GrowingPause::default();
     loop {
-        let dialled = match listener.accept().await {
-            Ok((dialled, _)) => dialled,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            // The node is out of descriptors or memory, and asking again at once would take all of a processor.
-            Err(error) => return tracing::error!(%error, "no more port-forward for this pod"),
-        };
-        match Arc::clone(room).try_acquire_owned() {
-            Ok(permit) => {
-                let agent = agent.clone();
-                tokio::spawn(async move {
-                    forward(dialled, &agent).await;
-                    drop(permit);
-                });
+        match accept().await {
+            Ok(dialled) => {
+                pause.worked();
+                take(dialled);
             }
-            Err(_) => {
-                tracing::warn!("{MAX_CONNECTIONS} connections are forwarded already; one more is reset");
-                reset(dialled);
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                let pause = pause.failed();
+                tracing::warn!(%error, "no port-forward for this pod for {pause:?}; is the node out of descriptors?");
+                tokio::time::sleep(pause).await;
             }
         }
     }
@@ -119,12 +136,14 @@ async fn connect(dialled: &TcpStream, agent: &impl Connector) -> Result<tokio::n
     let address = dialled.local_addr().map_err(ForwardError::Dialled)?;
     dialled.set_nodelay(true).map_err(ForwardError::Dialled)?;
     let target = Target { ipv6: address.is_ipv6(), port: address.port() };
-    let mut guest = agent.forward().await.map_err(|source| ForwardError::Agent { port: target.port, source })?;
+    let deadline = Deadline::begin(Operation::ForwardConnection);
+    let mut guest =
+        agent.forward(deadline).await.map_err(|source| ForwardError::Agent { port: target.port, source })?;
     let handshake = async {
         guest.write_all(&target.encode()).await?;
         guest.read_u8().await
     };
-    match tokio::time::timeout(ANSWER, handshake).await {
+    match deadline.part(Operation::ForwardHandshake).timeout(handshake).await {
         Ok(Ok(CONNECTED)) => Ok(guest),
         Ok(Ok(_)) => Err(ForwardError::Refused(target.port)),
         Ok(Err(source)) => Err(ForwardError::Handshake { port: target.port, source }),
@@ -175,9 +194,13 @@ pub enum ForwardError {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use bulkhead_protocol::forward::{REFUSED, TARGET_LEN};
+    use rustix::io::Errno;
     use tokio::net::UnixStream;
     use tokio::sync::mpsc;
+    use tokio::time::Instant;
 
     use super::*;
 
@@ -186,13 +209,13 @@ mod tests {
     struct Guest(mpsc::UnboundedSender<UnixStream>);
 
     impl Connector for Guest {
-        async fn forward(&self) -> Result<UnixStream, NoConnection> {
+        async fn forward(&self, _: Deadline) -> Result<UnixStream, NoConnection> {
             let (host, guest) = UnixStream::pair()?;
             self.0.send(guest)?;
             Ok(host)
         }
 
-        async fn handover(&self) -> Result<UnixStream, NoConnection> {
+        async fn handover(&self, _: Deadline) -> Result<UnixStream, NoConnection> {
             unreachable!()
         }
 
@@ -225,5 +248,24 @@ mod tests {
         assert_eq!(dialler.read_u8().await.unwrap(), 8);
         let (mut dialler, _guest) = dial(REFUSED).await;
         assert_eq!(dialler.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn port_forward_goes_on_after_an_accept_that_failed() {
+        let failed = || Err(io::Error::from(Errno::MFILE));
+        let answers = [failed(), failed(), Ok(1), Err(Errno::CONNABORTED.into()), failed(), Ok(2)];
+        let (mut answers, taken, begun) = (answers.into_iter(), RefCell::new(Vec::new()), Instant::now());
+        let accept = || {
+            let next = answers.next();
+            async move {
+                match next {
+                    Some(answer) => answer,
+                    None => std::future::pending().await,
+                }
+            }
+        };
+        let taking = accept_all(accept, |number| taken.borrow_mut().push((number, begun.elapsed().as_secs())));
+        assert!(tokio::time::timeout(Duration::from_secs(100), taking).await.is_err());
+        assert_eq!(*taken.borrow(), [(1, 3), (2, 4)], "not at once, and no longer later than the node needs");
     }
 }

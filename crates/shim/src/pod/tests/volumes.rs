@@ -33,7 +33,8 @@ fn guest_is_told_under_which_number_each_volume_is_in_the_share() {
         let mut told = Vec::new();
         for id in ["one", "two"] {
             let bundle = bundle(dir.join(id), &data, &map);
-            fixture.pod.clone().create(CreateTask { id: id.into(), bundle, ..CreateTask::default() }).await.unwrap();
+            let task = CreateTask { id: id.into(), bundle, ..CreateTask::default() };
+            fixture.pod.clone().create(creation(), task).await.unwrap();
             let request = fixture.agent.created(id);
             let spec: Value = serde_json::from_slice(&request.spec).unwrap();
             let sources = [0, 1, 2].map(|mount: usize| spec["mounts"][mount]["source"].clone());

@@ -18,7 +18,7 @@ const MAX_LINE: usize = 256;
 const BURST: u32 = 300;
 
 /// What one more line takes after them. A guest that does nothing else then writes 20 MB a day into the node's log.
-const PER_LINE: Duration = Duration::from_secs(1);
+const TIME_PER_LINE: Duration = Duration::from_secs(1);
 
 /// The last line that anything said, for an error message.
 #[derive(Clone, Debug, Default)]
@@ -100,9 +100,9 @@ impl Budget {
 
     /// Whether a line may be written now; if so, how many were left out since the last one.
     fn spend(&mut self, now: Instant) -> Option<u64> {
-        let earned = now.saturating_duration_since(self.filled).as_secs() / PER_LINE.as_secs();
+        let earned = now.saturating_duration_since(self.filled).as_secs() / TIME_PER_LINE.as_secs();
         let earned = u32::try_from(earned).unwrap_or(u32::MAX);
-        self.filled += PER_LINE * earned;
+        self.filled += TIME_PER_LINE * earned;
         self.lines = self.lines.saturating_add(earned).min(BURST);
         match self.lines.checked_sub(1) {
             Some(lines) => {

@@ -65,6 +65,9 @@ pub enum VmError {
     /// The VM is gone.
     #[error("the pod's VM has ended")]
     Ended,
+    /// The VMM does not end.
+    #[error("the pod's VMM is still there {0:?} after it was killed; does a disk of the host answer?")]
+    Lingers(Duration),
     /// The VMM did not answer.
     #[error("the pod's VMM has not done within {0:?} what it was asked for")]
     Silent(Duration),

@@ -120,6 +120,7 @@ mod tests {
     use super::*;
     use crate::annotations::Request;
     use crate::config::{Node, RawConfig};
+    use crate::deadlines::{Deadline, Operation};
     use crate::sandbox::Vm;
 
     /// The test's own score, as it was.
@@ -159,7 +160,8 @@ mod tests {
             share_ids: IdMaps::default(),
             cgroup: None,
         };
-        match Vm::boot(&config, machine, &dir.path().join("pid")).await {
+        let deadline = Deadline::begin(Operation::CreatePod);
+        match Vm::boot(deadline, &config, machine, &dir.path().join("pid")).await {
             Err(VmError::DiedEarly { last_words, .. }) => assert_eq!(last_words, "score 0"),
             other => panic!("{other:?}"),
         }

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
 use rustix::io::Errno;
@@ -17,10 +17,7 @@ use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::VmError;
-
-/// How long the VMM's process may stay when it has said that the guest has ended, or has closed its socket. What it still has
-/// to do is to say why on stderr, and to give the guest's memory back.
-pub(super) const AFTERWORD: Duration = Duration::from_secs(3);
+use crate::deadlines::Operation;
 
 /// Requests that wait for the task.
 const REQUESTS: usize = 64;
@@ -211,7 +208,7 @@ impl Supervisor {
         let news = !self.ending;
         if news {
             self.ending = true;
-            self.kill_at = Some(tokio::time::Instant::now() + AFTERWORD);
+            self.kill_at = Some(tokio::time::Instant::now() + Operation::VmmExit.budget());
         }
         news
     }
@@ -318,8 +315,8 @@ mod tests {
 
     use super::super::Vm;
     use super::*;
+    use crate::deadlines::Deadline;
     use crate::sandbox::oom::OomScore;
-    use crate::sandbox::patience;
 
     /// A VM whose process does nothing, and the VMM's end of its control socket.
     fn vm() -> (Vm, OwnedFd) {
@@ -340,7 +337,7 @@ mod tests {
     async fn device_that_nobody_waits_for_any_more_is_taken_out() {
         let (vm, vmm) = vm();
         let file = std::fs::File::open("/dev/null").unwrap();
-        let late = patience::within(Duration::ZERO, vm.add_disk(file.into(), true, String::new()));
+        let late = vm.add_disk(Deadline::over(), file.into(), true, String::new());
         assert!(matches!(late.await, Err(VmError::Silent(_))), "the VMM has not answered");
         let Request { id, command: Command::AddDevice(_) } = request(&vmm).await else {
             panic!("not told of the disk")
@@ -352,7 +349,7 @@ mod tests {
     #[tokio::test]
     async fn device_goes_even_if_nobody_waits_for_it_to_go() {
         let (vm, vmm) = vm();
-        let late = patience::within(Duration::ZERO, vm.remove_device(3));
+        let late = vm.remove_device(Deadline::over(), 3);
         assert!(matches!(late.await, Err(VmError::Silent(_))));
         // Another order, upon which those are forgotten that nobody waits for.
         vm.shrink_memory(0).await.unwrap();
