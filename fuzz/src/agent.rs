@@ -6,7 +6,8 @@ use bulkhead_protocol::agent::{
     AgentClient, BlockDevice, ContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest,
     Empty, Event, ExitStatus, ProcessRequest, Stats,
 };
-use bulkhead_shim::pod::error::{TaskError, chain};
+use bulkhead_protocol::error::chain;
+use bulkhead_shim::pod::error::TaskError;
 use bulkhead_shim::pod::process::Exit;
 use bulkhead_shim::sandbox::agent::AgentError;
 use bulkhead_shim::stats;

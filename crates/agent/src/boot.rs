@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::{self, CgroupError};
 use crate::listen::{self, ListenError};
+use crate::log;
 use crate::runtime::zygote;
 use crate::sandbox::sysctl;
 use crate::sys;
@@ -137,18 +138,7 @@ fn start_log(cmdline: &str) {
         .find_map(|word| word.strip_prefix(LOG_PARAMETER))
         .and_then(|level| level.parse().ok())
         .unwrap_or(tracing::Level::WARN);
-    log_to_stderr(level);
-}
-
-/// Sends the log to standard error, without times: the console's reader adds them.
-pub fn log_to_stderr(level: tracing::Level) {
-    let _ = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .without_time()
-        .log_internal_errors(false)
-        .try_init();
+    log::to_stderr(level);
 }
 
 /// The guest cannot come up.

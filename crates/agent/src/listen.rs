@@ -23,7 +23,7 @@ use crate::runtime::Runtime;
 use crate::runtime::zygote::{self, Unwatched};
 use crate::sandbox::Clock;
 use crate::stdio::{Streams, serve};
-use crate::{boot, forward, sys};
+use crate::{forward, log, sys};
 
 /// Serves the shim until the guest ends. `kernel_boot` is what the kernel took before the agent began.
 pub fn serve_vsock(zygote: Unwatched, kernel_boot: Duration) -> Result<Infallible, ListenError> {
@@ -58,7 +58,7 @@ pub fn serve_unix(dir: &Path) -> Result<Infallible, ListenError> {
     let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     crate::cgroup::prepare_hierarchy().map_err(io::Error::other).map_err(ListenError::Runtime)?;
     let zygote = zygote::start().map_err(ListenError::Runtime)?;
-    boot::log_to_stderr(tracing::Level::DEBUG);
+    log::to_stderr(tracing::Level::DEBUG);
     block_on(async {
         let bind = |name| {
             UnixListener::bind(dir.join(name)).map_err(|source| ListenError::Unix { path: dir.join(name), source })

@@ -15,6 +15,7 @@ mod forward;
 mod guest_time;
 mod handover;
 mod listen;
+mod log;
 mod netns;
 mod power;
 mod reaper;
@@ -47,7 +48,7 @@ impl Mode {
     /// The kernel hands words of its command line to init, so only the agent's own words count.
     fn from_args(mut args: impl Iterator<Item = String>, pid: u32) -> Option<Self> {
         match (args.next().as_deref(), args.next()) {
-            (Some(runtime::PID_NAMESPACE_ARG), _) => Some(Self::PidNamespace),
+            (Some(runtime::pid_namespace::ARGUMENT), _) => Some(Self::PidNamespace),
             (Some(runtime::directory::DIRECTORY_ARG), Some(rootfs)) => {
                 args.next().map(|cwd| Self::Directory { rootfs: rootfs.into(), cwd: cwd.into() })
             }
@@ -99,7 +100,7 @@ mod tests {
 
     #[test]
     fn own_words_choose_the_mode() {
-        assert_eq!(mode(&[runtime::PID_NAMESPACE_ARG], 1), Some(Mode::PidNamespace));
+        assert_eq!(mode(&[runtime::pid_namespace::ARGUMENT], 1), Some(Mode::PidNamespace));
         let directory = Mode::Directory { rootfs: "/r".into(), cwd: "/c".into() };
         assert_eq!(mode(&[runtime::directory::DIRECTORY_ARG, "/r", "/c"], 1), Some(directory));
         let copy_up = Mode::CopyUp { rootfs: "/r".into(), places: vec!["/a".into(), "/b".into()] };

@@ -1,28 +1,28 @@
 //! A machine from its spec: memory, kernel, devices, vCPUs.
 
+mod error;
 mod slot;
 mod slots;
 
 use std::fs::File;
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::{self, BootError};
-use crate::bus::{Bus, BusError};
-use crate::descriptors::{DescriptorError, Descriptors};
-use crate::devices::{DeviceBuilder, DeviceError, OnReady};
+use crate::boot;
+use crate::bus::Bus;
+use crate::descriptors::Descriptors;
+use crate::devices::{DeviceBuilder, OnReady};
 use crate::exit::ExitSignal;
-use crate::jail::JailError;
-use crate::kvm::{self, Buses, ExitCounts, KvmError, Vcpu, VcpuThread, Vm};
+use crate::kvm::{self, Buses, ExitCounts, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
-use crate::memory::{MemoryError, create_memory};
+use crate::memory::create_memory;
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
 use crate::virtio::vsock::VsockHandle;
+pub use error::MachineError;
 pub use slot::{Slot, SlotError};
 use slots::Slots;
 
@@ -142,56 +142,4 @@ fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSigna
         bus.insert(layout::SERIAL_PORT, SERIAL_PORTS, Arc::new(Mutex::new(SerialPort::new(irq, output))))?;
     }
     Ok(bus)
-}
-
-/// A machine that cannot be built.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// Too many or none.
-    #[error("a guest with {0} vCPUs is not possible; give it 1 to {MAX_VCPUS}")]
-    Vcpus(u8),
-    /// More than there are, or none.
-    #[error("{boot} of {all} vCPUs cannot be online at boot; at least one and at most all can")]
-    BootVcpus {
-        /// Asked for.
-        boot: u8,
-        /// There are.
-        all: u8,
-    },
-    /// More than the slots.
-    #[error("{0} devices do not fit the machine's {SLOTS} slots")]
-    TooManyDevices(usize),
-    /// All are taken.
-    #[error("all {SLOTS} slots of the machine are taken; remove a device or use fewer block volumes in the pod")]
-    NoSlot,
-    /// Beyond the last.
-    #[error("there is no slot {0}; the machine has {SLOTS}")]
-    UnknownSlot(u8),
-    /// The spec and the descriptors.
-    #[error(transparent)]
-    Descriptors(#[from] DescriptorError),
-    /// Memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// The jail.
-    #[error(transparent)]
-    Jail(#[from] JailError),
-    /// Kernel, initramfs or command line.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// A device.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// A slot.
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-    /// The layout, which is fixed.
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    /// A thread, a signal or an event descriptor.
-    #[error("the host refused a thread, signal or event descriptor for the machine")]
-    Host(#[source] io::Error),
 }

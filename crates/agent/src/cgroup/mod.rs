@@ -7,6 +7,7 @@
 mod devices;
 pub mod notify;
 pub mod stats;
+pub mod values;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -230,7 +231,7 @@ impl OomWatch {
     /// Whether processes have been killed since the last look.
     pub fn look(&mut self) -> Result<bool, CgroupError> {
         let text = self.file.read().map_err(|source| CgroupError::Read { path: self.path.clone(), source })?;
-        let kills = stats::flat_keyed(&text).find(|(key, _)| *key == "oom_kill").map_or(0, |(_, count)| count);
+        let kills = values::flat_keyed(&text).find(|(key, _)| *key == "oom_kill").map_or(0, |(_, count)| count);
         let more = kills > self.seen;
         self.seen = kills;
         Ok(more)

@@ -8,6 +8,7 @@ use bulkhead_protocol::agent::{CpuStats, HugeTlbStats, IoStats, MemoryStats, Pid
 use bulkhead_protocol::guest::MAX_STATS_ENTRIES;
 
 use super::Cgroup;
+use super::values::{flat_keyed, number};
 
 impl Cgroup {
     /// What the group has used so far.
@@ -29,22 +30,9 @@ impl Cgroup {
     }
 }
 
-/// The pairs of a flat keyed file, one to a line.
-pub(crate) fn flat_keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
-    text.lines().filter_map(|line| line.split_once(' ')).filter_map(|(key, value)| Some((key, number(value)?)))
-}
-
 /// A file with one value; 0 if there is none.
 fn single(text: &str) -> u64 {
     number(text).unwrap_or(0)
-}
-
-/// A number, or "max", which the protocol writes as the largest.
-fn number(word: &str) -> Option<u64> {
-    match word.trim() {
-        "max" => Some(u64::MAX),
-        digits => digits.parse().ok(),
-    }
 }
 
 fn cpu(text: &str) -> CpuStats {

@@ -23,7 +23,10 @@ use super::captured_errors::CapturedErrors;
 use super::executor::{AgentExecutor, Confinement, Init};
 use super::message::{Action, IdMaps, Reply, Request, Seccomp};
 use super::seccomp::{Filter, FilterError};
-use super::{EXEC_PID, PID_NAMESPACE_ARG, id_maps, limits};
+use super::{id_maps, limits, pid_namespace};
+
+/// Name of the file, in the state of an exec, in which libcontainer leaves the pid of an exec before it has an answer.
+pub const EXEC_PID: &str = "pid";
 
 /// Standard streams of a process.
 const STREAMS: usize = 3;
@@ -254,7 +257,7 @@ fn spawn_pid_namespace(user: Option<&IdMaps>) -> Result<u32, HelperError> {
     unshare(CloneFlags::CLONE_NEWPID).map_err(|errno| HelperError::PidNamespace(errno.into()))?;
     // Executed anew: containers see this process, and it has nothing of the helper's.
     Command::new("/proc/self/exe")
-        .arg(PID_NAMESPACE_ARG)
+        .arg(pid_namespace::ARGUMENT)
         .stdin(Stdio::null())
         .spawn()
         .map(|child| child.id())

@@ -7,7 +7,9 @@
 //! freezing and the removal of what is left are cgroup and file operations that the agent does by itself.
 
 mod captured_errors;
+mod channel;
 pub mod directory;
+mod error;
 mod executor;
 pub mod helper;
 pub mod home_dir;
@@ -25,11 +27,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_protocol::control::{self, ControlError};
+use bulkhead_protocol::control;
 use oci_spec::runtime::{Hook, Process, Spec};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
-use serde::de::DeserializeOwned;
 use tokio::io::AsyncWriteExt;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -37,12 +37,11 @@ use tokio::net::unix::pipe;
 
 use crate::reaper::{Birth, Exit, ExitWatch, Reaper};
 use crate::{guest_time, sys};
+use channel::{control_pair, receive};
+pub use error::RuntimeError;
 use executor::Confinement;
 use message::{Action, IdMaps, Reply, Request, Seccomp, WindowSize};
 use zygote::Zygote;
-
-/// First argument of a pid namespace's init.
-pub const PID_NAMESPACE_ARG: &str = "pid-namespace";
 
 /// Bundles that the agent writes, one directory for each container.
 const BUNDLES: &str = "/run/bulkhead/bundles";
@@ -50,8 +49,6 @@ const BUNDLES: &str = "/run/bulkhead/bundles";
 const STATE: &str = "/run/bulkhead/c";
 /// What libcontainer sees of a container's state when it creates an exec: it leaves sockets there.
 const EXEC_STATE: &str = "/run/bulkhead/x";
-/// Name of the file, there, in which libcontainer leaves the pid of an exec before it has an answer.
-const EXEC_PID: &str = "pid";
 /// Time for a helper to answer. A container's root may stop whatever comes into it, and its share's host be slow. The caller
 /// hears of it before it gives up, which is after 60 s: an exec waits 10 s for its init's program before this. Neither
 /// counts time in which the pod has no CPU.
@@ -216,7 +213,7 @@ impl Runtime {
                     seccomp,
                 };
                 let request = Request { action, uid: process.user().uid(), terminal: stdio.terminal };
-                self.run(request, Some(stdio), None, Some(&state.join(EXEC_PID))).await
+                self.run(request, Some(stdio), None, Some(&state.join(helper::EXEC_PID))).await
             }
             Err(source) => Err(RuntimeError::Files { path: state.clone(), source }),
         };
@@ -313,29 +310,6 @@ async fn answer(
     guest_time::timeout(time, answer).await.unwrap_or(Err(RuntimeError::Slow))
 }
 
-/// A socket pair for one helper. The agent's end does not block.
-fn control_pair() -> rustix::io::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    rustix::io::ioctl_fionbio(&ours, true)?;
-    Ok((ours, theirs))
-}
-
-/// Waits for the helper's answer.
-async fn receive<T: DeserializeOwned>(channel: &AsyncFd<OwnedFd>) -> Result<(T, Vec<OwnedFd>), RuntimeError> {
-    loop {
-        let mut ready = channel.readable().await.map_err(RuntimeError::Spawn)?;
-        match control::receive(channel.get_ref()) {
-            Err(ControlError::Receive(rustix::io::Errno::AGAIN)) => ready.clear_ready(),
-            // It ended with the request unread.
-            Err(ControlError::Receive(rustix::io::Errno::CONNRESET)) | Ok(None) => {
-                return Err(RuntimeError::HelperEnded { code: None });
-            }
-            Err(error) => return Err(RuntimeError::Talk(error)),
-            Ok(Some(reply)) => return Ok(reply),
-        }
-    }
-}
-
 /// The answer of a helper that has ended, if it gave one before.
 fn last_words(channel: &AsyncFd<OwnedFd>, exit: Exit) -> Result<(Reply, Vec<OwnedFd>), RuntimeError> {
     match control::receive(channel.get_ref()) {
@@ -363,36 +337,6 @@ fn link_state(from: &Path, to: &Path) -> io::Result<()> {
 
 fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<()> {
     std::fs::write(path, serde_json::to_vec(value)?)
-}
-
-/// A process could not be created or started.
-#[derive(Debug, thiserror::Error)]
-pub enum RuntimeError {
-    /// The guest's own tmpfs.
-    #[error("cannot write or remove {path}")]
-    Files { path: PathBuf, source: io::Error },
-    /// The helper could not be run.
-    #[error("cannot run the helper that creates containers")]
-    Spawn(#[source] io::Error),
-    /// The socket pair to the helper.
-    #[error("cannot talk to the helper that creates containers")]
-    Talk(#[source] ControlError),
-    /// It crashed or was killed.
-    #[error(
-        "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
-    )]
-    HelperEnded { code: Option<u32> },
-    /// It is stuck, or what it creates is.
-    #[error(
-        "the helper that creates containers does not answer within 45 s; the container may stop what comes into it, or its share not answer"
-    )]
-    Slow,
-    /// libcontainer's own words.
-    #[error("{0}")]
-    Refused(String),
-    /// Init does not wait any more.
-    #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
-    Start { path: PathBuf, source: io::Error },
 }
 
 #[cfg(test)]

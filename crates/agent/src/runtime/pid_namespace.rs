@@ -6,6 +6,9 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::sys;
 
+/// First argument of the process, by which the agent's program knows what it is.
+pub const ARGUMENT: &str = "pid-namespace";
+
 /// Reaps until it is killed. Signals from inside the namespace cannot end it, see pid_namespaces(7).
 pub fn main() -> i32 {
     // Nothing of this process is for the containers that can see it.

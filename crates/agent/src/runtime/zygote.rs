@@ -16,7 +16,9 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
-use super::{RuntimeError, control_pair, helper, receive};
+use super::channel::{control_pair, receive};
+use super::error::RuntimeError;
+use super::helper;
 use crate::guest_time;
 use crate::sys::{self, Forked, Parent};
 

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::cgroup;
 use crate::cgroup::notify::KernfsFile;
-use crate::cgroup::stats::flat_keyed;
+use crate::cgroup::values::flat_keyed;
 
 /// Time between the two looks that must find memory of no use before it is given back. It costs the host next to nothing
 /// meanwhile: pages that are free go back at once.

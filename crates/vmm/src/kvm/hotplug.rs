@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use super::set_slot;
+use super::memory_slot::set_slot;
 use crate::layout::MEMORY_BLOCK;
 use crate::memory::{Backing, Memory, discard, leave_out_of_dumps};
 

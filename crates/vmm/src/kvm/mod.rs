@@ -5,6 +5,7 @@
 mod cpuid;
 mod error;
 mod hotplug;
+mod memory_slot;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -13,19 +14,19 @@ mod vcpu;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_MAX_CPUID_ENTRIES,
     KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use error::KvmError;
 use error::call;
 pub use hotplug::HotplugMemory;
+use memory_slot::set_slot;
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
 use crate::layout::{self, Entry};
@@ -167,21 +168,4 @@ fn register_memory(fd: &VmFd, memory: &Memory, end: u64) -> Result<(), KvmError>
         set_slot(fd, memory, slot, region.start_addr().raw_value(), region.len())?;
     }
     Ok(())
-}
-
-/// Makes a slot of memory at `address`; one of no length deletes it.
-fn set_slot(fd: &VmFd, memory: &Memory, slot: u32, address: u64, len: u64) -> Result<(), KvmError> {
-    let unmapped = || KvmError::Missing("host mapping of the guest's memory");
-    let size = usize::try_from(len).map_err(|_| unmapped())?;
-    let slice = memory.get_slice(GuestAddress(address), size).map_err(|_| unmapped())?;
-    let region = kvm_userspace_memory_region {
-        slot,
-        flags: 0,
-        guest_phys_addr: address,
-        memory_size: len,
-        userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
-    };
-    // SAFETY: the range is a mapping that `memory` owns, and whoever holds `fd` drops it before `memory`. The vCPUs hold
-    // the VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
-    unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
 }

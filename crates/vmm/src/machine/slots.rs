@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::vmspec::DeviceSpec;
 
-use super::MachineError;
+use super::error::MachineError;
 use super::slot::{Slot, SlotError};
 use crate::bus::Bus;
 use crate::descriptors::Descriptors;

@@ -73,10 +73,10 @@ libraries=/node/usr/lib/x86_64-linux-gnu
 exec $libraries/ld-linux-x86-64.so.2 --library-path $libraries /node/usr/bin/python3 -S -c '
 import ctypes, os, socket, struct, subprocess, sys
 libraries = "/node/usr/lib/x86_64-linux-gnu"
-def ip(words, must=True):
+def ip(lines):
     loader = [libraries + "/ld-linux-x86-64.so.2", "--library-path", libraries]
-    ended = subprocess.run(loader + ["/node/usr/bin/ip"] + words.split(), capture_output=True, text=True)
-    if must and ended.returncode: print(words, "::", ended.stderr)
+    ended = subprocess.run(loader + ["/node/usr/bin/ip", "-force", "-batch", "-"], input=lines, capture_output=True, text=True)
+    if ended.returncode: print(lines, "::", ended.stderr)
 ends = "remote 10.1.1.1 local 10.1.1.2"
 kinds = ["wireguard", "dummy", "bridge", "ifb", "bond", "team", "nlmon", "vrf table 10", "netkit", "geneve id 7 remote 10.1.1.1",
     "ipip " + ends, "gre " + ends, "gretap " + ends, "sit " + ends, "vti key 5 " + ends, "ip6tnl remote fd00::1 local fd00::2",
@@ -93,7 +93,7 @@ if not child:
         print("unshare", ctypes.get_errno())
     os.write(made[1], b"x")
     os.read(moved[0], 1)
-    for number, kind in enumerate(kinds): ip(f"link add k{number} type {kind}")
+    ip("\n".join(f"link add k{number} type {kind}" for number, kind in enumerate(kinds)))
     sys.stdout.flush()
     os._exit(0)
 os.read(made[0], 1)

@@ -6,8 +6,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BL
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::file_io::{self, Direction};
-use super::request::{Kind, ParseError, Request, parse};
-use super::{SECTOR, SERIAL_LEN};
+use super::request::{Kind, ParseError, Request, SECTOR, SERIAL_LEN, parse};
 use crate::guest_log;
 use crate::virtio::ring::Chain;
 

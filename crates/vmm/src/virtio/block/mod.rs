@@ -18,6 +18,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BL
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::execute::Disk;
+use self::request::{SECTOR, SEG_MAX, SERIAL_LEN};
 pub use self::threads::{DiskThread, DiskThreads};
 use self::worker::Worker;
 use super::ring::{Chain, Ring};
@@ -26,13 +27,6 @@ use super::{ActivateError, Activation, VirtioDevice, read_config};
 
 const QUEUE_SIZE: u16 = 128;
 const QUEUES: [u16; 1] = [QUEUE_SIZE];
-/// Data segments of a request: the queue's size without header and status.
-const SEG_MAX: u32 = 126;
-/// Unit of capacity and sector numbers.
-const SECTOR: u64 = 512;
-/// Length of the serial number (section 5.2.6).
-const SERIAL_LEN: usize = 20;
-
 /// The device. What it reads and writes is its thread's, which outlives it as long as a request is in the host.
 pub struct Block {
     sectors: u64,

@@ -6,9 +6,14 @@
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{SECTOR, SEG_MAX};
 use crate::virtio::ring::Chain;
 
+/// Data segments of a request: the queue's size without header and status.
+pub const SEG_MAX: u32 = 126;
+/// Unit of capacity and sector numbers.
+pub const SECTOR: u64 = 512;
+/// Length of the serial number (section 5.2.6).
+pub const SERIAL_LEN: usize = 20;
 /// Most bytes of data in one request: more than Linux ever puts into one (max_sectors_kb is 1280), and bounds what a
 /// slow disk has to do before a reset is over: the worker looks for one after each request.
 const MAX_DATA: u64 = 16 << 20;

@@ -12,19 +12,10 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, EventSet, Events};
 use rustix::net::{SendFlags, Shutdown};
 
-use super::ConnectError;
-use super::connect::Connect;
+use super::connect::{Connect, ConnectError, MAX_CONNECTIONS};
 use super::connection::{Connection, Event};
 use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, TYPE_STREAM, op};
 use crate::virtio::buffers::Buffers;
-
-/// How long the guest may take to answer a REQUEST, or a SHUTDOWN of both directions. Far beyond what its kernel needs
-/// on a busy host, and short enough for a caller that has promised its own caller an answer. A REQUEST that waits for the
-/// driver has the same time; whoever starts a guest waits for its ready sign first.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Most connections. A pod has three for each process with attached streams and a few for RPCs.
-pub const MAX_CONNECTIONS: usize = 1024;
 
 /// Answers to packets that belong to no connection, until the guest takes them: a full receive queue's worth.
 const MAX_REPLIES: usize = 128;
@@ -35,7 +26,7 @@ const FIRST_PORT: u32 = 1024;
 /// All connections of the device.
 pub struct Links {
     cid: u64,
-    /// [`ANSWER_TIMEOUT`], less in tests.
+    /// [`ANSWER_TIMEOUT`](super::connect::ANSWER_TIMEOUT), less in tests.
     timeout: Duration,
     table: HashMap<u32, Link>,
     next_port: u32,

@@ -22,9 +22,9 @@ use std::time::Duration;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::connect::Connect;
-pub use self::connect::Done;
-use self::links::{ANSWER_TIMEOUT, Links, MAX_CONNECTIONS};
+use self::connect::{ANSWER_TIMEOUT, Connect};
+pub use self::connect::{ConnectError, Done};
+use self::links::Links;
 use self::worker::{Command, Queues, Worker};
 use super::ring::event_fd;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
@@ -133,27 +133,4 @@ pub enum VsockError {
     /// The device loop would not take the worker.
     #[error("device loop refused the vsock device")]
     EventLoop(#[from] EventLoopError),
-}
-
-/// A connection that did not come about.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum ConnectError {
-    /// The guest answered with a reset.
-    #[error("nothing in the guest listens on port {0}")]
-    Refused(u32),
-    /// The guest did not answer, or its driver did not start.
-    #[error("the guest did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
-    TimedOut,
-    /// Beyond the limit of connections.
-    #[error("all {} vsock connections of the guest are in use", MAX_CONNECTIONS)]
-    TooMany,
-    /// The asking side closed its end of the stream.
-    #[error("the stream was closed before the guest accepted")]
-    Abandoned,
-    /// The guest reset or broke its device, or the machine ends.
-    #[error("the guest's vsock device was stopped")]
-    Stopped,
-    /// epoll_ctl(2) would not take the stream.
-    #[error("the stream cannot be watched; is it a socket?")]
-    Stream,
 }

@@ -146,7 +146,7 @@ const SLOT: u64 = 0x1_1000;
 
 impl Guest {
     fn new() -> Self {
-        Self::with_timeout(super::links::ANSWER_TIMEOUT)
+        Self::with_timeout(super::connect::ANSWER_TIMEOUT)
     }
 
     fn with_timeout(timeout: Duration) -> Self {

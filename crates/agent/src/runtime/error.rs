@@ -1,0 +1,36 @@
+//! Why a process could not be created.
+
+use std::io;
+use std::path::PathBuf;
+
+use bulkhead_protocol::control::ControlError;
+
+/// A process could not be created or started.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The guest's own tmpfs.
+    #[error("cannot write or remove {path}")]
+    Files { path: PathBuf, source: io::Error },
+    /// The helper could not be run.
+    #[error("cannot run the helper that creates containers")]
+    Spawn(#[source] io::Error),
+    /// The socket pair to the helper.
+    #[error("cannot talk to the helper that creates containers")]
+    Talk(#[source] ControlError),
+    /// It crashed or was killed.
+    #[error(
+        "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
+    )]
+    HelperEnded { code: Option<u32> },
+    /// It is stuck, or what it creates is.
+    #[error(
+        "the helper that creates containers does not answer within 45 s; the container may stop what comes into it, or its share not answer"
+    )]
+    Slow,
+    /// libcontainer's own words.
+    #[error("{0}")]
+    Refused(String),
+    /// Init does not wait any more.
+    #[error("cannot start the container, its init does not answer on {path}; it may have been killed")]
+    Start { path: PathBuf, source: io::Error },
+}

@@ -1,0 +1,26 @@
+//! One slot of KVM's for the guest's memory (Documentation/virt/kvm/api.rst, 4.35).
+#![allow(unsafe_code)] // reason: KVM is given an address of the host
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestAddress, GuestMemory};
+
+use super::error::{KvmError, call};
+use crate::memory::Memory;
+
+/// Makes a slot of memory at `address`; one of no length deletes it.
+pub fn set_slot(fd: &VmFd, memory: &Memory, slot: u32, address: u64, len: u64) -> Result<(), KvmError> {
+    let unmapped = || KvmError::Missing("host mapping of the guest's memory");
+    let size = usize::try_from(len).map_err(|_| unmapped())?;
+    let slice = memory.get_slice(GuestAddress(address), size).map_err(|_| unmapped())?;
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address,
+        memory_size: len,
+        userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
+    };
+    // SAFETY: the range is a mapping that `memory` owns, and whoever holds `fd` drops it before `memory`. The vCPUs hold
+    // the VM in the kernel, but they run only as long as their `VcpuFd`, whose owner holds the `Vm`.
+    unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
+}
