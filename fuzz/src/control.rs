@@ -6,8 +6,8 @@ use bulkhead_shim::annotations;
 use bulkhead_shim::config::{Config, Node, RawConfig};
 use bulkhead_shim::sizing::Plan;
 use bulkhead_vmm::boot::cmdline;
-use bulkhead_vmm::memory::create_memory;
 use bulkhead_vmm::layout::CMDLINE_MAX;
+use bulkhead_vmm::memory::create_memory;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 use serde_json::Value;
 

@@ -3,8 +3,8 @@
 use std::io::PipeReader;
 use std::os::fd::OwnedFd;
 
-use bulkhead_vmm::virtio::balloon::Balloon;
 use bulkhead_vmm::virtio::Activation;
+use bulkhead_vmm::virtio::balloon::Balloon;
 use bulkhead_vmm::virtio::block::Inline;
 use bulkhead_vmm::virtio::console::Console;
 use bulkhead_vmm::virtio::rng::Rng;

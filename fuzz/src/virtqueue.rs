@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use bulkhead_vmm::memory::Memory;
 use bulkhead_vmm::virtio::buffers::Buffers;
 use bulkhead_vmm::virtio::ring::{Ring, RingError, Step};
 use bulkhead_vmm::virtio::testing::TestInterrupt;
-use bulkhead_vmm::memory::Memory;
 use bulkhead_vmm::virtio::{Activation, ActiveQueue};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
