@@ -55,8 +55,7 @@ impl DeviceBuilder {
             DeviceSpec::Balloon => Box::new(Balloon::new(self.memory_loop.clone())),
             DeviceSpec::Block { file, read_only, serial } => {
                 let file = fds.take(*file, "disk")?;
-                let thread = self.disk_threads.take().ok_or(DeviceError::NoDiskThread)?;
-                Box::new(Block::new(file, *read_only, serial, thread)?)
+                Box::new(Block::new(file, *read_only, serial, &self.disk_threads)?)
             }
             DeviceSpec::Console { output } => {
                 let output = fds.take(*output, "console")?;
@@ -110,12 +109,6 @@ pub enum DeviceError {
     /// No threads for disks.
     #[error("cannot start the threads for disks; does the pod's limit of tasks (pids.max) leave room for them?")]
     DiskThreads(#[source] std::io::Error),
-    /// Those that there are have a disk.
-    #[error(
-        "all threads for disks are in use, some of them by disks that were removed and do not answer; \
-         bring the host's disks back, or restart the pod"
-    )]
-    NoDiskThread,
     /// The disk.
     #[error(transparent)]
     Block(#[from] BlockError),

@@ -13,7 +13,8 @@ use crate::{Node, with_node};
 /// Begins the line that separates observations; followed by the number of the script, or its exit code, or the end.
 const MARK: &str = "@@compat";
 
-/// How long an act may take, so that one that hangs is a failure of its own; the longest takes half of this on a busy machine.
+/// How long an act or a probe may take, so that one that hangs is a failure of its own; the longest takes half of this on a busy
+/// machine.
 const ACT_LIMIT: Duration = Duration::from_secs(180);
 
 /// What was observed, by the case's name; an error is one of the suite's or the runtime's that no case expects.
@@ -99,7 +100,7 @@ async fn probe_output(stage: &Stage, probe: &Probe) -> Result<String> {
     if probe.by_exec {
         return Ok(stage.shell(&container, &script).await?.stdout);
     }
-    stage.wait_log(&config, &format!("{MARK} end")).await?;
+    stage.wait_log_within(&config, &format!("{MARK} end"), ACT_LIMIT).await?;
     stage.text(&container, "stdout").await
 }
 

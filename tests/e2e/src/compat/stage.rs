@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bulkhead_cli::cri::{ExecOutput, v1};
@@ -118,8 +119,13 @@ impl Stage {
 
     /// Waits until a container's log contains a text; needs no container that goes on.
     pub async fn wait_log(&self, config: &v1::ContainerConfig, text: &str) -> Result<()> {
+        self.wait_log_within(config, text, PATIENCE).await
+    }
+
+    /// The same, for what may take longer.
+    pub async fn wait_log_within(&self, config: &v1::ContainerConfig, text: &str, limit: Duration) -> Result<()> {
         let watch = LogWatch::new(Path::new(&self.config.log_directory), &config.log_path)?;
-        watch.contains(text.to_owned(), PATIENCE).await
+        watch.contains(text.to_owned(), limit).await
     }
 
     /// A container's log so far, of one stream.

@@ -32,7 +32,7 @@ const FLOODS: [(&str, &str); 7] = [
     ),
     (
         "files",
-        "mkdir -p /many && for n in $(seq 30); do echo $n > /many/$((RANDOM % 1000)); done && \
+        "mkdir -p /many && touch /many/7 && for n in $(seq 30); do echo $n > /many/$((RANDOM % 1000)); done && \
          cat /many/*7 /bin/busybox && ls -l /many && rm -f /many/*9 && sync",
     ),
     ("names", "for n in $(seq 200); do ! test -e /missing-$n-$RANDOM || exit 1; done"),

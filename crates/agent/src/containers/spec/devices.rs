@@ -13,9 +13,14 @@ use crate::sys;
 /// Where the guest's kernel keeps the nodes of its devices (devtmpfs).
 const DEV: &str = "/dev";
 
-/// Devices that everyone may open, since what can be done with them is looked at then. The kernel gives its nodes to root
-/// alone, and on a host udev corrects that (systemd: rules.d/50-udev-default.rules).
+// The kernel gives its nodes to root alone, and on a host udev corrects that (systemd: rules.d/50-udev-default.rules).
+/// Devices that everyone may open, since what can be done with them is looked at then.
 const WORLD_ACCESSIBLE: [&str; 3] = ["/dev/fuse", "/dev/net/tun", "/dev/vsock"];
+
+/// Group of block devices and of what makes them (Debian: base-passwd, group disk).
+const DISK_GROUP: u32 = 6;
+/// Makes block devices.
+const LOOP_CONTROL: &str = "/dev/loop-control";
 
 /// Loop devices that a container which may use every device finds, as on a host (`max_loop` of the driver).
 const LOOP_DEVICES: u32 = 8;
@@ -88,10 +93,15 @@ fn device(path: &Path, meta: &Metadata) -> Option<LinuxDevice> {
         _ => return None,
     };
     let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
-    let for_everyone = WORLD_ACCESSIBLE.iter().any(|known| path == Path::new(known));
-    let mode = if for_everyone { 0o666 } else { meta.mode() & 0o7777 };
+    let (mode, gid) = if WORLD_ACCESSIBLE.iter().any(|known| path == Path::new(known)) {
+        (0o666, meta.gid())
+    } else if kind == LinuxDeviceType::B || path == Path::new(LOOP_CONTROL) {
+        (0o660, DISK_GROUP)
+    } else {
+        (meta.mode() & 0o7777, meta.gid())
+    };
     let builder = LinuxDeviceBuilder::default().path(path).typ(kind).major(major).minor(minor);
-    builder.file_mode(mode).uid(meta.uid()).gid(meta.gid()).build().ok()
+    builder.file_mode(mode).uid(meta.uid()).gid(gid).build().ok()
 }
 
 #[cfg(test)]
@@ -124,6 +134,8 @@ mod tests {
         let mut for_everyone =
             given.iter().filter(|device| WORLD_ACCESSIBLE.iter().any(|known| device.path() == Path::new(known)));
         assert!(for_everyone.all(|device| device.file_mode() == Some(0o666)));
+        let mut disks = given.iter().filter(|device| device.typ() == LinuxDeviceType::B);
+        assert!(disks.all(|device| (device.file_mode(), device.gid()) == (Some(0o660), Some(DISK_GROUP))));
         for some in [
             json!([{ "allow": true, "access": "rwm" }, { "allow": false, "access": "rwm" }]),
             json!([{ "allow": true, "access": "rw" }]),

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::execute::Disk;
 use self::request::{SECTOR, SEG_MAX, SERIAL_LEN};
-pub use self::threads::{DiskThread, DiskThreads};
+pub use self::threads::DiskThreads;
 use self::worker::Worker;
 use super::ring::{Chain, Ring};
 use super::serving::Serving;
@@ -36,27 +36,27 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk over `file`, which must be open for writing unless `read_only`. It is served, and in the end closed, by `thread`.
+    /// A disk over `file`, which must be open for writing unless `read_only`. It is served, and in the end closed, by one of `threads`.
     ///
     /// # Errors
     ///
     /// [`BlockError`] if the file has no size, or the serial number is too long.
-    pub fn new(file: OwnedFd, read_only: bool, serial: &str, thread: DiskThread) -> Result<Self, BlockError> {
+    pub fn new(file: OwnedFd, read_only: bool, serial: &str, threads: &DiskThreads) -> Result<Self, BlockError> {
         let disk = open(file, read_only, serial)?;
-        Ok(Self::over(disk.sectors, read_only, thread, move |chain| disk.answer(chain)))
+        Ok(Self::over(disk.sectors, read_only, threads, move |chain| disk.answer(chain)))
     }
 
     /// A disk whose requests are answered by `answer`, see [`Worker::new`].
     fn over(
         sectors: u64,
         read_only: bool,
-        thread: DiskThread,
+        threads: &DiskThreads,
         answer: impl FnMut(&Chain) -> usize + Send + 'static,
     ) -> Self {
         let (serving, orders) = Serving::new();
         let withdrawn = Arc::new(AtomicBool::new(false));
         let worker = Worker::new(answer, Arc::clone(&withdrawn));
-        thread.run(move || worker.run(orders));
+        threads.run(move || worker.run(orders));
         Self { sectors, read_only, serving, withdrawn }
     }
 }
@@ -121,10 +121,13 @@ impl VirtioDevice for Block {
     }
 }
 
+#[cfg(feature = "testing")]
+type Answer = Box<dyn FnMut(&Chain) -> usize>;
+
 /// The disk without its thread: it serves when it is told to.
 #[cfg(feature = "testing")]
 pub struct Inline {
-    worker: Worker<Box<dyn FnMut(&Chain) -> usize>>,
+    worker: Worker<Answer>,
     sectors: u64,
     read_only: bool,
     ring: Option<(Ring, super::stop::Stop)>,
@@ -140,7 +143,7 @@ impl Inline {
     pub fn new(file: OwnedFd, read_only: bool, serial: &str) -> Result<Self, BlockError> {
         let disk = open(file, read_only, serial)?;
         let sectors = disk.sectors;
-        let answer: Box<dyn FnMut(&Chain) -> usize> = Box::new(move |chain| disk.answer(chain));
+        let answer: Answer = Box::new(move |chain| disk.answer(chain));
         Ok(Self { worker: Worker::new(answer, Arc::default()), sectors, read_only, ring: None })
     }
 

@@ -198,7 +198,7 @@ fn hostile_05_indirect_table_is_followed_and_a_bad_one_is_given_back() {
 fn hostile_02_config_reads_past_its_end_are_zero() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[0; 2048]).unwrap();
-    let block = Block::new(file.into(), true, "disk", DiskThread::alone().unwrap()).unwrap();
+    let block = Block::new(file.into(), true, "disk", &DiskThreads::start(1).unwrap()).unwrap();
     let mut data = [0; 8];
     block.read_config(0, &mut data);
     assert_eq!(u64::from_le_bytes(data), 4);
@@ -216,7 +216,7 @@ fn hostile_08_discard_and_write_zeroes_are_not_offered_and_unsupported() {
     const SECURE_ERASE: u32 = 14;
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[0; 512]).unwrap();
-    let block = Block::new(file.into(), false, "", DiskThread::alone().unwrap()).unwrap();
+    let block = Block::new(file.into(), false, "", &DiskThreads::start(1).unwrap()).unwrap();
     assert_eq!(block.features() & (1 << 13 | 1 << 14 | 1 << 16), 0);
     let mut fixture = fixture(false);
     // struct virtio_blk_discard_write_zeroes: sector, num_sectors, flags; within the disk, beyond it, wrapping.
@@ -246,7 +246,7 @@ fn hostile_08_image_that_claims_another_format_is_read_as_it_is() {
         assert_eq!(fixture.request(OUT, 0, 512), (1, 0));
         // As after the next start of the machine.
         let file = fixture.disk.file.try_clone().unwrap();
-        let block = Block::new(file.into(), false, "", DiskThread::alone().unwrap()).unwrap();
+        let block = Block::new(file.into(), false, "", &DiskThreads::start(1).unwrap()).unwrap();
         fixture.disk.sectors = block.sectors;
         assert_eq!(block.sectors, 4);
         fixture.memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();

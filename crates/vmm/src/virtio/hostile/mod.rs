@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::VirtioDevice;
 use super::balloon::Balloon;
-use super::block::{Block, DiskThread};
+use super::block::{Block, DiskThreads};
 use super::console::Console;
 use super::fs::Fs;
 use super::mem::Mem;
@@ -96,8 +96,8 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
         DeviceSpec::Block { read_only, serial, .. } => {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&[1; 4096]).unwrap();
-            let thread = DiskThread::alone().unwrap();
-            let device = Block::new(file.into(), *read_only, serial, thread).unwrap();
+            let threads = DiskThreads::start(1).unwrap();
+            let device = Block::new(file.into(), *read_only, serial, &threads).unwrap();
             rig("block", Box::new(device), 0, vec![0; 16], 513, Box::new(()))
         }
         DeviceSpec::Console { .. } => {

@@ -16,12 +16,12 @@ struct Hanging {
     file: Weak<()>,
 }
 
-fn hanging(thread: DiskThread) -> Hanging {
+fn hanging(threads: &DiskThreads) -> Hanging {
     let ((reach, reached), (release, released)) = (channel(), channel());
     let file = Arc::new(());
     let weak = Arc::downgrade(&file);
     let disk = fixture(false).disk;
-    let block = Block::over(4, false, thread, move |chain| {
+    let block = Block::over(4, false, threads, move |chain| {
         let _file = &file;
         let _ = reach.send(());
         let _ = released.recv();
@@ -67,13 +67,13 @@ fn wait_closed(file: &Weak<()>) {
 #[test]
 fn hostile_08_disk_that_hangs_holds_up_neither_its_reset_nor_its_removal_nor_another_disk() {
     let threads = DiskThreads::start(2).unwrap();
-    let mut disk = hanging(threads.take().unwrap());
+    let mut disk = hanging(&threads);
     let session = Session::start(&mut disk.block, 1);
     disk.reached.recv().unwrap();
     disk.block.reset();
     assert!(!disk.block.is_stopped(), "the buffers are still the device's");
 
-    let mut other = hanging(threads.take().unwrap());
+    let mut other = hanging(&threads);
     let mut others = Session::start(&mut other.block, 1);
     other.release.send(()).unwrap();
     assert_eq!(others.answer(), (513, 0));
@@ -89,7 +89,7 @@ fn hostile_08_disk_that_hangs_holds_up_neither_its_reset_nor_its_removal_nor_ano
 
 #[test]
 fn hostile_08_reset_is_looked_for_after_every_request_and_what_comes_back_later_is_nobodys() {
-    let mut disk = hanging(DiskThread::alone().unwrap());
+    let mut disk = hanging(&DiskThreads::start(1).unwrap());
     let mut session = Session::start(&mut disk.block, 3);
     disk.reached.recv().unwrap();
     disk.block.reset();
@@ -106,7 +106,7 @@ fn hostile_08_reset_is_looked_for_after_every_request_and_what_comes_back_later_
 
 #[test]
 fn hostile_08_disk_is_not_started_anew_before_the_last_request_has_come_back() {
-    let mut disk = hanging(DiskThread::alone().unwrap());
+    let mut disk = hanging(&DiskThreads::start(1).unwrap());
     let session = Session::start(&mut disk.block, 1);
     disk.reached.recv().unwrap();
     for _ in 0..3 {
@@ -121,7 +121,7 @@ fn hostile_08_disk_is_not_started_anew_before_the_last_request_has_come_back() {
 
 #[test]
 fn hostile_08_disk_that_is_taken_away_answers_what_is_in_the_host_and_fails_what_comes_after() {
-    let mut disk = hanging(DiskThread::alone().unwrap());
+    let mut disk = hanging(&DiskThreads::start(1).unwrap());
     let mut session = Session::start(&mut disk.block, 3);
     disk.reached.recv().unwrap();
     assert!(!disk.block.withdraw(), "a request is in the host");
@@ -136,9 +136,9 @@ fn hostile_08_disk_that_is_taken_away_answers_what_is_in_the_host_and_fails_what
 
 #[test]
 fn disk_that_nobody_uses_is_taken_away_at_once() {
-    let mut disk = hanging(DiskThread::alone().unwrap());
+    let mut disk = hanging(&DiskThreads::start(1).unwrap());
     assert!(disk.block.withdraw());
-    let mut disk = hanging(DiskThread::alone().unwrap());
+    let mut disk = hanging(&DiskThreads::start(1).unwrap());
     let mut session = Session::start(&mut disk.block, 1);
     drop(disk.release);
     assert_eq!(session.answer(), (513, 0));
