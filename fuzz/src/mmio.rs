@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_vmm::bus::{Bus, BusDevice};
 use bulkhead_vmm::layout::{SLOT_SIZE, slot_address};
+use bulkhead_vmm::machine::Slot;
 use bulkhead_vmm::virtio::ring::event_fd;
 use bulkhead_vmm::virtio::testing::memory;
-use bulkhead_vmm::virtio::transport::{MmioInterrupt, MmioTransport, Slot};
+use bulkhead_vmm::virtio::transport::{MmioInterrupt, MmioTransport};
 use bulkhead_vmm::virtio::{ActivateError, Activation, Interrupt, VirtioDevice};
 use vm_memory::GuestMemory;
 
