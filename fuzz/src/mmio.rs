@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_vmm::bus::{Bus, BusDevice};
 use bulkhead_vmm::layout::{SLOT_SIZE, slot_address};
-use bulkhead_vmm::machine::slot::Slot;
+use bulkhead_vmm::machine::Slot;
 use bulkhead_vmm::virtio::ring::event_fd;
 use bulkhead_vmm::virtio::testing::memory;
 use bulkhead_vmm::virtio::transport::{MmioInterrupt, MmioTransport};

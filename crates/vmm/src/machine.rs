@@ -1,7 +1,7 @@
 //! A machine from its spec: memory, kernel, devices, vCPUs.
 
 mod error;
-pub mod slot;
+mod slot;
 mod slots;
 
 use std::fs::File;
