@@ -175,12 +175,13 @@ impl Pod {
         if Deadline::begin(Operation::KilledEnds).timeout(process.wait()).await.is_ok() {
             return;
         }
+        let limit = Operation::KilledEnds.budget();
         if process.key.exec.is_empty() {
-            tracing::warn!("a container goes on {KILLED_END:?} after SIGKILL; killing the VM");
+            tracing::warn!("a container goes on {limit:?} after SIGKILL; killing the VM");
             sandbox.vm.kill().await;
             return;
         }
-        tracing::warn!("an exec goes on {KILLED_END:?} after SIGKILL; reporting it as ended, the pod goes on");
+        tracing::warn!("an exec goes on {limit:?} after SIGKILL; reporting it as ended, the pod goes on");
         self.let_go(&container, &process);
     }
 

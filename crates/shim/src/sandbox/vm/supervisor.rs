@@ -117,7 +117,8 @@ impl Supervisor {
                 }
                 received = receive(&self.socket), if !self.socket_closed => self.take(received),
                 () = until(self.kill_at) => {
-                    tracing::warn!("the VMM has not exited {AFTERWORD:?} after it reported the guest's end; killing it");
+                    let limit = Operation::VmmExit.budget();
+                    tracing::warn!("the VMM has not exited {limit:?} after it reported the guest's end; killing it");
                     self.kill_at = None;
                     self.kill();
                 }
