@@ -103,17 +103,13 @@ pub enum NetnsError {
         source: std::io::Error,
     },
     /// It is no pod's.
-    #[error(
-        "{0} is the node's own network namespace, and a pod in a VM cannot have it; remove hostNetwork from the pod, or correct the CNI configuration"
-    )]
+    #[error("{0} is the node's own network namespace, whose interfaces are left alone")]
     Nodes(PathBuf),
     /// unshare(2).
-    #[error(
-        "cannot create a network namespace for the pod; is the node out of namespaces (sysctl user.max_net_namespaces)?"
-    )]
+    #[error("cannot make a network namespace for the pod")]
     Create(#[source] std::io::Error),
     /// No thread or no reactor.
-    #[error("cannot start a thread for the pod's network; is the node out of threads (pids.max, kernel.threads-max)?")]
+    #[error("cannot start a thread for the pod's network")]
     Thread(#[source] std::io::Error),
     /// No netlink socket.
     #[error("cannot open a netlink socket")]

@@ -105,9 +105,7 @@ async fn execute(hook: &Hook, bundle: &Path, input: &[u8]) -> io::Result<std::pr
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     /// execve(2).
-    #[error(
-        "cannot run the OCI hook {path}; is it there and executable? whoever configures hooks on this node can remove it"
-    )]
+    #[error("cannot run the OCI hook {path}")]
     Run {
         /// The program.
         path: PathBuf,
@@ -126,9 +124,7 @@ pub enum HookError {
         said: String,
     },
     /// It was killed.
-    #[error(
-        "the OCI hook {path} did not end within {limit:?} and was killed; a `timeout` in its configuration gives it more"
-    )]
+    #[error("the OCI hook {path} took longer than {limit:?}")]
     Timeout {
         /// The program.
         path: PathBuf,
