@@ -62,10 +62,10 @@ impl Deadline {
     /// Begins a part for which not the table but the operator says how long it may take.
     #[must_use]
     pub fn part_of(self, operation: Operation, budget: Duration) -> Self {
-        let (now, clock) = (Instant::now(), operation.row().clock);
-        let budget = budget.min(self.left());
+        let (now, clock, throttled) = (Instant::now(), operation.row().clock, throttled());
+        let budget = budget.min(self.left_by(|| throttled));
         let end = self.end.min(now + longest(budget, clock));
-        Self { begun: now, budget, clock, throttled: throttled(), end }
+        Self { begun: now, budget, clock, throttled, end }
     }
 
     /// The call has turned out to be another one than it was taken for. It began as early.

@@ -351,7 +351,7 @@ operations! {
     DeviceSlot {
         "device slot filled or emptied", 30 s of Pod, Step,
         [],
-        "The VMM waits for nothing but a request that a disk is working on; a disk that takes longer than a kernel's own patience is broken."
+        "The VMM fills or empties the slot at once and waits for no disk. What there is more is for a VMM that has little CPU."
     }
     KillVmm {
         "VMM gone after SIGKILL", 10 s of Host, Step,

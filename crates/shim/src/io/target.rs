@@ -1,11 +1,11 @@
 //! The host's end of a stream: a fifo, or a file that containerd names by URI (containerd: pkg/cio/io.go).
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 
+use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
@@ -17,7 +17,7 @@ pub enum Output {
     /// A fifo, held open for reading as well: the last reader going away (containerd's restart) is not an error.
     Fifo(pipe::Sender),
     /// A file that is appended to: one that a URI names, or that is there at a plain path.
-    File(Arc<File>),
+    File(File),
 }
 
 impl Output {
@@ -30,16 +30,13 @@ impl Output {
         let is_fifo = || std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
         match scheme {
             "file" => {
-                make_parent(path).and_then(|()| append().create(true).open(path)).map(Self::of_file).map_err(failed)
+                let file = make_parent(path).and_then(|()| append().create(true).open(path)).map_err(failed)?;
+                Ok(Self::File(File::from_std(file)))
             }
-            "" if !is_fifo() => append().open(path).map(Self::of_file).map_err(failed),
+            "" if !is_fifo() => Ok(Self::File(File::from_std(append().open(path).map_err(failed)?))),
             "" | "fifo" => pipe::OpenOptions::new().read_write(true).open_sender(path).map(Self::Fifo).map_err(failed),
             other => Err(IoError::Scheme(other.to_owned())),
         }
-    }
-
-    fn of_file(file: File) -> Self {
-        Self::File(Arc::new(file))
     }
 
     /// Writes all of it. What goes to files of the host is written by the few threads of the runtime's pool, which has no other
@@ -48,9 +45,9 @@ impl Output {
         match self {
             Self::Fifo(fifo) => fifo.write_all(bytes).await,
             Self::File(file) => {
-                let (file, bytes) = (file.clone(), bytes.to_vec());
-                let written = tokio::task::spawn_blocking(move || (&*file).write_all(&bytes)).await;
-                written.unwrap_or_else(|error| Err(io::Error::other(error)))
+                file.write_all(bytes).await?;
+                // Until then the pool may have it still to write.
+                file.flush().await
             }
         }
     }

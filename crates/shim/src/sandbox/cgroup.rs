@@ -24,9 +24,10 @@ impl Cgroup {
             tracing::warn!(%error, dir = %dir.display(), "the pod is not accounted: no cgroup");
             return None;
         }
-        hand_down_controllers(&dir);
-        let _ = std::fs::write(note, dir.as_os_str().as_encoded_bytes());
-        Some(Self(dir))
+        let cgroup = Self(dir);
+        cgroup.hand_down_controllers();
+        let _ = std::fs::write(note, cgroup.0.as_os_str().as_encoded_bytes());
+        Some(cgroup)
     }
 
     /// Its directory.
@@ -35,8 +36,20 @@ impl Cgroup {
     }
 
     /// Its directory and those of the groups above it, the root's included.
-    pub fn with_those_above(&self) -> Vec<PathBuf> {
-        self.0.ancestors().take_while(|dir| dir.starts_with(ROOT)).map(Path::to_path_buf).collect()
+    pub fn with_those_above(&self) -> impl Iterator<Item = &Path> {
+        self.0.ancestors().take_while(|dir| dir.starts_with(ROOT))
+    }
+
+    /// Enables in every group above this one what is there to enable, as runc does: the kubelet's own groups hand down what the
+    /// kubelet limits, and CPUs are not among it. A group that refuses has processes of its own.
+    fn hand_down_controllers(&self) {
+        let above: Vec<&Path> = self.with_those_above().skip(1).collect();
+        for group in above.into_iter().rev() {
+            let controllers = std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
+            for controller in controllers.split_whitespace() {
+                let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
+            }
+        }
     }
 
     /// Moves the VMM into it, and the shim.
@@ -55,8 +68,7 @@ impl Cgroup {
         if !self.holds(&pid) {
             return;
         }
-        let above = self.0.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT));
-        if !above.into_iter().any(|dir| std::fs::write(dir.join("cgroup.procs"), &pid).is_ok()) {
+        if !self.with_those_above().skip(1).any(|dir| std::fs::write(dir.join("cgroup.procs"), &pid).is_ok()) {
             tracing::warn!(dir = %self.0.display(), "the shim cannot leave the pod's cgroup");
         }
     }
@@ -92,18 +104,6 @@ impl Cgroup {
     pub fn noted(note: &Path) -> Option<Self> {
         let dir = PathBuf::from(std::fs::read_to_string(note).ok()?);
         dir.starts_with(ROOT).then_some(Self(dir))
-    }
-}
-
-/// Enables in every group above this one what is there to enable, as runc does: the kubelet's own groups hand down what the
-/// kubelet limits, and CPUs are not among it. A group that refuses has processes of its own.
-fn hand_down_controllers(dir: &Path) {
-    let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|dir| dir.starts_with(ROOT)).collect();
-    for group in above.into_iter().rev() {
-        let controllers = std::fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
-        for controller in controllers.split_whitespace() {
-            let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
-        }
     }
 }
 

@@ -112,7 +112,7 @@ impl Sandbox {
         let (devices, mut network) = pod_network.begin().await?;
         let cgroup = spec.cgroups_path.as_deref().and_then(|path| Cgroup::create(path, &run_dir.cgroup()));
         if let Some(cgroup) = &cgroup {
-            deadlines::follow(cgroup.with_those_above());
+            deadlines::follow(cgroup.with_those_above().map(Path::to_path_buf).collect());
         }
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
         let machine =

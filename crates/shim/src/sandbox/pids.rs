@@ -15,7 +15,7 @@ struct Tightest {
 
 /// Warns if the limit of the pod's cgroup, or of one above it, leaves no room for one more task.
 pub fn warn_without_room(cgroup: Option<&Cgroup>, vmm: u32) {
-    let groups = cgroup.map(Cgroup::path).into_iter().flat_map(Path::ancestors);
+    let groups = cgroup.into_iter().flat_map(Cgroup::with_those_above);
     let Some(Tightest { dir, limit, room: 0 }) = tightest(groups) else { return };
     let status = std::fs::read_to_string(format!("/proc/{vmm}/status")).unwrap_or_default();
     tracing::warn!(

@@ -16,7 +16,7 @@ const OF_NODE: u64 = 16;
 pub fn most_mib(cgroup: Option<&Cgroup>, vmm: u32) -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let statm = std::fs::read_to_string(format!("/proc/{vmm}/statm")).unwrap_or_default();
-    let groups = cgroup.map(Cgroup::path).into_iter().flat_map(Path::ancestors);
+    let groups = cgroup.into_iter().flat_map(Cgroup::with_those_above);
     let rooms = groups.filter_map(in_group).chain(on_node(&meminfo));
     rooms.min().map_or(0, |room| resident_mib(&statm).saturating_add(room))
 }
