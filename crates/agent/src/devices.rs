@@ -89,10 +89,10 @@ fn is_virtio(name: &str) -> bool {
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The driver does not want it.
-    #[error("the guest's driver does not take the device in slot {slot}; is the slot filled?")]
+    #[error("the guest's driver refuses the device in slot {slot}; the VMM may not have filled the slot")]
     Bind { slot: u32, source: io::Error },
     /// The driver does not give it back.
-    #[error("the guest's driver does not let go of slot {slot}")]
+    #[error("the guest's driver does not release the device in slot {slot}; it may still be in use")]
     Unbind { slot: u32, source: io::Error },
     /// Something else.
     #[error("the device in slot {slot} is no disk")]

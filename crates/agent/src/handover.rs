@@ -83,7 +83,7 @@ impl<S: Stream> Handover<S> {
                 }
                 match self.open(endpoint).await {
                     Ok(serving) => drop(listeners.insert(endpoint, serving)),
-                    // It is somebody's here, perhaps, who comes first then.
+                    // A server in the guest may listen there already. Then it keeps the address.
                     Err(error) => tracing::debug!(?endpoint, %error, "not handed over"),
                 }
             }

@@ -72,7 +72,7 @@ impl Volumes {
             match make_and_switch(&source, &target, version) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    tracing::warn!(%error, ?source, "a volume is bound instead of copied, its updates raise no events")
+                    tracing::warn!(%error, ?source, "a volume cannot be copied into the guest and is shared instead: its updates raise no inotify events")
                 }
             }
             let _ = std::fs::remove_dir_all(&target);

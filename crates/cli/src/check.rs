@@ -155,7 +155,9 @@ fn filters(pid: u32) -> Result<Vec<(String, Vec<String>)>> {
     let output = Command::new(format!("/proc/{pid}/exe")).arg("filters").output();
     let output = output.context("cannot ask the VMM's program for its filters")?;
     ensure!(output.status.success(), "the VMM's program does not print its filters");
-    let text = String::from_utf8(output.stdout).context("the VMM's program prints nonsense for its filters")?;
+    let text = String::from_utf8(output.stdout).context(
+        "the VMM's program does not print its filters as text; are bulkhead and bulkhead-vmm of the same release?",
+    )?;
     let kind = |line: &str| {
         let mut words = line.split(' ').map(str::to_owned);
         let kind = words.next().unwrap_or_default();

@@ -18,6 +18,10 @@ pub fn run(arguments: &CleanArguments) -> Result<()> {
     let shim = &arguments.shim;
     let status = Command::new(shim).arg("clean").status();
     let status = status.with_context(|| format!("cannot run {}; --shim says where it is", shim.display()))?;
-    ensure!(status.success(), "{} could not clean up, {status}", shim.display());
+    ensure!(
+        status.success(),
+        "{} failed to clean up ({status}); run it as root, and see its messages above",
+        shim.display()
+    );
     Ok(())
 }

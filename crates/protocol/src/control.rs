@@ -213,7 +213,7 @@ pub enum ControlError {
     #[error("control message carries descriptors, which nobody asked for")]
     Descriptors,
     /// Not a message of this protocol; the two binaries may be of different versions.
-    #[error("control message is not understood; are shim and VMM of the same version?")]
+    #[error("a message on the control socket between shim and VMM cannot be parsed; are both of the same release?")]
     Json(#[source] serde_json::Error),
     /// sendmsg(2).
     #[error("cannot send on the control socket")]

@@ -141,10 +141,14 @@ pub enum AnnotationError {
         value: String,
     },
     /// A member without a sandbox.
-    #[error("the container says that it belongs to a pod but has no annotation {0} that names it")]
+    #[error(
+        "the container is one of a pod's by its annotations, but the annotation {0}, which names the pod's sandbox, is missing"
+    )]
     NoSandbox(&'static str),
     /// Two managers.
-    #[error("annotations {CRIO_TYPE} and {CRI_TYPE} say different things; remove from the pod what its author wrote")]
+    #[error(
+        "annotations {CRIO_TYPE} and {CRI_TYPE} contradict each other, so one is not the container runtime's; remove it from the pod's own annotations"
+    )]
     TwoRoles,
     /// Ours, but known to nobody.
     #[error("annotation {0:?} is unknown; Bulkhead reads {OWN_VCPUS} and {OWN_MEMORY}")]

@@ -44,7 +44,7 @@ pub fn spec_role(spec: &Spec) -> Result<Role, BundleError> {
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     /// config.json cannot be read.
-    #[error("cannot read the container's spec {path}")]
+    #[error("cannot read the container's OCI spec {path}; has containerd removed the bundle?")]
     Read {
         /// The file.
         path: PathBuf,

@@ -63,7 +63,7 @@ impl Publisher {
         if self.0.try_send(Queued::Event(envelope)).is_err() {
             tracing::error!(
                 topic = event.topic(),
-                "event lost: the queue is full, containerd has not listened for long"
+                "an event for containerd is lost: containerd has not taken events for so long that the queue is full"
             );
         }
     }
@@ -102,7 +102,7 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Env
             }
         }
     }
-    tracing::error!(topic = %request.envelope.topic, "event lost: containerd did not take it");
+    tracing::error!(topic = %request.envelope.topic, "an event for containerd is lost: containerd did not take it after {ATTEMPTS} attempts");
 }
 
 async fn try_forward(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> ttrpc::Result<()> {

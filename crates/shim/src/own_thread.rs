@@ -14,7 +14,7 @@ pub async fn run<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send 
     run_or_undo(name, work, || ()).await
 }
 
-/// The same, with what is to be done on the thread after `work` if nobody waits for that any more.
+/// As [`run`]; if the caller has given up when `work` is done, the thread runs `undo`.
 pub async fn run_or_undo<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,

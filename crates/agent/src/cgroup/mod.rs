@@ -317,7 +317,7 @@ pub enum CgroupError {
     Update { path: PathBuf, reason: String },
     /// The processes of the group did not freeze or end in time.
     #[error(
-        "processes of {path} do not settle within 5 s; one may wait for a device or the share that does not answer"
+        "processes of {path} did not freeze or end within 5 s; one may wait for a disk, or for the file system of a volume, that does not answer"
     )]
     Unsettled { path: PathBuf },
 }

@@ -23,8 +23,8 @@ impl CapturedErrors {
         Ok(Self(file))
     }
 
-    /// What has been logged so far that an error does not say, the first cause first, in one line. That ends where the error
-    /// itself is logged: it goes on from hand to hand then.
+    /// The causes behind an error: what has been logged before the error itself and is not in its text, first cause first, in
+    /// one line. What is logged after the error only repeats it.
     pub fn behind(&mut self, error: &str) -> Option<String> {
         let mut bytes = vec![0; MAX_TOLD];
         self.0.rewind().ok()?;
@@ -42,7 +42,7 @@ impl CapturedErrors {
 
 fn file() -> io::Result<File> {
     let file = File::from(memfd_create("captured-errors", MemfdFlags::CLOEXEC)?);
-    // One position for all who write would be that of who reads too.
+    // Writers and the reader share one file position; with O_APPEND the writers do not use it.
     rustix::fs::fcntl_setfl(file.as_fd(), OFlags::APPEND)?;
     Ok(file)
 }

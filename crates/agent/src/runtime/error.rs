@@ -19,12 +19,12 @@ pub enum RuntimeError {
     Talk(#[source] ControlError),
     /// It crashed or was killed.
     #[error(
-        "the helper that creates containers ended without an answer (exit status {code:?}); the guest's console may tell why"
+        "the helper that creates containers ended without an answer (exit status {code:?}); the guest may be out of memory, and its console in the shim's log may say why"
     )]
     HelperEnded { code: Option<u32> },
     /// It is stuck, or what it creates is.
     #[error(
-        "the helper that creates containers does not answer within 45 s; the container may stop what comes into it, or its share not answer"
+        "the helper that creates containers does not answer within 45 s; a process of the container may have stopped it (SIGSTOP, ptrace), or the file system of a volume does not answer"
     )]
     Slow,
     /// libcontainer's own words.

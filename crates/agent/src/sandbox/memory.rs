@@ -212,7 +212,7 @@ fn set_aside(meminfo: &str) -> u64 {
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The shim has not said.
-    #[error("how much memory the guest has is not known; it is told with CreateSandbox")]
+    #[error("the size of the guest's memory is not known; the shim tells it with CreateSandbox")]
     Unknown,
     /// A file of the group.
     #[error("cannot read {path}")]

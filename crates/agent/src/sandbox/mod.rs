@@ -61,7 +61,8 @@ impl Sandbox {
     /// Sets the guest up. A set-up that fails leaves a guest that is of no use any more. Answers as [`Self::add_network`].
     pub async fn set_up(&self, request: CreateSandboxRequest) -> Result<AddNetworkResponse, SandboxError> {
         seed(&request.entropy)?;
-        // What KVM told the kernel may be of before a step; at worst the clock is as the shim says later.
+        // The host's clock may have been set since KVM told the guest the time. If this fails the shim corrects the clock
+        // later.
         self.clock.sync(None).map_err(SandboxError::Clock)?;
         request.node_sysctls.iter().for_each(|(name, value)| sysctl::follow(name, value));
         if !request.hostname.is_empty() {
@@ -78,7 +79,8 @@ impl Sandbox {
         mount_share(&request.share_tag)?;
         let answer = self.add_network(request.network.unwrap_or_default()).await?;
         let own = request.sysctls.keys().filter_map(|name| sysctl::path_of(name)).collect();
-        // After the interfaces, as some are theirs by name. The network's are those of the namespace of who sets them.
+        // After the interfaces, because some parameters name one. Those of the network belong to the writing thread's
+        // namespace.
         let set = move || request.sysctls.iter().try_for_each(|(name, value)| sysctl::set(name, value));
         self.netns.run(set).await.map_err(NetworkError::Namespace)??;
         let _ = self.sysctls.set(own);

@@ -19,10 +19,10 @@ pub fn run() -> std::io::Result<()> {
     removed.iter().try_for_each(|what| writeln!(std::io::stdout(), "{}", what.display()))
 }
 
-/// The same on the way of a shim that has just been started.
+/// Cleans up when a shim has just been started, and logs what was removed.
 pub fn clean_up() {
     for what in clean(Path::new(RUN_ROOT), Path::new(SOCKET_DIR)) {
-        tracing::warn!(what = %what.display(), "removed what a shim that was killed has left");
+        tracing::warn!(what = %what.display(), "removed leftovers of a shim that had been killed");
     }
 }
 

@@ -57,7 +57,8 @@ fn remove_member(flags: &Flags, sandbox: &str) -> Result<(), DeleteError> {
 
 /// Everything of a pod: processes first, so that nothing is made anew while it is being removed.
 fn remove_pod(endpoint: &Endpoint, run_dir: &RunDir) -> Result<(), DeleteError> {
-    // By this one also a daemon that has no VM, not yet or not any more; by the other one of a version without this.
+    // The first record also names a daemon that has no VM, not yet or not any more. The second one is for daemons of releases
+    // that do not write the first.
     kill_recorded(&[&endpoint.record(), &run_dir.shim_pid(), &run_dir.vmm_pid()]);
     if let Some(cgroup) = Cgroup::noted(&run_dir.cgroup()) {
         cgroup.remove();

@@ -82,7 +82,7 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signal)?;
     tokio::select! {
         () = pod.finished() => {}
-        _ = terminate.recv() => tracing::warn!("asked to terminate, ending the pod"),
+        _ = terminate.recv() => tracing::warn!("SIGTERM: ending the pod and the shim"),
     }
     pod.end().await;
     endpoint.withdraw();
@@ -107,15 +107,15 @@ pub enum ServeError {
     #[error(transparent)]
     Confine(#[from] ConfineError),
     /// No placeholders.
-    #[error("cannot fork the process that makes placeholders")]
+    #[error("cannot fork the process that makes the pids that are reported; is the node out of processes or memory?")]
     Keeper(#[source] std::io::Error),
     /// No reactor.
-    #[error("cannot start the runtime")]
+    #[error("cannot start the daemon's event loop; is the node out of file descriptors?")]
     Runtime(#[source] std::io::Error),
     /// No signals.
     #[error("cannot listen to signals")]
     Signal(#[source] std::io::Error),
     /// No server.
-    #[error("cannot serve")]
+    #[error("cannot serve containerd on the shim's socket")]
     Serve(#[source] ttrpc::Error),
 }

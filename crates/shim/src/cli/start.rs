@@ -54,7 +54,8 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Nobody learns of it, and containerd cleans up after no `start` that fails: a daemon that was started here ends.
+    /// Ends the daemon if it was started here: containerd will not learn its address, and does not clean up after a failed
+    /// `start`.
     fn abandon(self) {
         if let Some(mut process) = self.process {
             // SIGKILL is not refused: what is left to fail is that it has ended already.
@@ -130,7 +131,7 @@ fn listen(path: &Path) -> Result<Option<UnixListener>, StartError> {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// No working directory.
-    #[error("cannot tell the bundle: the working directory is gone")]
+    #[error("cannot find the bundle: the working directory is gone; has containerd removed the container meanwhile?")]
     Bundle(#[source] std::io::Error),
     /// The bundle's spec.
     #[error(transparent)]
@@ -154,7 +155,7 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// Cannot run ourselves.
-    #[error("cannot start the shim's daemon")]
+    #[error("cannot start the shim's daemon; is the node out of processes or memory?")]
     Spawn(#[source] std::io::Error),
     /// The `address` file.
     #[error("cannot write the shim's address into the bundle")]

@@ -44,7 +44,7 @@ pub async fn from_guest(
             }
         };
         if let Err(error) = output.write_all(bytes).await {
-            tracing::warn!(%error, "cannot write a process's output");
+            tracing::warn!(%error, "cannot write a process's output to its fifo or file; the rest of it is lost");
             return;
         }
         let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);

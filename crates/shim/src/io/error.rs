@@ -9,7 +9,7 @@ use crate::sandbox::agent::AgentError;
 #[derive(Debug, thiserror::Error)]
 pub enum IoError {
     /// The host's end.
-    #[error("cannot open {path} for a standard stream")]
+    #[error("cannot open {path} for a standard stream; has containerd removed it, or is its disk full?")]
     Open {
         /// As containerd gave it.
         path: String,
@@ -24,10 +24,10 @@ pub enum IoError {
     #[error(transparent)]
     Header(HeaderError),
     /// The guest does not have it.
-    #[error("the guest refused the stream {0:?}")]
+    #[error("the guest refused the connection of the standard stream {0:?}; the process may have ended")]
     Refused(Stream),
     /// The connection broke.
-    #[error("the guest broke the handshake of a standard stream")]
+    #[error("the guest did not accept the connection of a standard stream; it may be short of CPU, or hang")]
     Handshake(#[source] std::io::Error),
     /// Its file system.
     #[error(transparent)]

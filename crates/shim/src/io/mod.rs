@@ -176,7 +176,9 @@ impl ProcessIo {
             outputs.iter().map(|output| all_copied(output.progress.clone(), written.of(output.stream))).collect()
         };
         if let Err(waited) = deadline.timeout(join_all(followed)).await {
-            tracing::warn!("a process's output still comes {waited:?} after its end");
+            tracing::warn!(
+                "a process has ended and its output still comes after {waited:?}; reporting the end, the rest is copied until the process is deleted"
+            );
         }
     }
 

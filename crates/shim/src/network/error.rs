@@ -27,7 +27,7 @@ pub enum NetworkError {
     )]
     Taken(String),
     /// /dev/net/tun.
-    #[error("cannot create a tap for interface {interface}; is the kernel module tun loaded?")]
+    #[error("cannot create a tap for interface {interface}; load the kernel module tun on the node")]
     Tap {
         /// The pod's interface.
         interface: String,
@@ -37,7 +37,7 @@ pub enum NetworkError {
     },
     /// tc.
     #[error(
-        "cannot redirect interface {interface}; are the kernel modules sch_ingress, cls_matchall and act_mirred there?"
+        "cannot redirect interface {interface} into the guest; load the kernel modules sch_ingress, cls_matchall and act_mirred on the node"
     )]
     Redirect {
         /// The pod's interface.
@@ -47,7 +47,7 @@ pub enum NetworkError {
         source: rtnetlink::Error,
     },
     /// rtnetlink(7).
-    #[error("cannot list the {what} of the pod's network namespace")]
+    #[error("cannot read the {what} of the pod's network namespace over netlink")]
     Dump {
         /// What was asked for.
         what: &'static str,

@@ -117,7 +117,7 @@ async fn carry_all(
         ended = carrying => if let Err(error) = ended
             && Deadline::begin(Operation::LostAgent).timeout(agent.vm_ended()).await.is_err()
         {
-            tracing::warn!("servers in the container's namespace are no longer reached: {}", bulkhead_protocol::error::chain(&error));
+            tracing::warn!("the guest no longer reaches servers on the loopback of the container's network namespace (Docker's DNS): {}", bulkhead_protocol::error::chain(&error));
         },
         () = agent.vm_ended() => {}
     }
@@ -226,7 +226,10 @@ fn with_name_service(mut found: BTreeSet<Endpoint>) -> Vec<Endpoint> {
         found.extend([Protocol::Tcp, Protocol::Udp].map(|protocol| Endpoint { protocol, address }));
     }
     if found.len() > MAX_ENDPOINTS {
-        tracing::warn!("{} servers listen in the container's namespace; {MAX_ENDPOINTS} are reached", found.len());
+        tracing::warn!(
+            "{} servers listen on the loopback of the container's network namespace; the guest reaches only the first {MAX_ENDPOINTS}",
+            found.len()
+        );
     }
     found.into_iter().take(MAX_ENDPOINTS).collect()
 }

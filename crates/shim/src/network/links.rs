@@ -100,9 +100,9 @@ pub enum Role {
     Device,
     /// The same link, made by its kernel.
     Made,
-    /// Nothing: a tap of ours, or what a tunnel's module puts into every namespace.
+    /// Nothing, and nobody misses it: a tap of ours, or a device that a tunnel's module makes in every namespace.
     None,
-    /// Nothing, though somebody has made it.
+    /// Nothing, although somebody has made the link on purpose: the operator is warned.
     Unsupported,
 }
 

@@ -103,13 +103,17 @@ pub enum NetnsError {
         source: std::io::Error,
     },
     /// It is no pod's.
-    #[error("{0} is the node's own network namespace, whose interfaces are left alone")]
+    #[error(
+        "{0} is the node's own network namespace, and a pod in a VM cannot have it; remove hostNetwork from the pod, or correct the CNI configuration"
+    )]
     Nodes(PathBuf),
     /// unshare(2).
-    #[error("cannot make a network namespace for the pod")]
+    #[error(
+        "cannot create a network namespace for the pod; is the node out of namespaces (sysctl user.max_net_namespaces)?"
+    )]
     Create(#[source] std::io::Error),
     /// No thread or no reactor.
-    #[error("cannot start a thread for the pod's network")]
+    #[error("cannot start a thread for the pod's network; is the node out of threads (pids.max, kernel.threads-max)?")]
     Thread(#[source] std::io::Error),
     /// No netlink socket.
     #[error("cannot open a netlink socket")]

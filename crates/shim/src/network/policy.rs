@@ -27,7 +27,10 @@ impl Policy {
             return Err(PolicyError(list(&refused)));
         }
         if !warned.is_empty() {
-            tracing::warn!("the pod runs without what a VM cannot be given of its network: {}", list(&warned));
+            tracing::warn!(
+                "the pod runs without these parts of its network, which a VM cannot have: {}",
+                list(&warned)
+            );
         }
         Ok(())
     }

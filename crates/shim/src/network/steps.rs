@@ -62,7 +62,7 @@ pub fn change(old: &State, new: &State, sysctls: Sysctls) -> Vec<NetworkStep> {
         steps.extend(new.entries.iter().map(|entry| add(new, entry)));
     }
     steps.extend(come.iter().filter_map(|link| address_mode(link)));
-    // What cannot be followed is told, and the pod goes on.
+    // If the guest refuses a change, it is logged and the pod goes on.
     steps.iter_mut().for_each(|step| step.optional = true);
     steps
 }

@@ -110,7 +110,7 @@ impl Pod {
         Ok(container.init.pid())
     }
 
-    /// What follows on the boot has failed: the VM goes again.
+    /// Takes the VM down again if what follows its boot has failed.
     async fn or_take_back<E>(&self, outcome: Result<(), E>) -> Result<(), E> {
         if outcome.is_err() {
             self.take_back().await;
@@ -287,7 +287,7 @@ impl Pod {
                 }
             }
         }
-        tracing::warn!("the guest has sent {MAX_EVENTS} events, no longer listening to them");
+        tracing::warn!("the guest has reported {MAX_EVENTS} out-of-memory kills; no more are reported to containerd");
     }
 }
 
@@ -335,7 +335,7 @@ async fn take_back(deadline: Deadline, sandbox: &Arc<Sandbox>, init: &ProcessKey
     warn_of(removing(move || share.remove_container(&id)).await);
 }
 
-/// What cannot be removed goes with the pod.
+/// Only logs a failure: what could not be removed is removed with the pod.
 fn warn_of(removed: Result<(), ShareError>) {
     if let Err(error) = removed {
         tracing::warn!("{}", bulkhead_protocol::error::chain(&error));

@@ -70,7 +70,7 @@ impl Pod {
             Err(AgentError::Refused { code: ttrpc::Code::NOT_FOUND, .. }) => Err(TaskError::Finished),
             Err(error @ AgentError::Refused { .. }) => Err(error.into()),
             Err(error) => {
-                tracing::warn!(%error, "killing the VM of a guest that does not deliver a signal");
+                tracing::warn!(%error, "the guest cannot deliver a signal; killing the VM");
                 sandbox.vm.kill().await;
                 Ok(())
             }
@@ -107,7 +107,7 @@ impl Pod {
         let deadline = Deadline::begin(Operation::Delete);
         container.exec(exec)?;
         process.expect("delete", &[Status::STOPPED, Status::CREATED])?;
-        // One that was never started: whoever waits for it is told, and no start may come any more.
+        // It may never have been started. Then callers of `Wait` get an answer now, and a start is refused from now on.
         process.ended(Exit::now(Exit::KILLED));
         finish_io(deadline, &process).await;
         if let Ok(sandbox) = self.sandbox()
@@ -151,8 +151,8 @@ impl Pod {
         Ok(deleted)
     }
 
-    /// Nobody starts what is left of a container that is gone, and no guest tells any more how it ended. Whoever waits for it
-    /// is told, and containerd if it knows of the start.
+    /// Ends the execs of a container that is gone: they can neither start nor report their end any more. Callers of `Wait` get
+    /// an answer, and containerd gets an event for each exec of whose start it knows.
     fn end_execs(&self, container: &Container) {
         for process in container.all_execs() {
             self.let_go(container, &process);
@@ -168,18 +168,20 @@ impl Pod {
         }
     }
 
-    /// Whatever the guest has answered to SIGKILL. A container that goes on would keep its pod from being removed. An exec,
-    /// which may wait for a server of the host's in the guest's kernel, is let go: a probe that hangs must not end its pod.
+    /// Sees to the end of a process that was sent SIGKILL, whatever the guest answered. If a container goes on, we kill the VM:
+    /// else its pod could not be removed. If an exec goes on, we report it as ended: it may wait in the guest's kernel for a
+    /// file server of the host, and a probe that hangs must not end its pod.
     async fn see_ended(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
         if Deadline::begin(Operation::KilledEnds).timeout(process.wait()).await.is_ok() {
             return;
         }
+        let limit = Operation::KilledEnds.budget();
         if process.key.exec.is_empty() {
-            tracing::warn!("killing the VM of a guest in which SIGKILL does not end a container");
+            tracing::warn!("a container goes on {limit:?} after SIGKILL; killing the VM");
             sandbox.vm.kill().await;
             return;
         }
-        tracing::warn!("SIGKILL does not end an exec, which is not waited for any longer");
+        tracing::warn!("an exec goes on {limit:?} after SIGKILL; reporting it as ended, the pod goes on");
         self.let_go(&container, &process);
     }
 
@@ -240,11 +242,11 @@ async fn tolerate(sandbox: &Sandbox, answer: Result<(), AgentError>) -> bool {
     match answer {
         Ok(()) => true,
         Err(error @ AgentError::Refused { .. }) => {
-            tracing::warn!(%error, "the guest does not clean up");
+            tracing::warn!(%error, "the guest could not remove what it has of a process");
             true
         }
         Err(error) => {
-            tracing::warn!(%error, "killing the VM of a guest that does not clean up");
+            tracing::warn!(%error, "the guest does not answer to the removal of a process; killing the VM");
             sandbox.vm.kill().await;
             false
         }

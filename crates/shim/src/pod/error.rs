@@ -40,10 +40,14 @@ pub enum TaskError {
         state: &'static str,
     },
     /// The VM is gone, or never was.
-    #[error("the pod's VM is not running; remove the pod and let it be created again")]
+    #[error(
+        "the pod's VM is not running; the shim's log says how it ended. Remove the pod and let it be created again"
+    )]
     NoSandbox,
     /// Another pod's container came here.
-    #[error("the container belongs to sandbox {0}, which this shim does not serve")]
+    #[error(
+        "the container belongs to sandbox {0}, but this shim serves another one; its annotations and the pod's do not fit"
+    )]
     WrongSandbox(String),
     /// What a VM has no use for.
     #[error("{0} is not supported")]
@@ -53,7 +57,7 @@ pub enum TaskError {
     Invalid(&'static str),
     /// No process for it on the host.
     #[error(
-        "cannot make a pid for the process; is the node out of processes or namespaces (sysctls user.max_*_namespaces)?"
+        "cannot fork the placeholder that stands for the process on the node; is the node out of processes or namespaces (sysctls user.max_*_namespaces)?"
     )]
     HostPid(#[source] std::io::Error),
     /// The call was cut off by the end of the daemon.

@@ -54,7 +54,7 @@ impl PodFiles {
             if let Err(error) = std::fs::remove_dir_all(dir)
                 && error.kind() != ErrorKind::NotFound
             {
-                tracing::warn!(%error, dir = %dir.display(), "a pod's files are left behind");
+                tracing::warn!(%error, dir = %dir.display(), "cannot remove the pod's files (hosts, resolv.conf, hostname); remove them by hand");
             }
         }
     }

@@ -105,7 +105,9 @@ async fn execute(hook: &Hook, bundle: &Path, input: &[u8]) -> io::Result<std::pr
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     /// execve(2).
-    #[error("cannot run the OCI hook {path}")]
+    #[error(
+        "cannot run the OCI hook {path}; is it there and executable? whoever configures hooks on this node can remove it"
+    )]
     Run {
         /// The program.
         path: PathBuf,
@@ -124,7 +126,9 @@ pub enum HookError {
         said: String,
     },
     /// It was killed.
-    #[error("the OCI hook {path} took longer than {limit:?}")]
+    #[error(
+        "the OCI hook {path} did not end within {limit:?} and was killed; a `timeout` in its configuration gives it more"
+    )]
     Timeout {
         /// The program.
         path: PathBuf,

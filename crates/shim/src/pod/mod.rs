@@ -197,7 +197,7 @@ impl Pod {
         let deadline = Deadline::begin(Operation::EndDaemon);
         let mut gate = deadline.part(Operation::FinishBoot).timeout(self.gate.lock()).await;
         if gate.is_err() {
-            tracing::warn!("killing a VMM whose boot takes long");
+            tracing::warn!("the daemon has to end while its VM boots; killing the VMM");
             let vmm = self.identity.run_dir.vmm_pid();
             let _: Result<(), TaskError> = removing(move || {
                 kill_recorded(&[&vmm]);

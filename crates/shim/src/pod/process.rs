@@ -18,7 +18,7 @@ use crate::sandbox::agent::ProcessKey;
 pub struct Exit {
     /// 0 to 255.
     pub code: u32,
-    /// By the host's clock: the guest's cannot be trusted to be after the start.
+    /// When, by the host's clock. The guest could name a time before the start.
     pub at: Timestamp,
 }
 

@@ -137,10 +137,10 @@ impl Pod {
                 Err(error) => {
                     if !matches!(error, AgentError::Refused { .. }) {
                         sandbox.vm.kill().await;
-                        // As long as it is there it may write to the pod's files.
+                        // The VMM may write to the pod's files as long as its process is there.
                         sandbox.vm.ended().await;
                     }
-                    tracing::warn!(%error, "the guest does not tell how a process ended");
+                    tracing::warn!(%error, "the guest does not say how a process ended; reporting exit code 137");
                     (Exit::KILLED, unknown)
                 }
             },

@@ -95,7 +95,7 @@ impl Agent {
     /// The connection is gone, and with it all that the guest could be asked for: sees to it that the VM ends.
     pub async fn lost(&self) {
         if Deadline::begin(Operation::LostAgent).timeout(self.vm.ended()).await.is_err() {
-            tracing::warn!("killing the VM of a guest whose agent is not there any more");
+            tracing::warn!("the guest's agent has closed its connection and the VM goes on; killing the VM");
             self.vm.kill().await;
         }
     }
@@ -360,7 +360,10 @@ impl Connector for Agent {
 
 fn tell_failed(answer: &proto::AddNetworkResponse) {
     for failed in answer.failed.iter().take(MAX_FAILED) {
-        tracing::warn!("the guest's network differs from its namespace's: {}", bounded(failed));
+        tracing::warn!(
+            "the guest's kernel refused a part of the pod's network, which now differs from the namespace on the node: {}",
+            bounded(failed)
+        );
     }
 }
 
@@ -400,10 +403,14 @@ pub enum AgentError {
     #[error("the guest image is of Bulkhead {0:?}, the shim of {RELEASE:?}; install both from the same release")]
     Release(String),
     /// The agent did not answer in time.
-    #[error("the pod's guest has not answered within {0:?}; if it never does, remove the pod")]
+    #[error(
+        "the pod's guest has not answered within {0:?}; it may be short of CPU or memory, or hang: remove the pod if this stays so"
+    )]
     Silent(Duration),
     /// The connection is gone: the VM has ended, or the agent's bytes made no sense.
-    #[error("the connection to the pod's guest is gone: {0}")]
+    #[error(
+        "the connection to the pod's guest has broken: {0}; the VM has ended or is about to, and the shim's log says why"
+    )]
     Gone(String),
     /// No connection.
     #[error(transparent)]

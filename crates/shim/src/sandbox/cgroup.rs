@@ -21,7 +21,7 @@ impl Cgroup {
             return None;
         }
         if let Err(error) = std::fs::create_dir_all(&dir) {
-            tracing::warn!(%error, dir = %dir.display(), "the pod is not accounted: no cgroup");
+            tracing::warn!(%error, dir = %dir.display(), "cannot create the pod's cgroup: the pod's limits and statistics do not include its VM");
             return None;
         }
         let cgroup = Self(dir);
@@ -56,7 +56,7 @@ impl Cgroup {
     pub fn add(&self, vmm: u32) {
         for pid in [vmm, std::process::id()] {
             if let Err(error) = std::fs::write(self.0.join("cgroup.procs"), pid.to_string()) {
-                tracing::warn!(%error, dir = %self.0.display(), "the pod is not accounted");
+                tracing::warn!(%error, dir = %self.0.display(), "cannot move the shim or the VMM into the pod's cgroup: the pod's limits and statistics do not include it");
             }
         }
     }
@@ -69,7 +69,7 @@ impl Cgroup {
             return;
         }
         if !self.with_those_above().skip(1).any(|dir| std::fs::write(dir.join("cgroup.procs"), &pid).is_ok()) {
-            tracing::warn!(dir = %self.0.display(), "the shim cannot leave the pod's cgroup");
+            tracing::warn!(dir = %self.0.display(), "the shim cannot leave the pod's cgroup, so the kubelet may kill it before it has reported how the pod ended");
         }
     }
 
@@ -85,7 +85,7 @@ impl Cgroup {
         if (is_bound || !cpus.is_empty())
             && let Err(error) = std::fs::write(&file, format!("{cpus}\n"))
         {
-            tracing::warn!(%error, cpus, "the pod is not bound to the CPUs of its containers");
+            tracing::warn!(%error, cpus, "cannot bind the VM to the CPUs that the kubelet chose for its containers");
         }
     }
 

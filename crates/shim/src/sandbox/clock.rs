@@ -27,7 +27,7 @@ const GOOD_ERROR: Duration = Duration::from_millis(1);
 /// Follows the host's clock for the VM's life.
 pub async fn follow(agent: Agent, mut synced: Synced) {
     let host = HostClock::new().inspect_err(|error| {
-        tracing::warn!(%error, "the guest will not learn when this host's clock is set");
+        tracing::warn!(%error, "cannot watch the node's clock: the guest will not follow when the clock is set");
     });
     let host = host.ok();
     loop {
@@ -39,7 +39,9 @@ pub async fn follow(agent: Agent, mut synced: Synced) {
         match sync(Deadline::begin(Operation::SyncClock), &agent).await {
             Ok(by) => synced = by,
             // A VM that has ended says so above.
-            Err(error) => tracing::warn!(%error, "cannot compare the guest's clock"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot compare the guest's clock with the node's; the guest may drift until the next attempt")
+            }
         }
     }
 }

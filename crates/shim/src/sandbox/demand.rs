@@ -23,7 +23,7 @@ pub async fn follow(sandbox: Arc<Sandbox>) {
             Ok(demand) => demand.less,
             Err(error) => {
                 if let AgentError::Refused { .. } = error {
-                    tracing::warn!(%error, "the pod's memory does not follow its need");
+                    tracing::warn!(%error, "the guest does not report its need for memory: containers without a limit keep the memory that they have now");
                 }
                 return;
             }
@@ -44,7 +44,7 @@ async fn grow(sandbox: &Sandbox) -> bool {
     match sandbox.resizer.grow_on_demand(&sandbox.vm, &sandbox.agent, most_mib).await {
         Ok(grown) => grown,
         Err(error) => {
-            tracing::warn!(%error, "the guest does not grow on demand");
+            tracing::warn!(%error, "cannot give the pod more memory on demand");
             false
         }
     }

@@ -120,10 +120,10 @@ async fn take_out(disks: &mut Vec<Disk>, vm: &Vm, agent: &Agent, id: &str) {
             continue;
         }
         if let Err(error) = agent.unbind_device(deadline, disk.slot).await {
-            tracing::warn!(%error, slot = disk.slot, "the guest does not let go of a disk");
+            tracing::warn!(%error, slot = disk.slot, "the guest does not release a disk; is it still mounted or in use in the pod?");
         }
         if let Err(error) = vm.remove_device(deadline, disk.slot).await {
-            tracing::warn!(%error, slot = disk.slot, "the VMM does not let go of a disk");
+            tracing::warn!(%error, slot = disk.slot, "the VMM does not release a disk; does the disk answer?");
         }
     }
 }
@@ -171,7 +171,7 @@ pub enum DiskError {
     #[error("the host has no block device {0}; was the volume detached?")]
     NoDevice(DeviceNumber),
     /// open(2).
-    #[error("cannot open the block device {path}; is it in use, or read-only?")]
+    #[error("cannot open the block device {path}; is it in use, or read-only while the container may write to it?")]
     Open {
         /// Its node.
         path: PathBuf,
@@ -180,7 +180,9 @@ pub enum DiskError {
         source: std::io::Error,
     },
     /// open(2) has not come back.
-    #[error("the block device {0} has not been opened within {1:?}; does its disk answer?")]
+    #[error(
+        "the block device {0} could not be opened within {1:?}; its disk does not answer: look at the node's kernel log and at the volume's storage"
+    )]
     Hung(DeviceNumber, Duration),
     /// They come or go for others.
     #[error(

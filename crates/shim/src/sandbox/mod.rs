@@ -241,9 +241,9 @@ impl Sandbox {
         self.disks.detach(deadline, &self.vm, &self.agent, id).await;
     }
 
-    /// What the kubelet asks of the host for containers is asked for the VMM: it binds them to CPUs (its static CPU policy),
-    /// which run their vCPUs here, and says whom to kill when the node has no more memory. Without a container the VMM stays as
-    /// protected as it was: another is about to come, or the pod ends.
+    /// Does for the VMM what the kubelet wants of the host for containers. We bind the VMM, whose threads are the vCPUs, to the
+    /// CPUs of the kubelet's static CPU policy, and set how soon the kernel kills it when the node has no more memory. Without
+    /// a container the VMM keeps its score: another container is about to come, or the pod ends.
     fn tell_host(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.bind_to_cpus(&self.resizer.host_cpus());
@@ -292,8 +292,8 @@ async fn begin(
     Ok((agent, kernel, synced))
 }
 
-/// When the VM has ended there is nothing to account any more, and the kubelet kills what is left in an ended pod's cgroup:
-/// the shim, which has still to be asked how it ended, goes.
+/// Moves the shim out of the pod's cgroup when the VM has ended. The kubelet kills what is left in an ended pod's cgroup, and
+/// containerd still has to ask the shim how the pod ended.
 async fn leave(vm: Vm, cgroup: Cgroup) {
     vm.ended().await;
     cgroup.leave();

@@ -29,7 +29,7 @@ impl OomScore {
     /// one from now on.
     pub fn of(pid: u32) -> Self {
         let file = File::options().write(true).open(format!("/proc/{pid}/oom_score_adj"));
-        let score = Self(file.inspect_err(|error| tracing::warn!(%error, "the VMM has its shim's OOM score")).ok());
+        let score = Self(file.inspect_err(|error| tracing::warn!(%error, "cannot open the VMM's oom_score_adj; it keeps that of its shim, and is hardly ever killed when the node has no more memory")).ok());
         score.set(NO_CONTAINER);
         score
     }
@@ -39,7 +39,7 @@ impl OomScore {
         let Some(file) = &self.0 else { return };
         match file.write_at(above_the_shims(score).to_string().as_bytes(), 0) {
             Err(error) if error.raw_os_error() != Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-                tracing::warn!(%error, score, "the VMM keeps another OOM score than its containers");
+                tracing::warn!(%error, score, "cannot set the VMM's oom_score_adj to that of its containers");
             }
             _ => {}
         }

@@ -38,8 +38,8 @@ pub struct Guest<'a> {
     pub deadline: Deadline,
 }
 
-/// A pod's network namespace. It is held: it exists, and its path in /proc is its own, whatever becomes of the path that CNI
-/// has given.
+/// A pod's network namespace. We hold it open: so it goes on to exist, and is reached by its descriptor's path in /proc, even
+/// when CNI's path is gone.
 #[derive(Debug)]
 pub struct PodNetwork {
     namespace: Arc<OwnedFd>,
@@ -253,7 +253,7 @@ impl PodNetwork {
             };
             carried.refused.insert(link);
             let name = now.link(link).map(|link| link.name.as_str()).unwrap_or_default();
-            tracing::warn!("the guest does not get interface {name}: {error}");
+            tracing::warn!("interface {name} of the pod cannot be carried into the guest: {error}");
         }
         let gone: Vec<u32> = carried.slots.keys().copied().filter(|link| now.link(*link).is_none()).collect();
         for link in gone {
@@ -262,7 +262,9 @@ impl PodNetwork {
                 let unbound = agent.unbind_device(deadline, slot).await.map_err(|error| chain(&error));
                 let removed = vm.remove_device(deadline, slot).await.map_err(|error| chain(&error));
                 if let Err(error) = unbound.and(removed) {
-                    tracing::warn!("the device of an interface that is gone is still in the guest: {error}");
+                    tracing::warn!(
+                        "an interface has left the pod's network namespace, but its device cannot be removed from the guest: {error}"
+                    );
                 }
             }
         }
@@ -298,7 +300,9 @@ impl PodNetwork {
         let (network, vm, agent) = (self.clone(), vm.clone(), agent.clone());
         let events = match events {
             Some(Ok(events)) => events,
-            Some(Err(error)) => return tracing::warn!("changes of the network are not followed: {}", chain(&error)),
+            Some(Err(error)) => {
+                return tracing::warn!("the guest will not follow changes of the pod's network: {}", chain(&error));
+            }
             None => return,
         };
         tokio::spawn(async move {
@@ -323,7 +327,10 @@ impl PodNetwork {
                         updated = network.hand_over(deadline, &agent).await;
                     }
                     let failed = updated.inspect_err(|error| {
-                        tracing::warn!("a change of the network is not in the guest yet: {}", chain(error));
+                        tracing::warn!(
+                            "a change of the pod's network could not be made in the guest and is tried again: {}",
+                            chain(error)
+                        );
                     });
                     pause = match failed {
                         Ok(()) => {

@@ -136,7 +136,7 @@ impl Resizer {
         let known = size.asked.clone();
         if wanted.plugged_mib > size.plugged_mib {
             if let Err(error) = vm.grow_memory(deadline, wanted.plugged_mib).await {
-                // What cannot be had is not asked for any longer.
+                // Take the request back: else the guest would go on trying to plug memory that it cannot have.
                 let _ = vm.shrink_memory(size.asked.plugged_mib).await;
                 return Err(error.into());
             }

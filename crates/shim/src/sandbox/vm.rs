@@ -113,7 +113,7 @@ impl Vm {
         self.pid
     }
 
-    /// The same as a descriptor, which stays with this process and no other that has its number later.
+    /// A pidfd of the VMM's process. Unlike the pid it never comes to mean another process.
     pub fn process(&self) -> Result<OwnedFd, VmError> {
         self.process.try_clone().map_err(VmError::Process)
     }

@@ -108,7 +108,7 @@ impl FollowedVolumes {
 /// A volume of which the guest has the version that it finds, and no later one.
 fn unfollowed(error: &io::Error, number: u64, dir: &Path) -> CopiedVolume {
     let dir = dir.display();
-    tracing::warn!(%error, %dir, "updates of a volume raise no events in the guest; fs.inotify.max_user_instances may be too low");
+    tracing::warn!(%error, %dir, "cannot watch a ConfigMap, Secret or other projected volume: its updates raise no inotify events in the guest; is fs.inotify.max_user_instances of the node too low?");
     CopiedVolume { number, ..CopiedVolume::default() }
 }
 

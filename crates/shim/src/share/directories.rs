@@ -51,7 +51,8 @@ fn detach_mounts(path: &Path) -> Result<(), ShareError> {
     Err(ShareError::at("unmount", path, Errno::BUSY.into()))
 }
 
-/// Those that are below no other one. Of several at one place all are: what is below one of them may be hidden by another.
+/// The mounts that are not below another one. If several are at one place all of them count: one may hide what is below
+/// another.
 pub fn outermost(mut mounts: Vec<PathBuf>) -> Vec<PathBuf> {
     // By component, so what is below a place comes straight after it.
     mounts.sort();

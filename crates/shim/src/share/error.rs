@@ -17,7 +17,7 @@ pub enum ShareError {
         source: std::io::Error,
     },
     /// A volume cannot be bound.
-    #[error("cannot give the volume {path} to the pod")]
+    #[error("cannot mount the volume {path} for the pod; does the path exist, and does its file system answer?")]
     Volume {
         /// Its source on the host.
         path: PathBuf,
@@ -26,7 +26,7 @@ pub enum ShareError {
         source: std::io::Error,
     },
     /// The VMM's mount namespace cannot be had, or takes no mount.
-    #[error("cannot mount {path} for the VMM; has it ended?")]
+    #[error("cannot mount {path} in the mount namespace of the pod's VMM; the VMM may have ended")]
     Attach {
         /// Where in the share.
         path: PathBuf,
@@ -35,7 +35,9 @@ pub enum ShareError {
         source: std::io::Error,
     },
     /// The root file system cannot be mounted.
-    #[error("cannot mount the container's root file system {path}")]
+    #[error(
+        "cannot mount the container's root file system {path}; does the snapshotter's directory exist, and is the node's kernel able to mount it (module overlay)?"
+    )]
     Rootfs {
         /// Its source.
         path: PathBuf,
@@ -49,7 +51,9 @@ pub enum ShareError {
     )]
     RootfsType(String),
     /// Options that the kernel's interface cannot take.
-    #[error("the image has too many layers for this kernel's mount interface; squash the image or use Linux 6.8")]
+    #[error(
+        "the image has too many layers: their list is longer than the page of options that mount(2) takes; use an image with fewer layers, or Linux 6.8 or later on the node"
+    )]
     TooManyLayers(#[source] std::io::Error),
     /// A socket as a volume.
     #[error("the volume {0} is a socket of the host, which has no peer inside the guest; remove it from the pod")]

@@ -80,7 +80,7 @@ fn changed(table: &File, stopped: &OwnedFd) -> bool {
     }
 }
 
-/// Does in the copy what the host has done. What a slave would not have got does not come.
+/// Repeats in the copy what the host has done, for mounts that propagate to a slave.
 fn update(jail: &Jail, source: &Path, target: &Path, known: &[MountPoint], now: &[MountPoint]) {
     let ids = |points: &[MountPoint]| points.iter().map(|point| point.id).collect::<std::collections::BTreeSet<_>>();
     let (before, after) = (ids(known), ids(now));
@@ -91,7 +91,7 @@ fn update(jail: &Jail, source: &Path, target: &Path, known: &[MountPoint], now: 
         let Ok(below) = point.path.strip_prefix(source) else { continue };
         let done = if is_there { attach(jail, &point.path, target, below) } else { detach(jail, target, below) };
         if let Err(error) = done {
-            tracing::warn!(%error, mount = %point.path.display(), is_there, "a read-only volume does not follow the host");
+            tracing::warn!(%error, mount = %point.path.display(), is_there, "a mount that came or went on the node cannot be followed in a read-only volume of the pod");
         }
     }
 }

@@ -27,8 +27,8 @@ const STACK: usize = 128 << 10;
 pub struct Jail(Arc<OnceLock<OwnedFd>>);
 
 impl Jail {
-    /// From now on it is that of a VMM which has locked itself in: a pidfd, which keeps nothing mounted when the VMM is gone, or
-    /// the namespace itself. The first one stays.
+    /// Names the mount namespace: by the pidfd of a VMM that has locked itself in, or by the namespace itself. A pidfd keeps
+    /// nothing mounted after the VMM has ended. Only the first call has an effect.
     pub fn set(&self, vmm: OwnedFd) {
         let _ = self.0.set(vmm);
     }
@@ -74,7 +74,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// What a path of the directory's is for the VMM.
+    /// The path by which the VMM sees a path below the directory.
     pub fn inside(&self, path: &Path) -> PathBuf {
         Path::new("/").join(path.strip_prefix(&self.dir).unwrap_or(path))
     }

@@ -75,7 +75,7 @@ impl Tree {
 
     /// Copies the one mount that is at `source`, and nothing below it.
     pub fn copy_mount(source: &Path) -> Result<Self, Errno> {
-        // One that waits for somebody to look into it goes on waiting.
+        // An automount that nobody has looked into yet is copied as it is, and not triggered.
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_NO_AUTOMOUNT;
         let tree = Self(open_tree(CWD, source, flags)?);
         tree.set(ONLY_DATA, Some(Propagation::Private))?;

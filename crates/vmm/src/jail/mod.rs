@@ -81,7 +81,7 @@ pub fn enter(share: Option<OwnedFd>) -> Result<Option<OwnedFd>, JailError> {
     drop_privileges()?;
     if !landlock::restrict(inside.as_ref())? {
         crate::vmm_log!(
-            "the host's kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=landlock): the jail is one lock short"
+            "the node's kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=landlock): the VMM's jail goes without it"
         );
     }
     seccomp::report_violations().map_err(JailError::Handler)?;
@@ -162,10 +162,10 @@ fn leave_memory_out_of_core_dumps() {
 
 /// The guest's memory is in this process: no core file and no crash handler of the host's gets it.
 ///
-/// That the process is not dumpable does not last: whenever the file server takes on an owner's IDs, the kernel sets it to
-/// fs.suid_dumpable (kernel/cred.c), which hosts with a crash handler have at 2. So the limit must hold by itself. 1 is below
-/// the page that a core file has at least, and the one value at which a handler that is a pipe is not started; 0 does not
-/// stop it (fs/coredump.c).
+/// Making the process undumpable is not enough: whenever the file server takes on an owner's ids, the kernel resets the
+/// attribute to fs.suid_dumpable (kernel/cred.c), which is 2 on hosts with a crash handler. So the limit must hold by itself.
+/// It is 1 byte: less than the page that every core file has, and the only value at which the kernel does not start a handler
+/// that is a pipe. With 0 it would start it (fs/coredump.c).
 fn limit_resources() -> Result<(), JailError> {
     for (resource, most) in [(Resource::Core, 1), (Resource::Memlock, 0), (Resource::Msgqueue, 0)] {
         setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
@@ -205,7 +205,7 @@ fn step(what: &'static str) -> impl Fn(Errno) -> JailError {
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// A system call.
-    #[error("cannot {what} for the VMM's jail; does the VMM run as root, on Linux 5.12 or later, with /proc?")]
+    #[error("cannot set up the VMM's jail ({what}); the VMM needs root, Linux 5.12 or later, and /proc")]
     Step {
         /// What was tried.
         what: &'static str,

@@ -1,9 +1,9 @@
-//! The part of the memory that is not there at boot: KVM knows of a block of it only while something in it is plugged, so
-//! that a guest has no block there that it was not given. What is unplugged of a block that stays it can still touch.
+//! The part of the memory that is not there at boot. KVM knows of a block only while a part of it is plugged, so a guest cannot
+//! touch a block that it was not given. It can still touch the unplugged parts of a block that stays.
 //!
-//! Devices could still be told to read and write there: they know one memory, whose mapping must not have holes that a
-//! device's copy would fault on. So all blocks that are not attached are the same one block of the host's, a decoy. What a
-//! device does there costs the host one block at most, and nobody who is given a block later finds anything of it.
+//! A guest could also tell a device to read or write there. All devices share one memory mapping, and it must not have holes,
+//! on which a device's copy would fault. So every block that is not attached maps the same block of the host, a decoy. Writing
+//! there costs the host one block at most, and a block that is attached later shows nothing of it.
 #![allow(unsafe_code)] // reason: mmap(2) over a part of the guest's memory
 
 use std::io;

@@ -134,9 +134,9 @@ fn create_vm<T>(mut create: impl FnMut() -> Result<T, errno::Error>) -> Result<T
     }
 }
 
-/// What turns the performance counters off, if this KVM can (Linux 5.18) and has them at all: it answers with the switches that
-/// there are. CPUID alone does it for Intel's; AMD's first four exist without a word there, and the guest could count with
-/// them. It must come before the first vCPU.
+/// The KVM switch that turns the performance counters off; `None` if this KVM has no such switch (before Linux 5.18) or no
+/// counters. `switches` is what KVM_CHECK_EXTENSION answers. On Intel, hiding the counters in CPUID is enough. On AMD the first
+/// four exist without being listed there, and the guest could use them. Must be set before the first vCPU is made.
 fn pmu_switch(switches: i32) -> Option<kvm_enable_cap> {
     let has_it = u32::try_from(switches).is_ok_and(|switches| switches & KVM_PMU_CAP_DISABLE != 0);
     has_it.then(|| kvm_enable_cap {
@@ -146,11 +146,11 @@ fn pmu_switch(switches: i32) -> Option<kvm_enable_cap> {
     })
 }
 
-/// What makes the processor leave a guest that lets no event in, if this KVM (Linux 6.0) and the processor can: a guest may
-/// make it deliver one exception after the other without end, and the host's CPU would be gone for the node. The window adds
-/// nothing to the processor's own threshold, which no honest guest comes to. KVM goes on with the guest by itself, with the
-/// host's interrupts served; only a guest that it cannot go on with is reported, and ended as for any other such exit. It
-/// must come before the first vCPU.
+/// The KVM switch that makes the processor leave a guest which lets no event in; `None` if this KVM (before Linux 6.0) or the
+/// processor cannot do that. Without it a guest could make the processor deliver one exception after the other without end, and
+/// the node would lose that CPU. The window adds nothing to the processor's own threshold, which no honest guest reaches. KVM
+/// serves the host's interrupts and then continues the guest by itself. It reports only a guest that it cannot continue, and we
+/// end that one as after any other fatal exit. Must be set before the first vCPU is made.
 fn notify_switch(answer: i32) -> Option<kvm_enable_cap> {
     /// The upper half of the argument is the window.
     const WINDOW: u64 = 0;

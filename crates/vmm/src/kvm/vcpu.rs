@@ -165,7 +165,7 @@ fn last_exit(id: u8, exit: &VcpuExit<'_>) -> ExitReason {
     match exit {
         // Our guests reset by the keyboard controller; this one met a fault that it could not handle, and could not say so.
         VcpuExit::Shutdown => {
-            crate::vmm_log!("vcpu{id}: triple fault");
+            crate::vmm_log!("vcpu{id}: the guest has crashed (triple fault)");
             ExitReason::Reset
         }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET, _) => ExitReason::Reset,

@@ -110,7 +110,8 @@ impl Buffers {
     pub fn send(&self, socket: impl AsFd, offset: usize, limit: usize) -> io::Result<usize> {
         let socket = socket.as_fd().as_raw_fd();
         let mut sent = 0;
-        // One by one: sendmsg(2) takes them all, and descriptors, for which it is in no thread's filter.
+        // One by one: sendmsg(2) would send all parts at once, but it can also send descriptors, so no thread's filter allows
+        // it.
         for part in self.window(offset, limit) {
             let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
             // SAFETY: the buffer is guest memory by the invariant of `segments`.
@@ -121,7 +122,7 @@ impl Buffers {
                         break;
                     }
                 }
-                // Whoever goes on behind what was sent meets it again.
+                // Report what was sent; the next call for the rest gets the error.
                 Err(_) if sent > 0 => break,
                 Err(error) => return Err(error),
             }

@@ -117,7 +117,8 @@ impl Supervisor {
                 }
                 received = receive(&self.socket), if !self.socket_closed => self.take(received),
                 () = until(self.kill_at) => {
-                    tracing::warn!("killing a VMM that goes on after its end");
+                    let limit = Operation::VmmExit.budget();
+                    tracing::warn!("the VMM has not exited {limit:?} after it reported the guest's end; killing it");
                     self.kill_at = None;
                     self.kill();
                 }
@@ -137,7 +138,7 @@ impl Supervisor {
         ended.send_replace(true);
     }
 
-    /// What the VMM has sent and this task has not read when the process is gone. As nobody sends any more, it ends.
+    /// Reads what the VMM has sent before its process ended. Nobody sends any more, so the loop ends.
     fn hear_the_end(&mut self) {
         while !self.socket_closed
             && let Ok(Some(reply)) = control::receive_bare::<Reply>(&self.socket)
@@ -185,7 +186,7 @@ impl Supervisor {
             Reply::Added { id, slot } => {
                 let waiting = self.waiting.remove(&id);
                 if waiting.is_none_or(|answer| answer.send(Ok(reply)).is_err()) {
-                    // Nobody knows of the device, so nobody would take it out.
+                    // The caller has given up and does not know the slot, so we take the device out.
                     self.ask(Unsent { command: Command::RemoveDevice { slot }, fds: Vec::new(), answer: None });
                 }
             }
@@ -220,7 +221,7 @@ impl Supervisor {
     }
 
     fn ask(&mut self, request: Unsent) {
-        // Whoever gave up is forgotten, so that both hold no more than what is being waited for; but a device goes all the same.
+        // Drop requests whose callers have given up, so that both lists stay small. A removal of a device is sent all the same.
         self.waiting.retain(|_, answer| !answer.is_closed());
         self.unsent.retain(|unsent| {
             matches!(unsent.command, Command::RemoveDevice { .. })

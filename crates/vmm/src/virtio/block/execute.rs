@@ -92,7 +92,11 @@ impl Disk {
             Ok(()) if direction == Direction::FromFile => Outcome::ok(usize::try_from(request.len).unwrap_or(0)),
             Ok(()) => Outcome::ok(0),
             Err(error) => {
-                guest_log!("block: {} sectors at {}: {error}", request.len / SECTOR, request.sector);
+                guest_log!(
+                    "block: cannot read or write {} sectors at {} of the disk: {error}",
+                    request.len / SECTOR,
+                    request.sector
+                );
                 Outcome::error()
             }
         }

@@ -1,8 +1,9 @@
 //! virtio-mem (section 5.15): memory that the guest plugs and unplugs on request, so that a pod grows and shrinks while it
 //! runs (ARCHITECTURE.md, D4). Requests are parsed first ([`request`]) and executed then ([`blocks`]).
 //!
-//! A memory block without plugged parts is not the guest's: KVM knows nothing of it, and the host has taken the pages back. In
-//! the other blocks the host takes back what is unplugged, but a guest can touch it again; its pod's memory limit bounds that.
+//! A memory block without plugged parts is out of the guest's reach: KVM does not map it, and the host has taken its pages
+//! back. In the other blocks the host takes the pages of unplugged parts back too, but the guest can touch these parts again.
+//! The memory limit of its pod bounds that.
 
 mod blocks;
 mod request;

@@ -51,8 +51,9 @@ impl Tap {
     }
 }
 
-/// What the tap's offloads are. To set them takes the lock that the host's kernel has for the interfaces of all its network
-/// namespaces (rtnl), and a driver could do nothing else: so they are set when they change, and few times in a minute.
+/// The offloads that the tap has. Setting them takes the host kernel's lock for the interfaces of all network namespaces
+/// (rtnl), and a hostile driver could ask for it all the time. So we set them only when they change, and a few times a minute
+/// at most.
 #[derive(Default)]
 pub struct Offloads {
     set: Option<usize>,

@@ -398,7 +398,7 @@ fn task_api() -> Vec<Act> {
             stage.wait_log(&config, "ready").await?;
             stage.on_node(format!("ctr -n k8s.io task ps {id} | wc -l")).await
         })
-        .differs("the host has a pid for each container and exec; what these start has none outside of the guest"),
+        .differs("each container and exec has one pid on the node; the processes that they start have pids in the guest only"),
         act!(Lifecycle, "metrics of the task", |stage| {
             let id = stage.sleeper().await?;
             stage.on_node(format!("ctr -n k8s.io task metrics --format json {id} | grep -oE '\"(pids|cpu|memory|io|memory_events|usage_usec|usage|anon|pgfault)\":' | sort -u")).await

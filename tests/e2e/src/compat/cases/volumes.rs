@@ -34,7 +34,7 @@ fn bind() -> Probe {
         .case(Volumes, "volume's extended attributes and ACLs", "probe files /data | grep -E '^(user xattr|large user|ACL|mode with)'")
         .case(Volumes, "volume's security.capability", "probe files /data | grep -E '^(security.cap)'")
         .case(Volumes, "volume's less common features", "probe files /data | grep -E '^(O_TMPFILE|rename with whiteout|lease|immutable|trusted)'")
-        .differs("virtio-fs has no files without a name (O_TMPFILE), no file flags, and no leases, of which an open elsewhere would have to be told")
+        .differs("virtio-fs has no files without a name (O_TMPFILE), no file flags, and no leases: the guest would not learn that a file is opened elsewhere")
         .case(Volumes, "device nodes on a volume", "probe files /data | grep -E '^(mknod|open of the device)'")
         .differs("a volume is a share of the host, on which a guest may not make device nodes; in a tmpfs it may")
         .case(Volumes, "mount of a volume", "awk '$5 == \"/data\" { print $5, $6 }' /proc/self/mountinfo | sed 's/nodev,//'; df /data | tail -1 | awk '{ print NF, $NF }'; stat -c '%a %u %g %F' /data")
@@ -43,7 +43,7 @@ fn bind() -> Probe {
         .case(Volumes, "owners and modes", "cd /data; touch o; chown 1000:2000 o; chmod 4751 o; stat -c '%a %u %g' o; chown 0 o; stat -c '%a %u' o; mkdir s; chmod 1777 s; mkdir g; chgrp 2000 g; chmod 2775 g; touch g/f; mkdir g/d; stat -c '%a %u %g %n' s g g/f g/d")
         .case(Volumes, "times of reads", "cd /data; echo read > t; touch -d '2020-01-01 00:00:00' t; cat t; stat -c '%x' t | cut -c1-4; echo x > t; stat -c '%y' t | cut -c1-4 | grep -c 2020")
         .case(Volumes, "time of a read of nothing", "cd /data; touch -d '2020-01-01 00:00:00' empty; cat empty; stat -c '%x' empty | cut -c1-4")
-        .differs("the guest knows that an empty file is empty, and does not ask the host")
+        .differs("the guest knows that an empty file is empty and does not read it from the host, so the time of access does not change")
 }
 
 fn memory() -> Probe {
@@ -251,7 +251,7 @@ fn shared() -> Vec<Act> {
             Ok(format!("{mounted}{before:?}{come}{after:?}{gone}{last:?}{end}"))
         })
         .differs(
-            "the guest's kernel knows files of the mount until it forgets them, so the host unmounts it with umount -l",
+            "the guest's kernel keeps files of the mount open until it forgets them, so a plain umount on the node fails with EBUSY; umount -l works",
         ),
         act!(Volumes, "mount below a read-only volume", |stage| {
             let below = stage.place.directory("fixed/below").to_string_lossy().into_owned();
