@@ -95,7 +95,7 @@ impl Container {
         process.ok_or_else(|| ContainerError::NoProcess { id: self.id.clone(), exec_id: exec_id.into() })
     }
 
-    /// Freezes its processes.
+    /// Freezes its processes. What they have written is in their files then, for who copies those.
     pub async fn pause(&self) -> Result<(), ContainerError> {
         self.expect_running()?;
         self.advance(Phase::Running, Phase::Paused)?;
@@ -104,6 +104,7 @@ impl Container {
             let _ = self.resume().await;
             return Err(error.into());
         }
+        let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 mod attributes;
 mod hostile;
 mod locks;
+mod private;
 
 use std::ffi::CString;
 use std::fs;
@@ -87,7 +88,7 @@ impl Guest {
             requests: DriverQueue::new(&memory, 0x2_0000, 16).with_event_idx(),
             interrupt: Arc::default(),
             memory,
-            device: Fs::new("share", root, ids).unwrap(),
+            device: Fs::new("share", root, ids, true).unwrap(),
             unique: 0,
         };
         guest.start();
@@ -409,13 +410,13 @@ fn server_leaves_the_processs_working_directory_alone() {
 #[test]
 fn tags_are_checked() {
     let root = || fs::File::open("/").unwrap().into();
-    assert!(Fs::new("", root(), &IdMaps::default()).is_err());
-    assert!(Fs::new(&"x".repeat(37), root(), &IdMaps::default()).is_err());
-    let device = Fs::new(&"x".repeat(36), root(), &IdMaps::default()).unwrap();
+    assert!(Fs::new("", root(), &IdMaps::default(), true).is_err());
+    assert!(Fs::new(&"x".repeat(37), root(), &IdMaps::default(), true).is_err());
+    let device = Fs::new(&"x".repeat(36), root(), &IdMaps::default(), true).unwrap();
     let mut config = [0; 44];
     device.read_config(0, &mut config);
     assert_eq!((config[35], &config[36..44]), (b'x', &[1, 0, 0, 0, 0, 0, 0, 0][..]));
     device.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 44]);
-    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into(), &IdMaps::default()).is_err());
+    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into(), &IdMaps::default(), true).is_err());
 }
