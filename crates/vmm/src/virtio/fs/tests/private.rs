@@ -128,9 +128,9 @@ fn a_forgotten_file_is_not_open_any_more() {
     assert_eq!(guest.lookup(root, "file"), Ok(file));
     let mut forget = |count: u64| {
         let len = guest.write_request(opcode::FORGET, file, &count.to_le_bytes());
-        guest.requests.add(&[(REQUEST, len, false)]);
-        guest.requests.kick();
-        guest.requests.wait_used(&guest.interrupt);
+        guest.hiprio.add(&[(REQUEST, len, false)]);
+        guest.hiprio.kick();
+        guest.hiprio.wait_used(&guest.interrupt);
         guest.read(file, NO_HANDLE)
     };
     assert_eq!(forget(1).unwrap(), b"content", "it is known by its other lookup");
