@@ -1,6 +1,7 @@
 //! One container: its phase, its processes, its control group.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -104,8 +105,20 @@ impl Container {
             let _ = self.resume().await;
             return Err(error.into());
         }
-        let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
+        self.write_back().await;
         Ok(())
+    }
+
+    /// Writes what its root file system keeps to the host, as well as that can be done.
+    async fn write_back(&self) {
+        let Ok(init) = self.process("") else { return };
+        let root = format!("/proc/{}/root", init.pid());
+        let written = tokio::task::spawn_blocking(move || -> io::Result<()> {
+            Ok(rustix::fs::syncfs(std::fs::File::open(root)?)?)
+        });
+        if let Ok(Err(error)) = written.await {
+            tracing::warn!(id = self.id, %error, "the paused container's last writes may not be in its files yet");
+        }
     }
 
     /// Lets its processes go on.
