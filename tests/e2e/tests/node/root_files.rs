@@ -28,7 +28,8 @@ fn sha256(path: &PathBuf) -> Result<String> {
 fn what_a_container_has_written_is_on_the_node_when_it_has_ended() {
     on_node(async |node| {
         let pod = node.pod("written").await?;
-        let script = "head -c 3000000 /dev/urandom > /written-whole; echo last >> /written-whole; sha256sum /written-whole";
+        let script =
+            "head -c 3000000 /dev/urandom > /written-whole; echo last >> /written-whole; sha256sum /written-whole";
         let (status, said) = pod.run_to_end(sh("writer", script)).await?;
         ensure!(status.exit_code == 0, "{said}");
         let path = on_the_node("written-whole")?;

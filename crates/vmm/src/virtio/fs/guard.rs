@@ -307,9 +307,12 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
         let inode: u64 = inode.into();
-        let handle = match handle {
-            Some(handle) if valid.contains(SetattrValid::SIZE) => Some(self.handle(ctx, inode, handle, true)?),
-            handle => handle.map(F::Handle::into).filter(|handle| *handle != NO_HANDLE).map(F::Handle::from),
+        let given = handle.map_or(NO_HANDLE, F::Handle::into);
+        // A private file that is cut off is written, so what is open to be read is not to be used any more.
+        let handle = if valid.contains(SetattrValid::SIZE) && self.private.has(inode) {
+            Some(self.handle(ctx, inode, given.into(), true)?)
+        } else {
+            Some(given).filter(|given| *given != NO_HANDLE).map(F::Handle::from)
         };
         let set = self.inner.setattr(ctx, inode.into(), attr, handle, valid)?;
         Ok(self.lasting(inode, set))

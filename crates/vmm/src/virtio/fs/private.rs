@@ -137,11 +137,6 @@ impl Private {
         [replaced, oldest]
     }
 
-    /// What is open is no longer to be used; its handle, to be closed.
-    pub fn take(&self, inode: u64) -> Option<u64> {
-        self.state().open.remove(&inode).map(|file| file.handle)
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         // What is in it is true whoever panicked.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -227,7 +222,6 @@ mod tests {
         assert_eq!((private.handle(20, false), private.handle(20, true)), (Some(7), None));
         assert_eq!(private.opened(20, 8, true), [Some((20, 7)), None]);
         assert_eq!((private.handle(20, false), private.handle(20, true)), (Some(8), Some(8)));
-        assert_eq!((private.take(20), private.take(20)), (Some(8), None));
     }
 
     #[test]

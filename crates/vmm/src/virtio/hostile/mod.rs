@@ -43,7 +43,7 @@ fn every_spec() -> Vec<DeviceSpec> {
         DeviceSpec::Balloon,
         DeviceSpec::Block { file: FdIndex(0), read_only: false, serial: "disk".into() },
         DeviceSpec::Console { output: FdIndex(0) },
-        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default() },
+        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default(), private_roots: true },
         DeviceSpec::Memory { requested_mib: 0 },
         NET,
         DeviceSpec::Rng,
