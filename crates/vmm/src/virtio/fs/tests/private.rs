@@ -12,24 +12,25 @@ const NO_HANDLE: u64 = 0;
 const WRITE_CACHE: u32 = 1;
 const WRITE_LOCKOWNER: u32 = 2;
 
-/// A share with a container whose root file system is a mount, as the shim makes it, and the descriptor of the share.
+/// A share with a container whose root file system is a mount, as the shim makes it: what keeps it, and its descriptor.
 #[allow(unsafe_code)] // unshare(2)
-fn with_container() -> (TempDir, OwnedFd) {
+fn with_container() -> ((TempDir, fs::File), OwnedFd) {
     let (dir, share) = share();
     fs::create_dir_all(share.join("c1/rootfs")).unwrap();
     fs::create_dir(dir.path().join("root")).unwrap();
     fs::write(dir.path().join("root/file"), "content").unwrap();
     let (root, mount_point) = (dir.path().join("root"), share.join("c1/rootfs"));
-    // In a mount namespace of its own, which the descriptor keeps.
-    let share = std::thread::spawn(move || {
+    // In a mount namespace of its own.
+    let made = std::thread::spawn(move || {
         // SAFETY: this thread shares nothing with the others of which a mount namespace is a part.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
             .expect("cannot make a mount namespace; run as root");
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
         mount_bind(&root, &mount_point).unwrap();
-        OwnedFd::from(fs::File::open(&share).unwrap())
+        (fs::File::open("/proc/thread-self/ns/mnt").unwrap(), OwnedFd::from(fs::File::open(&share).unwrap()))
     });
-    (dir, share.join().unwrap())
+    let (namespace, share) = made.join().unwrap();
+    ((dir, namespace), share)
 }
 
 /// A guest that knows the root file system's node.
@@ -60,7 +61,7 @@ fn write(guest: &mut Guest, node: u64, flags: u32, owner: i64, data: &[u8]) -> R
 
 #[test]
 fn names_and_attributes_last_and_so_does_a_name_that_is_not_there() {
-    let (_dir, share) = with_container();
+    let (_kept, share) = with_container();
     let (mut guest, root) = guest(share);
     let file = entry(&mut guest, root, "file");
     assert_eq!([u64_at(&file, 16), u64_at(&file, 24)], [FOR_EVER.as_secs(); 2]);
@@ -75,7 +76,7 @@ fn names_and_attributes_last_and_so_does_a_name_that_is_not_there() {
 
 #[test]
 fn files_are_read_and_written_without_an_open() {
-    let (dir, share) = with_container();
+    let ((dir, _namespace), share) = with_container();
     let (mut guest, root) = guest(share);
     let file = guest.lookup(root, "file").unwrap();
     assert_eq!(guest.read(file, NO_HANDLE).unwrap(), b"content");
@@ -90,7 +91,7 @@ fn files_are_read_and_written_without_an_open() {
 
 #[test]
 fn a_created_file_is_open_to_be_read_and_written() {
-    let (dir, share) = with_container();
+    let ((dir, _namespace), share) = with_container();
     let (mut guest, root) = guest(share);
     let body = words(&[u32::try_from(libc::O_WRONLY | libc::O_EXCL).unwrap(), 0o100_444, 0, 0], &["new"]);
     let reply = guest.call(opcode::CREATE, root, &body).unwrap();
@@ -104,7 +105,7 @@ fn a_created_file_is_open_to_be_read_and_written() {
 
 #[test]
 fn pages_come_with_the_time_of_their_writing() {
-    let (dir, share) = with_container();
+    let ((dir, _namespace), share) = with_container();
     let (mut guest, root) = guest(share);
     let file = guest.lookup(root, "file").unwrap();
     let time = || fs::metadata(dir.path().join("root/file")).unwrap().modified().unwrap();
@@ -122,7 +123,7 @@ fn pages_come_with_the_time_of_their_writing() {
 
 #[test]
 fn a_forgotten_file_is_not_open_any_more() {
-    let (_dir, share) = with_container();
+    let (_kept, share) = with_container();
     let (mut guest, root) = guest(share);
     let file = guest.lookup(root, "file").unwrap();
     assert_eq!(guest.lookup(root, "file"), Ok(file));
@@ -139,7 +140,7 @@ fn a_forgotten_file_is_not_open_any_more() {
 
 #[test]
 fn hostile_11_a_fifo_that_is_read_as_a_file_holds_up_nobody() {
-    let (dir, share) = with_container();
+    let ((dir, _namespace), share) = with_container();
     let (mut guest, root) = guest(share);
     let body = words(&[libc::S_IFIFO | 0o644, 0, 0, 0], &["fifo"]);
     let node = u64_at(&guest.call(opcode::MKNOD, root, &body).unwrap(), 0);
