@@ -6,7 +6,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_cli::cri::v1;
-use bulkhead_e2e::{on_node, sh};
+use bulkhead_e2e::{node_command, on_node, sh};
+
+/// The disk on which containerd keeps them, a tmpfs of the node's.
+const STORE: &str = "/run/node/containerd";
 
 /// Upper layers of containers on the node.
 const SNAPSHOTS: &str = "/run/node/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
@@ -64,6 +67,23 @@ fn a_container_with_little_memory_writes_large_files() {
         config.linux = Some(v1::LinuxContainerConfig { resources: Some(resources), ..Default::default() });
         let (status, said) = pod.run_to_end(config).await?;
         ensure!(status.exit_code == 0 && said.trim() == "196608000", "{} {said}", status.exit_code);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_write_that_finds_the_disk_full_says_so() {
+    on_node(async |node| {
+        let pod = node.pod("full").await?;
+        let writer = pod.sleeper("writer").await?;
+        let table = node_command("df", &["-k", "--output=used", STORE])?;
+        let used: u64 = table.lines().last().unwrap_or_default().trim().parse()?;
+        let resize = |size: &str| node_command("mount", &["-o", &format!("remount,size={size}"), STORE]);
+        resize(&format!("{}k", used + (20 << 10)))?;
+        let said = pod.sh(&writer, "dd if=/dev/zero of=/large bs=64k count=1000 2>&1; rm /large").await;
+        resize("50%")?;
+        let said = said?;
+        ensure!(said.contains("No space left on device"), "{said}");
         Ok(())
     });
 }
