@@ -1,6 +1,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use event_manager::{EventManager, SubscriberOps};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -24,8 +25,7 @@ pub struct Wired {
 impl Wired {
     /// The device and the other end of its wire.
     pub fn new(event_loop: EventLoop) -> (Self, OwnedFd) {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let (wire, tap) = wire();
         rustix::fs::fcntl_setfl(&wire, rustix::fs::OFlags::empty()).unwrap();
         (Self { tap: Arc::new(Tap::for_test(tap)), event_loop, worker: None }, wire)
     }
@@ -50,6 +50,11 @@ impl VirtioDevice for Wired {
     fn reset(&mut self) {
         self.worker = None;
     }
+}
+
+fn wire() -> (OwnedFd, OwnedFd) {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
 }
 
 /// A device with a driver.
@@ -405,4 +410,86 @@ fn hostile_04_flood_of_buffers_too_small_for_a_frame_does_not_stop_the_device() 
     guest.give_buffers(2, 1530);
     guest.host_sends(&frame(60, 1));
     assert_eq!(guest.receive().1, frame(60, 1));
+}
+
+/// A device whose loop the test turns, so that it finds at once what has come before.
+struct Stepped {
+    memory: Memory,
+    interrupt: Arc<TestInterrupt>,
+    rx: DriverQueue,
+    tx: DriverQueue,
+    wire: OwnedFd,
+    device: EventManager<crate::event_loop::Worker>,
+}
+
+impl Stepped {
+    /// With buffers of these lengths for reception.
+    fn new(features: u64, buffers: &[u32]) -> Self {
+        let (memory, (wire, tap)) = (memory(), wire());
+        let mut rx = DriverQueue::new(&memory, 0x1_0000, 64).with_event_idx();
+        let tx = DriverQueue::new(&memory, 0x2_0000, 64);
+        let interrupt = Arc::default();
+        let activation = activation(&memory, features, &[&rx, &tx], &interrupt);
+        let worker = Worker::new(Arc::new(Tap::for_test(tap)), 1500, activation).unwrap();
+        let mut device = EventManager::new().unwrap();
+        device.add_subscriber(Box::new(worker) as crate::event_loop::Worker);
+        for len in buffers {
+            let address = RX_BUFFERS + u64::from(rx.next_descriptor()) * 0x2000;
+            rx.add(&[(address, *len, true)]);
+        }
+        Self { memory, interrupt, rx, tx, wire, device }
+    }
+
+    fn turn(&mut self) {
+        self.rx.kick();
+        while self.device.run_with_timeout(0).unwrap() > 0 {}
+    }
+
+    fn host_sends(&self, frame: &[u8]) {
+        rustix::net::send(&self.wire, frame, SendFlags::empty()).unwrap();
+    }
+
+    fn interrupts(&self) -> usize {
+        self.interrupt.count(RX) + self.interrupt.count(TX)
+    }
+
+    /// The next frame that the driver has, with its header but for the number of buffers, which are given back.
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let (mut frame, mut left) = (Vec::new(), 1);
+        while left > 0 {
+            let (head, len) = match self.rx.take_used() {
+                None if frame.is_empty() => return None,
+                used => used.expect("part of a frame is missing"),
+            };
+            let mut part = vec![0; usize::try_from(len).unwrap()];
+            self.memory.read_slice(&mut part, GuestAddress(RX_BUFFERS + u64::from(head) * 0x2000)).unwrap();
+            if frame.is_empty() {
+                left = u16::from_le_bytes([part[10], part[11]]);
+                part[10..12].fill(0);
+            }
+            frame.extend(part);
+            left -= 1;
+            self.rx.offer(head);
+        }
+        Some(frame)
+    }
+}
+
+const RX: u16 = 0;
+const TX: u16 = 1;
+const TSO_BOTH: u64 = TSO | 1 << VIRTIO_NET_F_GUEST_TSO6;
+
+/// The acknowledgement of what the guest sends is often there when the write to the tap returns.
+#[test]
+fn what_was_sent_and_its_answer_are_one_interrupt() {
+    let mut device = Stepped::new(TSO_BOTH, &[0x2000; 60]);
+    for round in 1..=5 {
+        device.host_sends(&[&[0; HEADER][..], &frame(60, round)].concat());
+        device.memory.write_slice(&[0; 0x100], GuestAddress(TX_BUFFERS)).unwrap();
+        device.tx.add(&[(TX_BUFFERS, 100, false)]);
+        device.tx.kick();
+        device.turn();
+        assert!(device.take().is_some() && device.tx.take_used().is_some());
+        assert_eq!(device.interrupts(), round);
+    }
 }

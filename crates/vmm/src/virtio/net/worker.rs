@@ -2,7 +2,10 @@
 //!
 //! The tap is watched edge-triggered: while the guest gives no buffers, frames wait in the tap's own queue and cost
 //! nothing, and the driver's next kick resumes (the freeze of CVE-2020-16843 came of waiting for the wrong one of the
-//! two). Work for one event is bounded by [`BUDGET`] frames; what is left makes the queue's own kick readable.
+//! two). Work for one event is bounded by [`BUDGET`] frames each way; what is left makes the queue's own kick readable.
+//!
+//! Each event is an occasion to look at both queues, first the one to the tap: what the guest sends to the node or to another
+//! pod is often answered before the write returns. So the driver gets the answer with what was sent, by one interrupt.
 
 use std::collections::VecDeque;
 use std::io;
@@ -70,11 +73,17 @@ impl Worker {
         })
     }
 
-    /// Tap to guest.
+    fn serve(&mut self, ops: &mut EventOps<'_>) -> Result<(), RingError> {
+        self.readable |= self.transmit(ops)?;
+        self.receive()?;
+        self.rx.notify_both(&mut self.tx)
+    }
+
+    /// Tap to guest. The driver is not told.
     fn receive(&mut self) -> Result<(), RingError> {
         for _ in 0..BUDGET {
             if !self.readable || !self.stock_up()? {
-                return self.rx.notify();
+                return Ok(());
             }
             let chains = if self.mergeable { self.supply.len() } else { 1 };
             match Buffers::read_from(&*self.tap, self.supply.iter().take(chains).map(|(_, buffers)| buffers)) {
@@ -84,7 +93,7 @@ impl Worker {
             }
         }
         self.rx.kick_self();
-        self.rx.notify()
+        Ok(())
     }
 
     /// Takes chains until they hold the largest frame. `false` if there are too few; then the driver will kick.
@@ -148,10 +157,11 @@ impl Worker {
         self.rx.publish()
     }
 
-    /// Guest to tap.
-    fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<(), RingError> {
+    /// Guest to tap. Whether there was a frame.
+    fn transmit(&mut self, ops: &mut EventOps<'_>) -> Result<bool, RingError> {
         let (tap, offloads, memory, writable) = (&*self.tap, self.offloads, &self.memory, &mut self.writable);
-        self.tx.drain(BUDGET, |tx| {
+        let mut sent = false;
+        self.tx.drain_quietly(BUDGET, |tx| {
             if !*writable {
                 return Ok(Step::Stop);
             }
@@ -169,8 +179,10 @@ impl Worker {
                 };
             }
             tx.push(head, 0)?;
+            sent = true;
             Ok(Step::Done)
-        })
+        })?;
+        Ok(sent)
     }
 
     fn fail(&mut self, ops: &mut EventOps<'_>) {
@@ -196,22 +208,15 @@ impl MutEventSubscriber for Worker {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let result = match events.data() {
+        match events.data() {
             TAP => {
                 self.writable |= events.event_set().contains(EventSet::OUT);
                 self.readable |= events.event_set().intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
-                self.receive().and_then(|()| self.transmit(ops))
             }
-            RX => {
-                self.rx.clear_kick();
-                self.receive()
-            }
-            _ => {
-                self.tx.clear_kick();
-                self.transmit(ops)
-            }
-        };
-        if let Err(error) = result {
+            RX => self.rx.clear_kick(),
+            _ => self.tx.clear_kick(),
+        }
+        if let Err(error) = self.serve(ops) {
             guest_log!("net: {error}");
             self.fail(ops);
         }
