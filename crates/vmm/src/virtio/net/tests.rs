@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -5,6 +6,7 @@ use event_manager::{EventManager, SubscriberOps};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::segment::tests::{SENT, Sent, data, pseudo_sum};
 use super::*;
 use crate::memory::Memory;
 use crate::virtio::testing::{DriverQueue, Ends, TestInterrupt, activation, memory};
@@ -479,6 +481,86 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 const TSO_BOTH: u64 = TSO | 1 << VIRTIO_NET_F_GUEST_TSO6;
 
+#[test]
+fn segments_that_wait_become_one_frame_for_each_connection() {
+    let mut device = Stepped::new(TSO_BOTH, &[0x2000; 60]);
+    let mut next = [0, 1, 2, 3].map(|port| Sent { port, ..SENT });
+    for _ in 0..4 {
+        for sent in &mut next {
+            device.host_sends(&sent.frame());
+            *sent = sent.next();
+        }
+    }
+    device.turn();
+    for port in 0..4 {
+        let frame = device.take().unwrap();
+        assert!(frame == Sent { port, payload: 4 * 2896, ..SENT }.frame(), "connection {port}");
+    }
+    assert_eq!((device.take(), device.interrupts()), (None, 1), "for 16 frames of the host");
+}
+
+#[test]
+fn frame_is_full_when_its_length_is_and_the_next_one_begins() {
+    let mut device = Stepped::new(TSO_BOTH, &[0x2000; 60]);
+    let mut next = Sent { v6: true, payload: 10 * 1448, ..SENT };
+    for _ in 0..6 {
+        device.host_sends(&next.frame());
+        next = next.next();
+    }
+    device.turn();
+    let first = Sent { v6: true, payload: 40 * 1448, ..SENT };
+    assert!(device.take().unwrap() == first.frame());
+    assert!(device.take().unwrap() == Sent { payload: 20 * 1448, ..first.next() }.frame());
+    assert_eq!(device.take(), None);
+}
+
+#[test]
+fn frames_that_are_not_one_come_as_they_were_and_in_their_order() {
+    let mut device = Stepped::new(TSO_BOTH, &[0x2000; 60]);
+    let other = Sent { port: 2, ..SENT };
+    let sent = [
+        SENT.frame(),
+        other.frame(),
+        // Shorter than the headers that are read apart.
+        Sent { payload: 0, packet: None, time: None, ..SENT.next() }.frame(),
+        SENT.next().frame(),
+        // Of another version, and longer headers.
+        Sent { v6: true, ..SENT }.frame(),
+        [&[0; HEADER][..], &frame(1000, 3)].concat(),
+        SENT.next().next().frame(),
+        [&[0; HEADER][..], &frame(14, 3)].concat(),
+    ];
+    sent.iter().for_each(|frame| device.host_sends(frame));
+    device.turn();
+    for (number, frame) in sent.iter().enumerate() {
+        assert!(device.take().as_ref() == Some(frame), "frame {number}");
+    }
+    assert_eq!(device.take(), None);
+}
+
+#[test]
+fn driver_without_mergeable_buffers_or_segmentation_gets_each_frame() {
+    for features in [0, MERGEABLE, TSO & !MERGEABLE] {
+        let mut device = Stepped::new(features, &[0x2000; 60]);
+        if features & !MERGEABLE != 0 {
+            // One buffer has to hold the largest frame.
+            device = Stepped::new(features, &[]);
+            for _ in 0..2 {
+                device.rx.add(&[(RX_BUFFERS, 0x1_1000, true)]);
+            }
+        }
+        let first = Sent { payload: 1448, packet: None, ..SENT };
+        device.host_sends(&first.frame());
+        device.host_sends(&first.next().frame());
+        device.turn();
+        let mut count = 0;
+        while device.rx.take_used().is_some() {
+            count += 1;
+        }
+        assert_eq!(count, 2, "{features:#x}");
+    }
+}
+
 /// The acknowledgement of what the guest sends is often there when the write to the tap returns.
 #[test]
 fn what_was_sent_and_its_answer_are_one_interrupt() {
@@ -492,4 +574,58 @@ fn what_was_sent_and_its_answer_are_one_interrupt() {
         assert!(device.take().is_some() && device.tx.take_used().is_some());
         assert_eq!(device.interrupts(), round);
     }
+}
+
+/// Whatever comes in whatever buffers: each connection's bytes arrive, once and in their order.
+#[test]
+fn hostile_09_mixture_of_frames_in_odd_buffers_loses_and_mixes_up_nothing() {
+    let mut seed = 1_u32;
+    let mut random = move |limit: u32| {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) % limit
+    };
+    let sizes: Vec<_> = (0..64).map(|_| 1200 + random(3000)).collect();
+    let mut device = Stepped::new(TSO_BOTH, &sizes);
+    let mut next = [(false, 1), (false, 2), (true, 1), (false, 3)].map(|(v6, port)| Sent { v6, port, ..SENT });
+    let (mut sent, mut came) = (HashMap::<_, Vec<u8>>::new(), HashMap::<_, Vec<u8>>::new());
+    let (mut frames_sent, mut frames_came) = (0, 0);
+    for time in 0..2000 {
+        for _ in 0..=random(12) {
+            let packet = 1 + random(1448);
+            let packets = random(4);
+            let connection = &mut next[usize::try_from(random(4)).unwrap()];
+            // Now and then another size, another flag, no time stamps, or an acknowledgement without data.
+            connection.packet = Some(if random(8) == 0 { u16::try_from(packet).unwrap() } else { 1448 });
+            connection.payload = usize::from(connection.packet.unwrap()) * usize::try_from(packets).unwrap();
+            connection.flags = if random(8) == 0 { 0x11 } else { 0x10 };
+            connection.time = (random(16) != 0).then_some(time);
+            device.host_sends(&connection.frame());
+            let key = (connection.v6, connection.port);
+            sent.entry(key).or_default().extend(data(connection.number, connection.payload));
+            *connection = connection.next();
+            frames_sent += 1;
+            if random(16) == 0 {
+                device.host_sends(&[&[0; HEADER][..], &frame(60, 1)].concat());
+                frames_sent += 1;
+            }
+        }
+        device.turn();
+        while let Some(frame) = device.take() {
+            frames_came += 1;
+            let v6 = frame[24..26] == [0x86, 0xdd];
+            if !v6 && frame[24..26] != [8, 0] {
+                continue;
+            }
+            let tcp = HEADER + if v6 { 54 } else { 34 };
+            let port = u16::from_be_bytes([frame[tcp], frame[tcp + 1]]);
+            let sum = u16::from_be_bytes([frame[tcp + 16], frame[tcp + 17]]);
+            assert_eq!(sum % 0xffff, pseudo_sum(&frame, v6) % 0xffff);
+            let payload = tcp + usize::from(frame[tcp + 12] >> 4) * 4;
+            came.entry((v6, port)).or_default().extend(&frame[payload..]);
+            // What is left when the driver had no buffers.
+            device.turn();
+        }
+    }
+    assert!(sent == came);
+    assert!(frames_came < frames_sent * 49 / 50, "{frames_came} of {frames_sent}");
 }
