@@ -34,6 +34,7 @@ mod soak;
 mod standalone;
 mod stuck;
 mod throttled;
+mod throughput;
 mod unusual_specs;
 mod user_namespace;
 mod volumes;
