@@ -61,7 +61,7 @@ fn hostile_04_drain_that_runs_out_of_budget_comes_back() {
         Ok(Step::Done)
     };
     ring.drain(4, &mut step).unwrap();
-    assert_eq!(ring.kick().read().unwrap(), 1);
+    assert_eq!(ring.kick().read().unwrap(), OWN_KICK);
     ring.drain(4, &mut step).unwrap();
     assert!(ring.kick().read().is_err());
     assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 5);
@@ -85,7 +85,7 @@ fn hostile_04_drain_of_a_ring_that_never_gets_empty_ends_with_its_budget() {
         });
         drained.unwrap();
         assert_eq!(steps, 100, "round {round}");
-        assert_eq!(ring.kick().read().unwrap(), 1, "what is left comes back by a kick");
+        assert_eq!(ring.kick().read().unwrap(), OWN_KICK, "what is left comes back by a kick");
     }
 }
 
