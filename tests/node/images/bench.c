@@ -2,7 +2,7 @@
  * What `make bench` runs in a container (tests/e2e/src/bench).
  *
  *     bench serve PORT     takes orders on PORT, one connection after the other; streams of bytes go to and from PORT + 1
- *     bench sink BYTES     reads so many bytes of its standard input, and answers as to an order
+ *     bench sink BYTES     reads a byte of its standard input, and answers as to an order when it has read so many more
  *
  * An order is a line, VERB OPERAND, and its answer a line of JSON: how long it took by CLOCK_MONOTONIC and how many system calls
  * were made for it, or the error.
@@ -376,6 +376,8 @@ static void end(int signal)
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "sink")) {
+        if (read(0, buffer, 1) != 1)
+            return 1;
         obey("sink", argv[2], stdout);
         return 0;
     }

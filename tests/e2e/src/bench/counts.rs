@@ -55,8 +55,9 @@ impl Counters {
     /// All of them, as they are now.
     pub async fn read(&self) -> Result<Counts> {
         let mut counts = by_name(&self.vmm.read().await?);
-        for name in self.kvm.iter().flat_map(|_| STATS) {
-            let file = self.kvm.as_deref().unwrap_or(Path::new(KVM)).join(name);
+        let Some(machine) = &self.kvm else { return Ok(counts) };
+        for name in STATS {
+            let file = machine.join(name);
             let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
             counts.insert(format!("kvm.{name}"), text.trim().parse().with_context(|| format!("{name}: {text:?}"))?);
         }

@@ -19,6 +19,7 @@ mod tools;
 use anyhow::{Result, ensure};
 
 use crate::Node;
+pub use counts::mount_debugfs;
 pub use report::{json, table};
 pub use results::Results;
 use stage::Bench;

@@ -102,7 +102,7 @@ impl Bench {
             Depth::Counts => &[HANDLER],
         };
         let mut sides = Vec::new();
-        for handler in handlers {
+        for &handler in handlers {
             sides.push(Side::start(node, scratch, handler).await?);
         }
         Ok(Self { sides, depth, results })

@@ -28,7 +28,9 @@ async fn log(side: &mut Side, mib: u32) -> Result<Measurement> {
 
 async fn exec(side: &mut Side, mib: u32) -> Result<Measurement> {
     let bytes = u64::from(mib) << 20;
-    let mut terminal = Terminal::exec(&side.pod, &side.container, &["bench", "sink", &bytes.to_string()], false).await?;
+    // The client's time begins with the first byte.
+    let rest = (bytes - 1).to_string();
+    let mut terminal = Terminal::exec(&side.pod, &side.container, &["bench", "sink", &rest], false).await?;
     let before = side.counts().await?;
     let chunk = vec![0; CHUNK];
     for _ in 0..bytes / CHUNK as u64 {
