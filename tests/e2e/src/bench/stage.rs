@@ -31,6 +31,9 @@ pub enum Depth {
 /// Rounds where times are asked for.
 const ROUNDS: usize = 15;
 
+/// Rounds where there are counts alone.
+const COUNTED: usize = 2;
+
 /// Rounds at least, of what takes long.
 const FEWEST: usize = 3;
 
@@ -43,7 +46,7 @@ impl Depth {
     fn is_enough(self, rounds: usize, elapsed: Duration) -> bool {
         match self {
             Self::Full => rounds >= ROUNDS || (rounds >= FEWEST && elapsed > LONG),
-            Self::Counts => rounds >= FEWEST,
+            Self::Counts => rounds >= COUNTED,
         }
     }
 }
@@ -246,6 +249,6 @@ mod tests {
         let second = Duration::from_secs(1);
         assert!(!Depth::Full.is_enough(14, 30 * second) && Depth::Full.is_enough(15, 30 * second));
         assert!(!Depth::Full.is_enough(2, 1000 * second) && Depth::Full.is_enough(3, 1000 * second));
-        assert!(Depth::Counts.is_enough(3, second));
+        assert!(Depth::Counts.is_enough(2, second));
     }
 }
