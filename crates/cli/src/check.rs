@@ -7,9 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use bulkhead_cli::pods;
-use bulkhead_protocol::node::{
-    FILE_SERVER_CAPABILITIES, NODE_CAPABILITIES, ProcessRecord, SHIM_RECORD, VMM_RECORD,
-};
+use bulkhead_protocol::node::{FILE_SERVER_CAPABILITIES, NODE_CAPABILITIES, ProcessRecord, SHIM_RECORD, VMM_RECORD};
 
 /// Namespaces that a VMM must not share with the node.
 const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];

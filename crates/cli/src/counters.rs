@@ -59,7 +59,8 @@ impl PodCounters {
     pub async fn read(&self) -> Result<Vec<DeviceCounters>> {
         let nanoseconds = i64::try_from(PATIENCE.as_nanos()).unwrap_or(i64::MAX);
         let context = ttrpc::context::with_timeout(nanoseconds);
-        let answer = self.0.counters(context, &CountersRequest::new()).await.context("the pod's shim tells no counters")?;
+        let answer =
+            self.0.counters(context, &CountersRequest::new()).await.context("the pod's shim tells no counters")?;
         serde_json::from_str(&answer.devices).context("the shim's counters make no sense; is it of another release?")
     }
 }

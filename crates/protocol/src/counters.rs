@@ -162,7 +162,8 @@ mod tests {
     #[test]
     fn all_counters_of_a_full_machine_fit_into_a_message() {
         let most = RequestCounters { kind: u32::MAX, count: u64::MAX, received: u64::MAX, replied: u64::MAX };
-        let plain = DeviceCounters { slot: 255, device: 99, kicks: u64::MAX, interrupts: u64::MAX, requests: Vec::new() };
+        let plain =
+            DeviceCounters { slot: 255, device: 99, kicks: u64::MAX, interrupts: u64::MAX, requests: Vec::new() };
         let mut devices = vec![plain.clone(); 14];
         devices.extend(vec![DeviceCounters { requests: vec![most; 64], ..plain }; 2]);
         let reply = Reply::Counters { id: u64::MAX, devices };

@@ -290,7 +290,9 @@ async fn obey(socket: OwnedFd, agent: Arc<FakeAgent>) {
                 Reply::Done { id }
             }
             Command::ResizeMemory { mib } => Reply::Resized { id, mib },
-            Command::Counters => Reply::Counters { id, devices: vec![DeviceCounters { kicks: 7, ..Default::default() }] },
+            Command::Counters => {
+                Reply::Counters { id, devices: vec![DeviceCounters { kicks: 7, ..Default::default() }] }
+            }
             _ => Reply::Done { id },
         };
         control::send(&socket, &reply, &[]).unwrap();

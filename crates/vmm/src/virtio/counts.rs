@@ -84,7 +84,8 @@ mod tests {
         }
         let told = counts.told(7, 26);
         let request = |kind| RequestCounters { kind, count: 2, received: 20, replied: 40 };
-        let expected = DeviceCounters { slot: 7, device: 26, kicks: 3, interrupts: 1, requests: vec![request(0), request(1)] };
+        let expected =
+            DeviceCounters { slot: 7, device: 26, kicks: 3, interrupts: 1, requests: vec![request(0), request(1)] };
         assert_eq!(told, expected);
     }
 }

@@ -25,7 +25,8 @@ pub struct Taken {
 impl Client {
     /// Connects to a client that listens.
     pub async fn connect(address: IpAddr, port: u16) -> Result<Self> {
-        let stream = TcpStream::connect((address, port)).await.context("the client in the container does not answer")?;
+        let stream =
+            TcpStream::connect((address, port)).await.context("the client in the container does not answer")?;
         stream.set_nodelay(true)?;
         Ok(Self(BufReader::new(stream)))
     }

@@ -67,9 +67,8 @@ impl Counters {
 
 /// What has come in between. What has not is 0, so that it shows when it comes.
 pub fn difference(before: &Counts, after: &Counts) -> Counts {
-    let since = |(name, count): (&String, &u64)| {
-        (name.clone(), count.saturating_sub(before.get(name).copied().unwrap_or(0)))
-    };
+    let since =
+        |(name, count): (&String, &u64)| (name.clone(), count.saturating_sub(before.get(name).copied().unwrap_or(0)));
     after.iter().map(since).collect()
 }
 

@@ -85,7 +85,8 @@ pub fn table(results: &Results) -> String {
         text.push_str(line.trim_end());
         text.push('\n');
     };
-    let heads = ["case", "runc", "bulkhead", "p95", "ratio", "per", "calls", "requests", "kicks", "interrupts", "exits"];
+    let heads =
+        ["case", "runc", "bulkhead", "p95", "ratio", "per", "calls", "requests", "kicks", "interrupts", "exits"];
     line(&heads.map(str::to_owned));
     for measured in &results.cases {
         let (runc, bulkhead) = (measured.values(REFERENCE), measured.values(HANDLER));

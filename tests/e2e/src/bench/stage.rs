@@ -191,8 +191,7 @@ impl Side {
         let address = pod.addresses().await?.first().context("the pod has no address")?.parse()?;
         let uid = pod.config.metadata.clone().unwrap_or_default().uid;
         let empty_dir = format!("{handler}/pods/{uid}/volumes/kubernetes.io~empty-dir/scratch");
-        let mounts =
-            vec![scratch.mount(&empty_dir, "/scratch")?, scratch.mount(&format!("{handler}/host"), "/host")?];
+        let mounts = vec![scratch.mount(&empty_dir, "/scratch")?, scratch.mount(&format!("{handler}/host"), "/host")?];
         let (container, client) = attend(&pod, address, "main", PORT, mounts).await?;
         Ok(Self { handler, pod, container, client, address, counters })
     }
