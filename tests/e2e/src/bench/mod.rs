@@ -20,7 +20,7 @@ use anyhow::{Result, ensure};
 
 use crate::Node;
 pub use counts::mount_debugfs;
-pub use report::{json, table};
+pub use report::{as_json, table};
 pub use results::Results;
 use stage::Bench;
 pub use stage::{Depth, Scratch};

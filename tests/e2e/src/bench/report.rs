@@ -20,7 +20,7 @@ const COUNTS: [(&str, &[&str]); 4] = [
 const FEW: f64 = 0.01;
 
 /// Everything, as tools/bench reads it. `revision` is of the tree that was measured.
-pub fn json(results: &Results, revision: &str, depth: Depth) -> Value {
+pub fn as_json(results: &Results, revision: &str, depth: Depth) -> Value {
     let depth = match depth {
         Depth::Full => "full",
         Depth::Counts => "counts",
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn json_has_what_is_gated() {
-        let json = json(&results(), "abc", Depth::Full);
+        let json = as_json(&results(), "abc", Depth::Full);
         let case = &json["cases"][0];
         assert_eq!((&json["revision"], &json["depth"]), (&json!("abc"), &json!("full")));
         assert_eq!(case["ratio"], json!({ "median": 5.0, "noise": 0.0 }));

@@ -47,7 +47,7 @@ async fn main() -> Result<()> {
     .await?;
     println!("\n{}", bench::table(&results));
     if let Some(path) = json {
-        let text = serde_json::to_string_pretty(&bench::json(&results, &revision, depth))? + "\n";
+        let text = serde_json::to_string_pretty(&bench::as_json(&results, &revision, depth))? + "\n";
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         println!("bench: all figures are in {}", path.display());
     }
