@@ -4,6 +4,9 @@
 //! whatever else the machine does falls on both. Inside of each a small client (tests/node/images/bench.c) does what it is told over
 //! TCP, and times it by itself. Around each order the counters of the pod's VM are read, so that a case has the exact number of
 //! requests, kicks, interrupts and exits beside its time. Under emulation times mean something only as ratios; counts are counts.
+//!
+//! A new group is a module that adds samples to [`Results`], and its name in [`GROUPS`], [`run`] and tools/bench. What is no time has
+//! another quantity ([`Case::quantity`](results::Case::quantity)); less must be better.
 
 mod client;
 mod counts;
