@@ -74,7 +74,7 @@ mod tests {
         page.set(0x60, 0x10);
         page.clear(0x60, 1);
         assert_eq!((page.load(0), page.load(0x60)), (1, 0x0403_0210));
-        let mut bytes = [0xff; 0x1000];
+        let mut bytes = [0xff_u8; 0x1000];
         page.memory().copy_to(&mut bytes[..]);
         assert_eq!((&bytes[0xffc..], bytes[0xf9c]), (&[0x10, 2, 3, 4][..], 1));
         assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 5);

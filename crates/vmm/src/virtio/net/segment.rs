@@ -8,7 +8,7 @@
 //!
 //! Segments are put together if they differ in nothing but place and length, with one difference from Linux: time stamps may
 //! grow. What comes out is then what a receiver that acknowledges late makes of the segments: the first one's time stamps count
-//! (RFC 7323, section 4.2 and 4.3). Nothing here trusts a frame: it may be anybody's.
+//! (RFC 7323, section 4.3). Nothing here trusts a frame: it may be anybody's.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
