@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn change_that_may_not_be_the_last_of_its_time_is_trusted_for_a_moment_only() {
         let pages = Pages::default();
-        let just_now = NOW - Duration::from_millis(1);
+        let just_now = NOW - Duration::from_millis(10);
         assert!(!pages.may_keep(7, just_now, NOW));
         assert!(pages.may_keep(7, just_now, NOW + CACHE_TIMEOUT / 2));
         assert!(!pages.may_keep(7, just_now, NOW + CACHE_TIMEOUT));
