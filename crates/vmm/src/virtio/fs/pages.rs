@@ -49,7 +49,7 @@ impl Pages {
         {
             return true;
         }
-        let grain = if changed.subsec_nanos() % COARSE_TIMES == 0 { COARSE_GRAIN } else { FINE_GRAIN };
+        let grain = if changed.subsec_nanos().is_multiple_of(COARSE_TIMES) { COARSE_GRAIN } else { FINE_GRAIN };
         // virtiofsd makes of a time before the epoch one at the end of all times.
         let is_settled = changed.saturating_add(grain) < now;
         agreed.insert(inode, Agreed { changed, unsettled: (!is_settled).then_some(now) });
