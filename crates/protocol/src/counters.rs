@@ -137,7 +137,7 @@ mod tests {
     use crate::control::{MAX_MESSAGE, Reply};
 
     fn request(kind: u32, count: u64) -> RequestCounters {
-        RequestCounters { kind, count, received: 10 * count, replied: 100 * count }
+        RequestCounters { kind, count, received: count.saturating_mul(10), replied: count.saturating_mul(100) }
     }
 
     #[test]

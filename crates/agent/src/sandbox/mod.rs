@@ -77,7 +77,7 @@ impl Sandbox {
         size::online_cpus(request.online_cpus)?;
         self.memory.resize(request.memory_mib)?;
         mount_shm()?;
-        share::mount(&request.share_tag)?;
+        mount_share(&request.share_tag)?;
         let answer = self.add_network(request.network.unwrap_or_default()).await?;
         let own = request.sysctls.keys().filter_map(|name| sysctl::path_of(name)).collect();
         // After the interfaces, because some parameters name one. Those of the network belong to the writing thread's
@@ -165,6 +165,17 @@ fn seed(entropy: &[u8]) -> Result<(), SandboxError> {
 fn mount_shm() -> Result<(), SandboxError> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_new("tmpfs", "shm", SHM_DIR, flags, &format!("mode=1777,size={SHM_SIZE}"))
+}
+
+fn mount_share(tag: &str) -> Result<(), SandboxError> {
+    if tag.is_empty() {
+        return Ok(());
+    }
+    mount_new("virtiofs", tag, SHARE_DIR, MountFlags::NODEV, "")?;
+    if let Err(error) = share::tune(Path::new(SHARE_DIR)) {
+        tracing::warn!(%error, "cannot set the read-ahead and the write-back limits of the pod's files: they are slower");
+    }
+    Ok(())
 }
 
 fn mount_new(

@@ -28,7 +28,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use bulkhead_protocol::vmspec::{IdMap, IdMaps};
 use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit};
@@ -37,6 +36,7 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
 use self::locks::Watches;
+use self::pages::CACHE_TIMEOUT;
 use self::worker::{Messages, Queues};
 use crate::guest_log;
 use crate::jail::{self, Kind};
@@ -50,10 +50,6 @@ const QUEUE_SIZES: [u16; 2] = [128, 1024];
 
 /// Longest tag, struct virtio_fs_config.
 const TAG_LEN: usize = 36;
-
-/// How long the guest trusts a name or attributes of what others may change (see [`private`]). What the host changes in the share (a ConfigMap's link, a rotated log)
-/// is seen that late at most; 0 would make every step of every path a request.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Most descriptors that the guest can make the server hold, for inodes that it knows and files that it has open. Each
 /// pins an inode and a dentry in the host's kernel, some 2 KiB that are charged to the pod; the largest images have about
