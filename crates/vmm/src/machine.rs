@@ -7,18 +7,19 @@ mod slots;
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
-use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, Image, MAX_VCPUS, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
 use crate::bus::Bus;
 use crate::descriptors::Descriptors;
-use crate::devices::{DeviceBuilder, OnReady};
+use crate::devices::{DeviceBuilder, OnBuilt, OnReady};
 use crate::exit::ExitSignal;
 use crate::kvm::{self, Buses, ExitCounts, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::memory::create_memory;
+use crate::virtio::VirtioDevice;
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
 use crate::virtio::vsock::VsockHandle;
@@ -51,6 +52,7 @@ impl Machine {
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
         let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready, most_disks(spec))?;
+        builder.show_images_in(vm.image_space(layout::images_start(spec.memory_mib, spec.hotplug_mib))?);
         let (slots, mmio) = Slots::build(&vm, &spec.devices, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
         let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
@@ -83,7 +85,18 @@ impl Machine {
         self.builder.memory()
     }
 
-    /// Puts a device into the first empty slot of the running machine and returns the slot's number.
+    /// Builds a device over images, which may take long; `done` gets it in another thread, for [`Self::add_built`].
+    pub fn build_pmem(&self, images: &[Image], mut fds: Descriptors, done: OnBuilt) -> Result<(), MachineError> {
+        Ok(self.builder.build_pmem(images, &mut fds, done)?)
+    }
+
+    /// Puts a device that was built before into the first empty slot, as [`Self::add_device`] does.
+    pub fn add_built(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        self.slots.add_built(&self.vm, device)
+    }
+
+    /// Puts a device into the first empty slot of the running machine and returns the slot's number. Not one over images, see
+    /// [`Self::build_pmem`].
     pub fn add_device(&mut self, spec: &DeviceSpec, fds: Descriptors) -> Result<u8, MachineError> {
         self.slots.add(&self.vm, &mut self.builder, spec, fds)
     }

@@ -5,6 +5,7 @@
 mod cpuid;
 mod error;
 mod hotplug;
+mod images;
 mod memory_slot;
 mod registers;
 #[cfg(test)]
@@ -19,27 +20,29 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use error::KvmError;
 use error::call;
 pub use hotplug::HotplugMemory;
+pub use images::{ImageError, ImageMemory, ImageSpace};
 use memory_slot::set_slot;
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
-use crate::layout::{self, Entry};
+use crate::layout::{self, Entry, MEMORY_BLOCK};
 use crate::memory::Memory;
 
 /// What a machine cannot do without.
-const NEEDED: [(Cap, &str); 6] = [
+const NEEDED: [(Cap, &str); 7] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
 ];
 
 /// A virtual machine without vCPUs.
@@ -91,6 +94,16 @@ impl Vm {
     pub fn hotplug_memory(&self, start: u64) -> Result<Option<HotplugMemory>, KvmError> {
         let used = u32::try_from(self.memory.num_regions()).map_err(|_| KvmError::Missing("number of memory slots"))?;
         HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start).map_err(KvmError::Hotplug)
+    }
+
+    /// Where images of read-only file systems can be: from `start` to the end of what the processor can address.
+    pub fn image_space(&self, start: u64) -> Result<ImageSpace, KvmError> {
+        // Each region has at most as many slots as memory blocks.
+        let blocks = |region: &GuestRegionMmap| u32::try_from(region.len() / MEMORY_BLOCK + 1).ok();
+        let used = self.memory.iter().map(blocks).try_fold(0_u32, |sum, count| sum.checked_add(count?));
+        let used = used.ok_or(KvmError::Missing("number of memory slots"))?;
+        let end = 1_u64.checked_shl(cpuid::address_bits(&self.cpuid)).unwrap_or(u64::MAX);
+        Ok(ImageSpace::new(self.fd.clone(), self.memory.clone(), used, start..end))
     }
 
     /// Makes every write to `irq` an edge on that pin of the I/O APIC.

@@ -123,6 +123,7 @@ impl Vcpu {
                     }
                     Err(error) => return Some(self.failed("KVM_GET_MP_STATE", error)),
                 },
+                Err(error) if error.errno() == libc::EFAULT => return Some(memory_is_gone(self.id)),
                 Err(error) => return Some(self.failed("KVM_RUN", error)),
             };
             again = Again::default();
@@ -138,6 +139,7 @@ impl Vcpu {
                 VcpuExit::IoIn(port, data) => buses.pio.read(u64::from(port), data),
                 VcpuExit::IoOut(port, data) => buses.pio.write(u64::from(port), data),
                 VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
+                VcpuExit::MemoryFault { .. } => return Some(memory_is_gone(self.id)),
                 other => return Some(last_exit(self.id, &other)),
             }
         }
@@ -158,6 +160,13 @@ impl Again {
         let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED];
         waits.contains(&state) || !std::mem::replace(&mut self.seen, true)
     }
+}
+
+/// The host cannot give the guest a page: of an image whose file was cut short or whose disk fails (`images`). Newer kernels have
+/// an exit of its own for it (KVM_EXIT_MEMORY_FAULT) instead of EFAULT.
+fn memory_is_gone(id: u8) -> ExitReason {
+    crate::vmm_log!("vcpu{id}: {}", ExitReason::MEMORY_GONE);
+    ExitReason::MemoryGone
 }
 
 /// Why an exit that has no answer ends the guest.

@@ -12,6 +12,7 @@ pub mod console;
 pub mod fs;
 pub mod mem;
 pub mod net;
+pub mod pmem;
 pub mod ring;
 pub mod rng;
 pub mod serving;

@@ -20,12 +20,14 @@ use virtiofsd::oslib::ReadvFlags;
 use super::locks::{Locks, OpenFiles};
 use super::pages::Pages;
 use super::roots::Roots;
+use super::windows::{self, Windows};
 
 /// A file system whose guest is not trusted.
 pub struct Guard<F, Reply> {
     inner: Arc<F>,
     pages: Pages,
     roots: Roots,
+    windows: Windows,
     locks: Arc<Locks<Reply>>,
 }
 
@@ -49,12 +51,13 @@ impl<F: FileSystem> OpenFiles for Opened<F> {
 impl<F: FileSystem, Reply> Guard<F, Reply> {
     /// Guards a file system, and tells the guest's locks what becomes of its open files.
     pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>) -> Self {
-        Self { inner, pages: Pages::default(), roots: Roots::default(), locks }
+        Self { inner, pages: Pages::default(), roots: Roots::default(), windows: Windows::default(), locks }
     }
 
-    fn forgotten(&self, inode: u64) {
+    fn forgotten(&self, inode: u64, count: u64) {
         self.pages.forget(inode);
         self.roots.forget(inode);
+        self.windows.forget(inode, count);
     }
 
     /// What the guest may leave out for a file that it opens with these flags.
@@ -124,12 +127,18 @@ fn cookie(offset: u64, size: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Methods that pass their arguments on, after the checks named behind the signature.
+/// Methods that pass their arguments on, after the checks named behind the signature. Those that end in `of` change or list these
+/// inodes, which must be no windows.
 macro_rules! pass {
     ($(fn $method:ident $(<$generic:ident: $bound:ident>)? (&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)?
-        $(where $($check:ident($($value:expr),+)),+)?;)*) => {
+        $(where $($check:ident($($value:expr),+)),+)? $(; of $($inode:ident),+)?;)*) => {
         $(fn $method $(<$generic: $bound>)? (&self $(, $arg: $type)*) $(-> $ret)? {
             $($($check($($value),+)?;)+)?
+            $($(
+                let $inode: u64 = $inode.into();
+                self.windows.may_use($inode)?;
+                let $inode = F::Inode::from($inode);
+            )+)?
             self.inner.$method($($arg),*)
         })*
     };
@@ -148,6 +157,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         }
         self.pages.clear();
         self.roots.clear();
+        self.windows.clear();
         self.locks.clear();
         let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
         Ok(self.inner.init(capable)? | (capable & locks))
@@ -161,21 +171,27 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> {
         name(n)?;
         let parent: u64 = parent.into();
-        let mut entry = self.inner.lookup(ctx, parent.into(), n)?;
+        self.windows.may_find(parent, n)?;
+        let look_up = || self.inner.lookup(ctx, parent.into(), n);
+        let mut entry = if windows::is_name(n) {
+            self.windows.look_up(|| look_up().map(|entry| (entry.inode, entry)))?
+        } else {
+            look_up()?
+        };
         self.roots.looked_up(parent, n, entry.inode, &mut entry.attr);
         Ok(entry)
     }
 
     fn forget(&self, ctx: Context, inode: F::Inode, count: u64) {
         let inode: u64 = inode.into();
-        self.forgotten(inode);
         self.inner.forget(ctx, inode.into(), count);
+        self.forgotten(inode, count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>) {
-        let forgotten = requests.into_iter().map(|(inode, count)| (inode.into(), count));
-        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.forgotten(*inode));
-        self.inner.batch_forget(ctx, requests.map(|(inode, count)| (inode.into(), count)).collect());
+        let requests: Vec<(u64, u64)> = requests.into_iter().map(|(inode, count)| (inode.into(), count)).collect();
+        self.inner.batch_forget(ctx, requests.iter().map(|(inode, count)| ((*inode).into(), *count)).collect());
+        requests.into_iter().for_each(|(inode, count)| self.forgotten(inode, count));
     }
 
     fn open(
@@ -225,21 +241,21 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     pass! {
         fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
-            valid: SetattrValid) -> io::Result<(Attr, Duration)>;
+            valid: SetattrValid) -> io::Result<(Attr, Duration)>; of inode;
         fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
         fn symlink(&self, ctx: Context, link: &CStr, parent: F::Inode, n: &CStr, extensions: Extensions)
-            -> io::Result<Entry> where name(n);
+            -> io::Result<Entry> where name(n); of parent;
         fn mknod(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, device: u32, umask: u32,
-            extensions: Extensions) -> io::Result<Entry> where name(n), node(mode, device);
+            extensions: Extensions) -> io::Result<Entry> where name(n), node(mode, device); of parent;
         fn mkdir(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, umask: u32, extensions: Extensions)
-            -> io::Result<Entry> where name(n);
-        fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
-        fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
+            -> io::Result<Entry> where name(n); of parent;
+        fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n); of parent;
+        fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n); of parent;
         fn rename(&self, ctx: Context, parent: F::Inode, n: &CStr, to: F::Inode, new: &CStr, flags: u32)
-            -> io::Result<()> where name(n), name(new);
-        fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> where name(new);
+            -> io::Result<()> where name(n), name(new); of parent, to;
+        fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> where name(new); of to;
         fn create(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
-            extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n);
+            extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n); of parent;
         fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, w: W, size: u32,
             offset: u64, owner: Option<u64>, flags: u32) -> io::Result<usize> where range(offset, size);
         fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, r: R, size: u32,
@@ -250,13 +266,13 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
             -> io::Result<()>;
         fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
         fn setxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags)
-            -> io::Result<()> where label(n);
+            -> io::Result<()> where label(n); of inode;
         fn getxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply>;
-        fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n);
-        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n); of inode;
+        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>; of inode;
         fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
-            -> io::Result<F::DirIter> where cookie(offset, size);
+            -> io::Result<F::DirIter> where cookie(offset, size); of inode;
         fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
         fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32)

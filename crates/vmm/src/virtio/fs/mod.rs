@@ -18,6 +18,7 @@ mod locks;
 mod memory;
 mod pages;
 mod roots;
+mod windows;
 mod worker;
 
 #[cfg(test)]
