@@ -258,6 +258,7 @@ impl Sandbox {
             booted_at: Timestamp::now(),
             volumes: FollowedVolumes::default(),
             disks: Disks::default(),
+            images: Images::default(),
             resizer: Resizer::new(Plan::new(&config, &SizeRequest::default()).unwrap()),
             cgroup: None,
             run_dir,
