@@ -91,7 +91,9 @@ fn hostile_07_device_that_goes_waits_for_nobody_to_take_its_memory_away() {
     let (device, memory_loop, gone) = pmem();
     let (release, released) = channel::<()>();
     // A loop that is busy for as long as the host does not answer.
-    memory_loop.run(move || drop(released.recv()));
+    memory_loop.run(move || {
+        let _ = released.recv();
+    });
     drop(device);
     assert!(!gone.load(Ordering::Acquire));
     drop(release);
