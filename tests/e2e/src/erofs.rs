@@ -69,7 +69,7 @@ fn directory(nodes: &[Node], number: usize) -> Vec<u8> {
     names.extend(children.map(|(number, node)| (&node.path[own.len() + 1..], number)));
     names.sort_unstable();
     let mut offset = 12 * names.len();
-    let (mut entries, mut text) = (Vec::new(), Vec::new());
+    let (mut entries, mut text) = (Vec::new(), Vec::<u8>::new());
     for (name, number) in names {
         entries.extend((number as u64).to_le_bytes());
         entries.extend(u16::try_from(offset).unwrap_or(0).to_le_bytes());

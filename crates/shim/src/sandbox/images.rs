@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::images::{MAX_IMAGES, layout, taken};
 use rustix::fs::{FileType, OFlags};
-use rustix::io::Errno;
 
 use super::agent::{Agent, AgentError};
 use super::vm::{Vm, VmError};
