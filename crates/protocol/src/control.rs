@@ -263,7 +263,12 @@ mod tests {
             DeviceSpec::Balloon,
             DeviceSpec::Block { file: fd(3), read_only: true, serial: "disk".into() },
             DeviceSpec::Console { output: fd(4) },
-            DeviceSpec::Fs { tag: "share".into(), root: fd(5), ids: crate::vmspec::IdMaps::default() },
+            DeviceSpec::Fs {
+                tag: "share".into(),
+                root: fd(5),
+                ids: crate::vmspec::IdMaps::default(),
+                private_roots: true,
+            },
             DeviceSpec::Memory { requested_mib: 128 },
             DeviceSpec::Net { tap: fd(6), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
             DeviceSpec::Rng,

@@ -96,6 +96,10 @@ pub enum DeviceSpec {
         /// Owners of files that the guest knows by other ids.
         #[serde(default)]
         ids: IdMaps,
+        /// Nobody but the guest changes its containers' root file systems (`<container id>/rootfs`), so that it may keep what
+        /// it knows of them.
+        #[serde(default)]
+        private_roots: bool,
     },
     /// virtio-mem over the spec's `hotplug_mib`; later sizes come by [`crate::control::Command::ResizeMemory`].
     Memory {

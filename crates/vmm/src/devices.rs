@@ -61,7 +61,9 @@ impl DeviceBuilder {
                 let output = fds.take(*output, "console")?;
                 Box::new(Console::new(output, event_loop).map_err(DeviceError::Console)?)
             }
-            DeviceSpec::Fs { tag, root, ids } => Box::new(Fs::new(tag, fds.take(*root, "share")?, ids)?),
+            DeviceSpec::Fs { tag, root, ids, private_roots } => {
+                Box::new(Fs::new(tag, fds.take(*root, "share")?, ids, *private_roots)?)
+            }
             DeviceSpec::Memory { requested_mib } => {
                 let memory_loop = self.memory_loop.clone();
                 let backing = Box::new(self.hotplug.take().ok_or(DeviceError::NoHotplug)?);

@@ -93,7 +93,7 @@ fn open_devices(options: &RunOptions, opened: &mut Opened) -> anyhow::Result<Vec
     }
     if let Some(path) = &options.share {
         let root = opened.push(File::open(path).with_context(|| format!("cannot open the share {path:?}"))?);
-        devices.push(DeviceSpec::Fs { tag: SHARE_TAG.into(), root, ids: IdMaps::default() });
+        devices.push(DeviceSpec::Fs { tag: SHARE_TAG.into(), root, ids: IdMaps::default(), private_roots: false });
     }
     for (number, disk) in options.disk.iter().enumerate() {
         let (path, read_only) = disk.strip_suffix(":ro").map_or((disk.as_str(), false), |path| (path, true));

@@ -4,6 +4,7 @@
  *     probe calls            calls that every kernel has, with what it says to them
  *     probe options          calls that a kernel may be built without
  *     probe files DIRECTORY  what the file system of a directory can do
+ *     probe unseen DIRECTORY what becomes of names in a directory of the image that nobody has looked at
  *     probe clock DIRECTORY  whether files made there are newer than the clock
  *     probe steps DIRECTORY COUNT  waits until the clock has been set so often, and says by how much, and for how long files
  *                            made there were of another time
@@ -487,6 +488,124 @@ static long appended(void)
     return 0;
 }
 
+/* What a file has, or the name of the error. */
+static long content_of(const char *name)
+{
+    char text[16] = {0};
+    int fd = open(name, O_RDONLY);
+    if (fd < 0 || read(fd, text, sizeof text - 1) < 0)
+        return -1;
+    printf("%s has %s\n", name, text);
+    return 0;
+}
+
+/* As the user who owns none of it. */
+static long as_user(long (*act)(void))
+{
+    if (setgid(1000) < 0 || setuid(1000) < 0)
+        return -1;
+    return act();
+}
+
+static long replace_in_sticky(void)
+{
+    int fd = open("sticky/own", O_CREAT | O_WRONLY, 0644);
+    return fd < 0 ? -1 : rename("sticky/own", "sticky/of-root");
+}
+
+static long create_in_closed(void)
+{
+    return open("closed/file", O_CREAT | O_WRONLY, 0644);
+}
+
+static long make_directory_in_closed(void)
+{
+    return mkdir("closed/directory", 0755);
+}
+
+/* The names are those of the image (tests/node/images/build), each used once: the second use knows it. */
+static void unseen(const char *directory)
+{
+    umask(022);
+    if (chdir(directory) < 0) {
+        say(directory, -1);
+        return;
+    }
+    TRY("open of a file to be created", open("one", O_CREAT | O_RDWR, 0600));
+    TRY("its content", content_of("one"));
+    TRY("exclusive creation of a file that is there", open("two", O_CREAT | O_EXCL | O_WRONLY, 0600));
+    TRY("open to truncate", open("three", O_CREAT | O_TRUNC | O_WRONLY, 0600));
+    TRY("its content", content_of("three"));
+    TRY("creation through a symbolic link", open("link-to-new", O_CREAT | O_WRONLY, 0644));
+    TRY("what it made", access("made-by-link", F_OK));
+    TRY("exclusive creation through a symbolic link", open("link-to-one", O_CREAT | O_EXCL | O_WRONLY, 0644));
+    TRY("creation of a directory's name", open("directory-one", O_CREAT | O_WRONLY, 0644));
+    TRY("directory that is there", mkdir("directory-two", 0755));
+    TRY("link to a name that is there", link("one", "four"));
+    TRY("symbolic link to a name that is there", symlink("one", "five"));
+    TRY("socket or pipe of a name that is there", mkfifo("six", 0644));
+    TRY("rename over a file", (close(make("new", "new")), rename("new", "seven")));
+    TRY("its content", content_of("seven"));
+    TRY("rename without replacing", (close(make("new", "new")), renameat2(AT_FDCWD, "new", AT_FDCWD, "eight", RENAME_NOREPLACE)));
+    TRY("rename over a directory", rename("new", "directory-three"));
+    TRY("rename of a directory over a file", (mkdir("tree", 0755), rename("tree", "nine")));
+    TRY("rename of a directory over an empty one", rename("tree", "directory-four"));
+    TRY("rename of a directory over a full one", (mkdir("tree", 0755), rename("tree", "directory-full")));
+    TRY("rename to a new name", rename("new", "newer"));
+    TRY("its old name", access("new", F_OK));
+    TRY("exchange", renameat2(AT_FDCWD, "newer", AT_FDCWD, "ten", RENAME_EXCHANGE));
+    TRY("its content", content_of("ten"));
+    TRY("rename over another's in a sticky directory", as_user(replace_in_sticky));
+    TRY("creation where that is not allowed", as_user(create_in_closed));
+    TRY("directory where that is not allowed", as_user(make_directory_in_closed));
+    TRY("name that is not there", access("missing", F_OK));
+    TRY("the same, made", (close(make("missing", "here")), content_of("missing")));
+    TRY("the same, gone", (unlink("missing"), access("missing", F_OK)));
+}
+
+/* Files that were closed a moment ago, whose pages may still be on their way. */
+static long closed_a_moment_ago(void)
+{
+    static char data[3 * 4096];
+    struct stat status;
+    memset(data, 'x', sizeof data);
+    int fd = open("late", O_CREAT | O_WRONLY, 0666);
+    if (pwrite(fd, data, sizeof data, 1 << 20) != sizeof data || close(fd) < 0 || stat("late", &status) < 0)
+        return -1;
+    printf("file just closed: size %ld, has blocks %d\n", (long)status.st_size, status.st_blocks > 0);
+    fd = open("late", O_RDWR);
+    printf("its first data at %ld\n", (long)lseek(fd, 0, SEEK_DATA));
+    struct timespec old[2] = {{.tv_sec = 1000000000, .tv_nsec = 5}, {.tv_sec = 1000000000, .tv_nsec = 5}};
+    if (pwrite(fd, "y", 1, 0) != 1 || futimens(fd, old) < 0 || fsync(fd) < 0 || fstat(fd, &status) < 0)
+        return -1;
+    printf("time set after a write: %ld.%09ld\n", (long)status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
+    if (ftruncate(fd, (1 << 20) + 1) < 0 || ftruncate(fd, (1 << 20) + 2) < 0 || pread(fd, data, 2, 1 << 20) != 2)
+        return -1;
+    printf("cut off and longer again: %d %d\n", data[0], data[1]);
+    return 0;
+}
+
+static long written_by_another(void)
+{
+    int fd = open("late", O_WRONLY);
+    return fd < 0 ? -1 : write(fd, "z", 1);
+}
+
+static long loses_set_user_id(void)
+{
+    struct stat status;
+    if (chmod("late", 06777) < 0)
+        return -1;
+    if (fork() == 0)
+        _exit(as_user(written_by_another) != 1);
+    int ended = 0;
+    wait(&ended);
+    if (ended != 0 || stat("late", &status) < 0)
+        return -1;
+    printf("mode after a write by another: %o\n", status.st_mode & 07777);
+    return 0;
+}
+
 static void files(const char *directory)
 {
     umask(022);
@@ -522,6 +641,8 @@ static void files(const char *directory)
     TRY("mknod of a device", mknod("device", S_IFCHR | 0600, 1 << 8 | 3));
     TRY("open of the device", open("device", O_RDONLY));
     TRY("symbolic link loop", (symlink("loop", "loop"), open("loop", O_RDONLY)));
+    TRY("file just closed", closed_a_moment_ago());
+    TRY("set-user-ID and a write by another", loses_set_user_id());
     TRY("rename over", (close(make("old", "1")), close(make("new", "2")), rename("new", "old")));
     TRY("rename without replacing", (close(make("new", "2")), renameat2(AT_FDCWD, "new", AT_FDCWD, "old", RENAME_NOREPLACE)));
     TRY("rename as exchange", renameat2(AT_FDCWD, "new", AT_FDCWD, "old", RENAME_EXCHANGE));
@@ -824,6 +945,8 @@ int main(int argc, char **argv)
         options();
     else if (argc == 3 && !strcmp(argv[1], "files"))
         files(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "unseen"))
+        unseen(argv[2]);
     else if (argc == 3 && !strcmp(argv[1], "hold"))
         return hold(argv[2]);
     else if (argc == 3 && !strcmp(argv[1], "meet"))

@@ -54,6 +54,8 @@ fn cpu(text: &str) -> CpuStats {
 }
 
 fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
+    // Before the usage, of which its parts are taken off: both grow meanwhile.
+    let stat = flat_keyed(&text("memory.stat")).map(|(key, value)| (key.to_owned(), value)).collect();
     let mut stats = MemoryStats {
         usage: single(&text("memory.current")),
         limit: single(&text("memory.max")),
@@ -61,7 +63,7 @@ fn memory(text: &impl Fn(&str) -> String) -> MemoryStats {
         swap_limit: single(&text("memory.swap.max")),
         max_usage: single(&text("memory.peak")),
         swap_max_usage: single(&text("memory.swap.peak")),
-        stat: flat_keyed(&text("memory.stat")).map(|(key, value)| (key.to_owned(), value)).collect(),
+        stat,
         ..Default::default()
     };
     for (key, value) in flat_keyed(&text("memory.events")) {

@@ -1,6 +1,7 @@
 //! One container: its phase, its processes, its control group.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -95,7 +96,7 @@ impl Container {
         process.ok_or_else(|| ContainerError::NoProcess { id: self.id.clone(), exec_id: exec_id.into() })
     }
 
-    /// Freezes its processes.
+    /// Freezes its processes. What they have written is in their files then, for who copies those.
     pub async fn pause(&self) -> Result<(), ContainerError> {
         self.expect_running()?;
         self.advance(Phase::Running, Phase::Paused)?;
@@ -104,7 +105,20 @@ impl Container {
             let _ = self.resume().await;
             return Err(error.into());
         }
+        self.write_back().await;
         Ok(())
+    }
+
+    /// Writes what its root file system keeps to the host, as well as that can be done.
+    async fn write_back(&self) {
+        let Ok(init) = self.process("") else { return };
+        let root = format!("/proc/{}/root", init.pid());
+        let written = tokio::task::spawn_blocking(move || -> io::Result<()> {
+            Ok(rustix::fs::syncfs(std::fs::File::open(root)?)?)
+        });
+        if let Ok(Err(error)) = written.await {
+            tracing::warn!(id = self.id, %error, "the paused container's last writes may not be in its files yet");
+        }
     }
 
     /// Lets its processes go on.

@@ -155,6 +155,8 @@ impl Containers {
         container.execs_made().await?;
         container.cgroup().kill_and_wait().await?;
         container.cgroup().remove()?;
+        let (share, root_of) = (self.share.clone(), id.to_owned());
+        let _ = tokio::task::spawn_blocking(move || share.unmount_root(&root_of)).await;
         self.runtime.delete(id)?;
         Volumes::of(id).remove()?;
         self.streams.remove_container(id);

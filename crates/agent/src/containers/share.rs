@@ -14,8 +14,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::guest::{SHARE_DIR, SHARED_VOLUMES};
+use bulkhead_protocol::guest::{ROOT_DIR, SHARE_DIR, SHARED_VOLUMES};
 use rustix::fs::{Mode, OFlags};
+use rustix::mount::{UnmountFlags, unmount};
 
 /// The share. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -53,6 +54,14 @@ impl Share {
             let _ = rustix::fs::open(volume, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         }
         self.seen().present.insert(id.to_owned(), volumes.into_iter().chain([own]).collect());
+    }
+
+    /// Unmounts the root file system of a container whose processes have ended, which writes back what the kernel keeps of it.
+    /// It is mounted here if the agent came upon it before the container had mounts of its own. Asks the host.
+    pub fn unmount_root(&self, id: &str) {
+        // Where it is not mounted, the end of the container's mounts has written it back (EINVAL).
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        let _ = unmount(self.dir.join(id).join(ROOT_DIR), flags);
     }
 
     /// A container has been deleted.

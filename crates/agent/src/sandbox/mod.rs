@@ -3,6 +3,7 @@
 mod clock;
 pub mod memory;
 mod network;
+mod share;
 pub mod size;
 pub mod sysctl;
 
@@ -170,7 +171,11 @@ fn mount_share(tag: &str) -> Result<(), SandboxError> {
     if tag.is_empty() {
         return Ok(());
     }
-    mount_new("virtiofs", tag, SHARE_DIR, MountFlags::NODEV, "")
+    mount_new("virtiofs", tag, SHARE_DIR, MountFlags::NODEV, "")?;
+    if let Err(error) = share::tune(Path::new(SHARE_DIR)) {
+        tracing::warn!(%error, "cannot set the read-ahead and the write-back limits of the pod's files: they are slower");
+    }
+    Ok(())
 }
 
 fn mount_new(

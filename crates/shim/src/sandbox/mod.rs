@@ -115,8 +115,15 @@ impl Sandbox {
             deadlines::follow(cgroup.with_those_above().map(Path::to_path_buf).collect());
         }
         let (share_ids, share_dir) = (spec.share_ids.clone(), share.open()?);
-        let machine =
-            machine_spec::Machine { files, plan: &plan, devices, share: share_dir, share_ids, cgroup: cgroup.as_ref() };
+        let machine = machine_spec::Machine {
+            files,
+            plan: &plan,
+            devices,
+            share: share_dir,
+            share_ids,
+            private_roots: spec.private_roots,
+            cgroup: cgroup.as_ref(),
+        };
         let slots = machine.net_slots();
         network::name_devices(&mut network, &slots);
         timeline.done("share and network");

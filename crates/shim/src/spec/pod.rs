@@ -33,6 +33,7 @@ pub fn pod_sandbox(config: &PodSandboxConfig, id: &str, netns: &str) -> Result<S
         netns: if netns.is_empty() { Netns::New } else { Netns::At(PathBuf::from(netns)) },
         user,
         share_ids: IdMaps::default(),
+        private_roots: true,
         sysctls: linux.sysctls.clone(),
         cgroups_path: cgroups_path(linux, id),
         annotations: own_annotations(config, &linux.resources),

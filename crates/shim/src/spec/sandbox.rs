@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::host::path_of;
 use super::{SpecError, users};
+use crate::annotations::{self, Role};
 
 /// The sandbox by its spec.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,6 +24,8 @@ pub struct SandboxSpec {
     pub user: Option<UserNamespace>,
     /// How the owners of its files are mapped.
     pub share_ids: IdMaps,
+    /// Nobody but the guest changes root file systems. An engine copies files into a container's while it runs (`docker cp`).
+    pub private_roots: bool,
     /// sysctls of the pod's namespaces.
     pub sysctls: HashMap<String, String>,
     /// Where the pod is accounted on the host.
@@ -56,14 +59,16 @@ pub fn sandbox(spec: &Spec) -> Result<SandboxSpec, SpecError> {
         user.map(|linux| users::namespace(users::inside(linux.uid_mappings()), users::inside(linux.gid_mappings())));
     let user = user.transpose()?;
     let netns = path_of(network).map_or(Netns::New, |path| Netns::At(path.to_path_buf()));
+    let annotations = spec.annotations().clone().unwrap_or_default();
     Ok(SandboxSpec {
         hostname: spec.hostname().clone().unwrap_or_default(),
         domainname: spec.domainname().clone().unwrap_or_default(),
         netns,
         user,
         share_ids: users::of_share(spec)?,
+        private_roots: annotations::role(&annotations) == Ok(Role::Sandbox),
         sysctls: linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default(),
         cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
-        annotations: spec.annotations().clone().unwrap_or_default(),
+        annotations,
     })
 }

@@ -23,7 +23,7 @@ fn jailed(share: &Path) -> Vmm {
     let vmm = Vmm::start();
     let share = fs::File::open(share).unwrap();
     let devices = vec![
-        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(2), ids: IdMaps::default() },
+        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(2), ids: IdMaps::default(), private_roots: true },
         DeviceSpec::Vsock,
         DeviceSpec::Balloon,
     ];

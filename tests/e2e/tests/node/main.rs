@@ -30,6 +30,7 @@ mod refusal;
 mod resize;
 mod resources;
 mod restart;
+mod root_files;
 mod soak;
 mod standalone;
 mod stuck;

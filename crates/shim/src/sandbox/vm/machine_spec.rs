@@ -57,6 +57,8 @@ pub struct Machine<'a> {
     pub share: OwnedFd,
     /// Owners of the share's files that the guest knows by other ids.
     pub share_ids: IdMaps,
+    /// Nobody else writes to the root file systems of its containers.
+    pub private_roots: bool,
     /// Where the VMM is accounted.
     pub cgroup: Option<&'a Cgroup>,
 }
@@ -88,7 +90,12 @@ impl Machine<'_> {
         let mut devices = vec![
             DeviceSpec::Console { output: fds.add(console) },
             DeviceSpec::Vsock,
-            DeviceSpec::Fs { tag: SHARE_TAG.to_owned(), root: fds.add(&self.share), ids: self.share_ids.clone() },
+            DeviceSpec::Fs {
+                tag: SHARE_TAG.to_owned(),
+                root: fds.add(&self.share),
+                ids: self.share_ids.clone(),
+                private_roots: self.private_roots,
+            },
             DeviceSpec::Rng,
             DeviceSpec::Balloon,
         ];
@@ -158,6 +165,7 @@ mod tests {
             devices: Vec::new(),
             share: null(),
             share_ids: IdMaps::default(),
+            private_roots: true,
             cgroup: None,
         };
         let deadline = Deadline::begin(Operation::CreatePod);

@@ -10,6 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Timespec, Timestamps, UTIME_OMIT, futimens};
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
     SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
@@ -19,13 +20,13 @@ use virtiofsd::oslib::ReadvFlags;
 
 use super::locks::{Locks, OpenFiles};
 use super::pages::Pages;
-use super::roots::Roots;
+use super::private::{FOR_EVER, Private};
 
 /// A file system whose guest is not trusted.
 pub struct Guard<F, Reply> {
     inner: Arc<F>,
     pages: Pages,
-    roots: Roots,
+    private: Private,
     locks: Arc<Locks<Reply>>,
 }
 
@@ -47,14 +48,65 @@ impl<F: FileSystem> OpenFiles for Opened<F> {
 }
 
 impl<F: FileSystem, Reply> Guard<F, Reply> {
-    /// Guards a file system, and tells the guest's locks what becomes of its open files.
-    pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>) -> Self {
-        Self { inner, pages: Pages::default(), roots: Roots::default(), locks }
+    /// Guards a file system, and tells the guest's locks what becomes of its open files. Root file systems of containers are
+    /// the guest's alone, or not.
+    pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>, private_roots: bool) -> Self {
+        Self { inner, pages: Pages::default(), private: Private::new(private_roots), locks }
     }
 
-    fn forgotten(&self, inode: u64) {
+    fn forgotten(&self, ctx: Context, inode: u64, count: u64) {
         self.pages.forget(inode);
-        self.roots.forget(inode);
+        if let Some(handle) = self.private.forget(inode, count) {
+            self.close(ctx, inode, handle);
+        }
+    }
+
+    /// An entry that the guest is told of.
+    fn entered(&self, parent: u64, n: &CStr, mut entry: Entry) -> Entry {
+        self.private.entered(parent, n, &mut entry);
+        entry
+    }
+
+    /// Attributes that the guest is told, and how long they are true.
+    fn lasting(&self, inode: u64, (attr, timeout): (Attr, Duration)) -> (Attr, Duration) {
+        (attr, if self.private.has(inode) { FOR_EVER } else { timeout })
+    }
+
+    /// The handle of an open file: the guest's, or for a private file one of ours.
+    fn handle(&self, ctx: Context, inode: u64, handle: F::Handle, to_write: bool) -> io::Result<F::Handle> {
+        let handle: u64 = handle.into();
+        if handle != NO_HANDLE || !self.private.has(inode) {
+            return Ok(handle.into());
+        }
+        if let Some(handle) = self.private.handle(inode, to_write) {
+            return Ok(handle.into());
+        }
+        // The guest's kernel has looked at who may do what. A file that is not regular must not make the server wait.
+        let flags = libc::O_NONBLOCK | if to_write { libc::O_RDWR } else { libc::O_RDONLY };
+        let (handle, _) = self.inner.open(ctx, inode.into(), false, flags.cast_unsigned())?;
+        let handle: u64 = handle.ok_or_else(bad_handle)?.into();
+        self.opened(ctx, inode, handle, to_write);
+        Ok(handle.into())
+    }
+
+    fn opened(&self, ctx: Context, inode: u64, handle: u64, may_write: bool) {
+        for (inode, handle) in self.private.opened(inode, handle, may_write).into_iter().flatten() {
+            self.close(ctx, inode, handle);
+        }
+    }
+
+    fn close(&self, ctx: Context, inode: u64, handle: u64) {
+        let _ = self.inner.release(ctx, inode.into(), 0, handle.into(), false, false, None);
+    }
+
+    /// Sets the modification time that came with pages from the guest's cache, in nanoseconds since the epoch.
+    fn modified(&self, inode: u64, handle: F::Handle, time: u64) {
+        let time = time.cast_signed();
+        let mtime = Timespec { tv_sec: time.div_euclid(NANOS), tv_nsec: time.rem_euclid(NANOS) };
+        let times = Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
+        let set = &mut |file: &File| Ok(futimens(file, &times)?);
+        // The pages are written. A time that cannot be had is a later one.
+        let _ = Opened(Arc::clone(&self.inner)).with(inode, handle.into(), set);
     }
 
     /// What the guest may leave out for a file that it opens with these flags.
@@ -73,9 +125,20 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
     }
 }
 
+/// Nanoseconds of a second.
+const NANOS: i64 = 1_000_000_000;
+
+/// What a guest says that has not opened a private file.
+const NO_HANDLE: u64 = 0;
+
+fn bad_handle() -> io::Error {
+    io::Error::from_raw_os_error(libc::EBADF)
+}
+
 /// O_ACCMODE and O_RDONLY, open(2).
 const ACCESS_MODE: u32 = 3;
 const READ_ONLY: u32 = 0;
+const READ_WRITE: u32 = 2;
 
 /// A name is one component of a path, and not a step up.
 fn name(name: &CStr) -> io::Result<()> {
@@ -147,7 +210,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
         self.pages.clear();
-        self.roots.clear();
+        self.private.clear();
         self.locks.clear();
         let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
         Ok(self.inner.init(capable)? | (capable & locks))
@@ -161,20 +224,28 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> {
         name(n)?;
         let parent: u64 = parent.into();
-        let mut entry = self.inner.lookup(ctx, parent.into(), n)?;
-        self.roots.looked_up(parent, n, entry.inode, &mut entry.attr);
-        Ok(entry)
+        match self.inner.lookup(ctx, parent.into(), n) {
+            // A name that is not there stays so until the guest makes it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.private.has(parent) => Ok(Entry {
+                inode: 0,
+                generation: 0,
+                attr: Attr::default(),
+                attr_timeout: Duration::ZERO,
+                entry_timeout: FOR_EVER,
+            }),
+            entry => Ok(self.entered(parent, n, entry?)),
+        }
     }
 
     fn forget(&self, ctx: Context, inode: F::Inode, count: u64) {
         let inode: u64 = inode.into();
-        self.forgotten(inode);
+        self.forgotten(ctx, inode, count);
         self.inner.forget(ctx, inode.into(), count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>) {
         let forgotten = requests.into_iter().map(|(inode, count)| (inode.into(), count));
-        let requests = forgotten.inspect(|(inode, _): &(u64, u64)| self.forgotten(*inode));
+        let requests = forgotten.inspect(|(inode, count): &(u64, u64)| self.forgotten(ctx, *inode, *count));
         self.inner.batch_forget(ctx, requests.map(|(inode, count)| (inode.into(), count)).collect());
     }
 
@@ -222,32 +293,207 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         Ok(())
     }
 
+    fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)> {
+        let inode: u64 = inode.into();
+        Ok(self.lasting(inode, self.inner.getattr(ctx, inode.into(), handle)?))
+    }
+
+    fn setattr(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        attr: SetattrIn,
+        handle: Option<F::Handle>,
+        valid: SetattrValid,
+    ) -> io::Result<(Attr, Duration)> {
+        let inode: u64 = inode.into();
+        let given = handle.map_or(NO_HANDLE, F::Handle::into);
+        // A private file that is cut off is written, so what is open to be read is not to be used any more.
+        let handle = if valid.contains(SetattrValid::SIZE) && self.private.has(inode) {
+            Some(self.handle(ctx, inode, given.into(), true)?)
+        } else {
+            Some(given).filter(|given| *given != NO_HANDLE).map(F::Handle::from)
+        };
+        let set = self.inner.setattr(ctx, inode.into(), attr, handle, valid)?;
+        Ok(self.lasting(inode, set))
+    }
+
+    fn symlink(
+        &self,
+        ctx: Context,
+        link: &CStr,
+        parent: F::Inode,
+        n: &CStr,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        name(n)?;
+        let parent: u64 = parent.into();
+        Ok(self.entered(parent, n, self.inner.symlink(ctx, link, parent.into(), n, extensions)?))
+    }
+
+    fn mknod(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        n: &CStr,
+        mode: u32,
+        device: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        name(n)?;
+        node(mode, device)?;
+        let parent: u64 = parent.into();
+        Ok(self.entered(parent, n, self.inner.mknod(ctx, parent.into(), n, mode, device, umask, extensions)?))
+    }
+
+    fn mkdir(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        n: &CStr,
+        mode: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        name(n)?;
+        let parent: u64 = parent.into();
+        Ok(self.entered(parent, n, self.inner.mkdir(ctx, parent.into(), n, mode, umask, extensions)?))
+    }
+
+    fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> {
+        name(new)?;
+        let to: u64 = to.into();
+        Ok(self.entered(to, new, self.inner.link(ctx, inode, to.into(), new)?))
+    }
+
+    fn create(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        n: &CStr,
+        mode: u32,
+        kill_priv: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> {
+        name(n)?;
+        let parent: u64 = parent.into();
+        let is_private = self.private.has(parent);
+        // The guest's kernel reads what it writes a part of.
+        let flags = if is_private { flags & !ACCESS_MODE | READ_WRITE } else { flags };
+        let (entry, handle, options) =
+            self.inner.create(ctx, parent.into(), n, mode, kill_priv, flags, umask, extensions)?;
+        let entry = self.entered(parent, n, entry);
+        match handle {
+            Some(handle) if is_private => {
+                self.opened(ctx, entry.inode, handle.into(), true);
+                Ok((entry, None, options | OpenOptions::KEEP_CACHE))
+            }
+            handle => Ok((entry, handle, options)),
+        }
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        w: W,
+        size: u32,
+        offset: u64,
+        owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        range(offset, size)?;
+        let inode: u64 = inode.into();
+        let handle = self.handle(ctx, inode, handle, false)?;
+        self.inner.read(ctx, inode.into(), handle, w, size, offset, owner, flags)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        r: R,
+        size: u32,
+        offset: u64,
+        owner: Option<u64>,
+        delayed: bool,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        range(offset, size)?;
+        let inode: u64 = inode.into();
+        let handle: u64 = self.handle(ctx, inode, handle, true)?.into();
+        let written =
+            self.inner.write(ctx, inode.into(), handle.into(), r, size, offset, owner, delayed, kill_priv, flags)?;
+        // Pages from the cache have no lock owner. In its place a private file's have their time.
+        if let Some(time) = owner.filter(|_| delayed && self.private.has(inode)) {
+            self.modified(inode, handle.into(), time);
+        }
+        Ok(written)
+    }
+
+    fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()> {
+        let inode: u64 = inode.into();
+        let handle = self.handle(ctx, inode, handle, false)?;
+        self.inner.fsync(ctx, inode.into(), datasync, handle)
+    }
+
+    fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()> {
+        let inode: u64 = inode.into();
+        let handle = self.handle(ctx, inode, handle, false)?;
+        self.inner.fsyncdir(ctx, inode.into(), datasync, handle)
+    }
+
+    fn fallocate(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let inode: u64 = inode.into();
+        let handle = self.handle(ctx, inode, handle, true)?;
+        self.inner.fallocate(ctx, inode.into(), handle, mode, offset, length)
+    }
+
+    fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32) -> io::Result<u64> {
+        let inode: u64 = inode.into();
+        let handle = self.handle(ctx, inode, handle, false)?;
+        self.inner.lseek(ctx, inode.into(), handle, offset, whence)
+    }
+
+    fn copyfilerange(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        offset: u64,
+        to: F::Inode,
+        to_handle: F::Handle,
+        to_offset: u64,
+        len: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        let (inode, to): (u64, u64) = (inode.into(), to.into());
+        // In this order: the second may take the place of the first, if they are the same file.
+        let to_handle: u64 = self.handle(ctx, to, to_handle, true)?.into();
+        let handle = self.handle(ctx, inode, handle, false)?;
+        self.inner.copyfilerange(ctx, inode.into(), handle, offset, to.into(), to_handle.into(), to_offset, len, flags)
+    }
+
     pass! {
-        fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
-        fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>,
-            valid: SetattrValid) -> io::Result<(Attr, Duration)>;
         fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
-        fn symlink(&self, ctx: Context, link: &CStr, parent: F::Inode, n: &CStr, extensions: Extensions)
-            -> io::Result<Entry> where name(n);
-        fn mknod(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, device: u32, umask: u32,
-            extensions: Extensions) -> io::Result<Entry> where name(n), node(mode, device);
-        fn mkdir(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, umask: u32, extensions: Extensions)
-            -> io::Result<Entry> where name(n);
         fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
         fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
         fn rename(&self, ctx: Context, parent: F::Inode, n: &CStr, to: F::Inode, new: &CStr, flags: u32)
             -> io::Result<()> where name(n), name(new);
-        fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> where name(new);
-        fn create(&self, ctx: Context, parent: F::Inode, n: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32,
-            extensions: Extensions) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> where name(n);
-        fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, w: W, size: u32,
-            offset: u64, owner: Option<u64>, flags: u32) -> io::Result<usize> where range(offset, size);
-        fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: F::Inode, handle: F::Handle, r: R, size: u32,
-            offset: u64, owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>
-            where range(offset, size);
-        fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
-        fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64)
-            -> io::Result<()>;
         fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
         fn setxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags)
             -> io::Result<()> where label(n);
@@ -257,12 +503,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
         fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
             -> io::Result<F::DirIter> where cookie(offset, size);
-        fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle) -> io::Result<()>;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
-        fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32)
-            -> io::Result<u64>;
-        fn copyfilerange(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64, to: F::Inode,
-            to_handle: F::Handle, to_offset: u64, len: u64, flags: u64) -> io::Result<usize>;
         fn syncfs(&self, ctx: Context, inode: F::Inode) -> io::Result<()>;
     }
 }

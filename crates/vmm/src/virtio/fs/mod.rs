@@ -17,7 +17,7 @@ mod guard;
 mod locks;
 mod memory;
 mod pages;
-mod roots;
+mod private;
 mod worker;
 
 #[cfg(test)]
@@ -28,7 +28,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use bulkhead_protocol::vmspec::{IdMap, IdMaps};
 use rustix::process::{Resource, Rlimit, fchdir, getrlimit, setrlimit};
@@ -37,6 +36,7 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode};
 
 use self::locks::Watches;
+use self::pages::CACHE_TIMEOUT;
 use self::worker::{Messages, Queues};
 use crate::guest_log;
 use crate::jail::{self, Kind};
@@ -50,10 +50,6 @@ const QUEUE_SIZES: [u16; 2] = [128, 1024];
 
 /// Longest tag, struct virtio_fs_config.
 const TAG_LEN: usize = 36;
-
-/// How long the guest trusts a name or attributes. What the host changes in the share (a ConfigMap's link, a rotated log)
-/// is seen that late at most; 0 would make every step of every path a request.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Most descriptors that the guest can make the server hold, for inodes that it knows and files that it has open. Each
 /// pins an inode and a dentry in the host's kernel, some 2 KiB that are charged to the pod; the largest images have about
@@ -83,9 +79,9 @@ struct Share {
 }
 
 impl Fs {
-    /// A device that exports the directory `root` under `tag`, the owners of its files by these ids. Raises the process's soft
-    /// limit of open files.
-    pub fn new(tag: &str, root: OwnedFd, ids: &IdMaps) -> Result<Self, FsError> {
+    /// A device that exports the directory `root` under `tag`, the owners of its files by these ids. With `private_roots`, root
+    /// file systems of containers are changed by the guest alone. Raises the process's soft limit of open files.
+    pub fn new(tag: &str, root: OwnedFd, ids: &IdMaps, private_roots: bool) -> Result<Self, FsError> {
         let bytes = tag.as_bytes();
         if bytes.is_empty() || bytes.len() > TAG_LEN || bytes.contains(&0) {
             return Err(FsError::Tag(tag.into()));
@@ -102,14 +98,14 @@ impl Fs {
         let watches = Arc::new(Watches::start(locks::WATCHES, &root).map_err(FsError::Thread)?);
         thread::Builder::new()
             .name(Kind::FileServer.name().into())
-            .spawn(move || serve(&root, &ids, orders, &watches))
+            .spawn(move || serve(&root, &ids, private_roots, orders, &watches))
             .map_err(FsError::Thread)?;
         Ok(Self { config, guest_fds, serving })
     }
 }
 
 /// The thread: one order after the other, to the end of the device.
-fn serve(root: &OwnedFd, ids: &IdMaps, orders: Orders<Share>, watches: &Arc<Watches>) {
+fn serve(root: &OwnedFd, ids: &IdMaps, private_roots: bool, orders: Orders<Share>, watches: &Arc<Watches>) {
     let own = worker::own_file_system_attributes();
     jail::confine_thread(Kind::FileServer);
     for mut order in orders {
@@ -119,7 +115,7 @@ fn serve(root: &OwnedFd, ids: &IdMaps, orders: Orders<Share>, watches: &Arc<Watc
         let entered = own.as_ref().map_err(|error| (*error).into()).and_then(|()| Ok(fchdir(root)?));
         let Share { queues, guest_fds } = &mut order.work;
         let config = server_config(*guest_fds, ids);
-        let server = entered.and_then(|()| Messages::new(&queues.memory, config, Arc::clone(watches)));
+        let server = entered.and_then(|()| Messages::new(&queues.memory, config, private_roots, Arc::clone(watches)));
         match server {
             // The driver is told before the server is taken apart, which may take long.
             Ok(server) => {
@@ -184,7 +180,7 @@ impl Inline {
         let watches = Arc::new(Watches::start(0, root).map_err(host("watch locks"))?);
         let queues = Queues::take(&mut activation)?;
         let config = server_config(guest_fds, &IdMaps::default());
-        let server = Messages::new(&queues.memory, config, watches).map_err(host("start the file server"))?;
+        let server = Messages::new(&queues.memory, config, true, watches).map_err(host("start the file server"))?;
         Ok(Self { server, queues, stop: super::stop::Stop::new().map_err(host("make an event"))? })
     }
 

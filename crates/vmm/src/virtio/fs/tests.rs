@@ -1,6 +1,7 @@
 mod attributes;
 mod hostile;
 mod locks;
+mod private;
 
 use std::ffi::CString;
 use std::fs;
@@ -87,7 +88,7 @@ impl Guest {
             requests: DriverQueue::new(&memory, 0x2_0000, 16).with_event_idx(),
             interrupt: Arc::default(),
             memory,
-            device: Fs::new("share", root, ids).unwrap(),
+            device: Fs::new("share", root, ids, true).unwrap(),
             unique: 0,
         };
         guest.start();
@@ -251,9 +252,15 @@ fn opens_say_what_the_guest_may_leave_out() {
         let body = [flags.to_le_bytes(), [0; 4]].concat();
         guest.call(opcode::OPEN, node, &body).unwrap()[8]
     };
-    open(libc::O_RDONLY);
-    // Changed a moment ago: it may change again, unnoticed.
     assert_eq!(open(libc::O_RDONLY) & (KEEP_CACHE | NOFLUSH), NOFLUSH);
+    assert_eq!(open(libc::O_RDONLY) & (KEEP_CACHE | NOFLUSH), KEEP_CACHE | NOFLUSH);
+    assert_eq!(open(libc::O_RDWR) & (KEEP_CACHE | NOFLUSH), KEEP_CACHE);
+    let changed = || fs::metadata(share.join("file")).map(|file| (file.ctime(), file.ctime_nsec())).unwrap();
+    let before = changed();
+    // Until the clock has gone on.
+    while changed() == before {
+        fs::write(share.join("file"), "changed").unwrap();
+    }
     assert_eq!(open(libc::O_RDWR) & (KEEP_CACHE | NOFLUSH), 0);
 }
 
@@ -409,13 +416,13 @@ fn server_leaves_the_processs_working_directory_alone() {
 #[test]
 fn tags_are_checked() {
     let root = || fs::File::open("/").unwrap().into();
-    assert!(Fs::new("", root(), &IdMaps::default()).is_err());
-    assert!(Fs::new(&"x".repeat(37), root(), &IdMaps::default()).is_err());
-    let device = Fs::new(&"x".repeat(36), root(), &IdMaps::default()).unwrap();
+    assert!(Fs::new("", root(), &IdMaps::default(), true).is_err());
+    assert!(Fs::new(&"x".repeat(37), root(), &IdMaps::default(), true).is_err());
+    let device = Fs::new(&"x".repeat(36), root(), &IdMaps::default(), true).unwrap();
     let mut config = [0; 44];
     device.read_config(0, &mut config);
     assert_eq!((config[35], &config[36..44]), (b'x', &[1, 0, 0, 0, 0, 0, 0, 0][..]));
     device.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 44]);
-    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into(), &IdMaps::default()).is_err());
+    assert!(Fs::new("x", fs::File::open("/proc/version").unwrap().into(), &IdMaps::default(), true).is_err());
 }

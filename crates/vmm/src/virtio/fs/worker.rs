@@ -141,7 +141,7 @@ struct Waiting {
 
 impl Messages {
     /// To be called in the thread that will serve, whose working directory is the share.
-    pub fn new(memory: &Memory, mut config: Config, watches: Arc<Watches>) -> io::Result<Self> {
+    pub fn new(memory: &Memory, mut config: Config, private_roots: bool, watches: Arc<Watches>) -> io::Result<Self> {
         let memory = ServerMemory::new(memory).ok_or(io::ErrorKind::InvalidInput)?;
         let descriptors = match &config.proc_sfd_rawfd {
             Some(descriptors) => descriptors.try_clone()?,
@@ -150,7 +150,7 @@ impl Messages {
         config.proc_sfd_rawfd = Some(descriptors.try_clone()?);
         let locks = Arc::new(Locks::new(watches, OwnedFd::from(descriptors)));
         let files = Arc::new(PassthroughFs::new(config)?);
-        let server = Server::new(Guard::new(Arc::clone(&files), Arc::clone(&locks)));
+        let server = Server::new(Guard::new(Arc::clone(&files), Arc::clone(&locks), private_roots));
         Ok(Self { memory, server, files: Opened(files), locks, scratch: Scratch::new()? })
     }
 

@@ -110,7 +110,7 @@ fn hostile_08_disk_whose_thread_hangs_starves_no_other_device_and_no_other_disk(
         build(DeviceSpec::Balloon, None),
         build(DeviceSpec::Console { output: FdIndex(0) }, Some(File::create("/dev/null").unwrap())),
         build(
-            DeviceSpec::Fs { tag: "x".into(), root: FdIndex(0), ids: IdMaps::default() },
+            DeviceSpec::Fs { tag: "x".into(), root: FdIndex(0), ids: IdMaps::default(), private_roots: true },
             Some(File::open(share.path()).unwrap()),
         ),
     ] {
@@ -150,7 +150,7 @@ fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused
     let needy = [
         (DeviceSpec::Block { file: wrong, read_only: true, serial: String::new() }, "disk"),
         (DeviceSpec::Console { output: wrong }, "console"),
-        (DeviceSpec::Fs { tag: "share".into(), root: wrong, ids: IdMaps::default() }, "share"),
+        (DeviceSpec::Fs { tag: "share".into(), root: wrong, ids: IdMaps::default(), private_roots: true }, "share"),
         (DeviceSpec::Net { tap: wrong, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
     ];
     for (spec, name) in needy {
@@ -162,8 +162,11 @@ fn hostile_15_device_whose_descriptor_is_missing_or_of_the_wrong_kind_is_refused
     for (spec, words) in [
         (DeviceSpec::Block { file: index, read_only: true, serial: String::new() }, "is it an image file"),
         (DeviceSpec::Block { file: index, read_only: true, serial: "x".repeat(21) }, "disk"),
-        (DeviceSpec::Fs { tag: "share".into(), root: index, ids: IdMaps::default() }, "no directory"),
-        (DeviceSpec::Fs { tag: String::new(), root: index, ids: IdMaps::default() }, "tag"),
+        (
+            DeviceSpec::Fs { tag: "share".into(), root: index, ids: IdMaps::default(), private_roots: true },
+            "no directory",
+        ),
+        (DeviceSpec::Fs { tag: String::new(), root: index, ids: IdMaps::default(), private_roots: true }, "tag"),
         (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }, "tap"),
         (DeviceSpec::Net { tap: index, mac: [2, 0, 0, 0, 0, 1], mtu: 67 }, "MTU"),
         (DeviceSpec::Memory { requested_mib: u64::MAX }, "hotplug_mib"),

@@ -43,7 +43,7 @@ fn every_spec() -> Vec<DeviceSpec> {
         DeviceSpec::Balloon,
         DeviceSpec::Block { file: FdIndex(0), read_only: false, serial: "disk".into() },
         DeviceSpec::Console { output: FdIndex(0) },
-        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default() },
+        DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default(), private_roots: true },
         DeviceSpec::Memory { requested_mib: 0 },
         NET,
         DeviceSpec::Rng,
@@ -107,7 +107,7 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
         }
         DeviceSpec::Fs { tag, .. } => {
             let share = tempfile::tempdir().unwrap();
-            let device = Fs::new(tag, File::open(share.path()).unwrap().into(), &IdMaps::default()).unwrap();
+            let device = Fs::new(tag, File::open(share.path()).unwrap().into(), &IdMaps::default(), true).unwrap();
             // FUSE_INIT, version 7.38, with FUSE_SUBMOUNTS.
             let words = [56, 26, 1, 0, 0, 0, 0, 0, 0, 0, 7, 38, 0, 1 << 27];
             rig("fs", Box::new(device), 1, words.map(u32::to_le_bytes).concat(), 0x100, Box::new(share))

@@ -252,7 +252,7 @@ fn spec(scenario: &str) -> VmSpec {
             DeviceSpec::Console { output: FdIndex(3) },
             disk(4, false),
             disk(5, true),
-            DeviceSpec::Fs { tag: "share".into(), root: FdIndex(6), ids: IdMaps::default() },
+            DeviceSpec::Fs { tag: "share".into(), root: FdIndex(6), ids: IdMaps::default(), private_roots: true },
             DeviceSpec::Net { tap: FdIndex(7), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
             DeviceSpec::Vsock,
             DeviceSpec::Rng,

@@ -21,6 +21,7 @@ fn root() -> Probe {
     Probe::new("root-files")
         .case(Volumes, "root file system", "mkdir /work; probe files /work | grep -vE '^(mknod|open of the device|user xattr|large user|trusted|O_TMPFILE|rename with whiteout|lease|immutable|security.cap|ACL|mode with)'")
         .case(Volumes, "root file system's extended attributes and ACLs", "probe files /work | grep -E '^(user xattr|large user|ACL|mode with)'")
+        .case(Volumes, "names of the image that nobody has looked at", "probe unseen /unseen; ls -l /unseen /unseen/sticky | awk '!/^total/ { print $1, $3, $5, $NF }'")
         .case(Volumes, "root file system's less common features", "probe files /work | grep -E '^(O_TMPFILE|rename with whiteout|lease|immutable)'")
         .differs("virtio-fs has no files without a name (O_TMPFILE) and no file flags")
         .case(Volumes, "files of the image", "ls -ln /etc /bin | awk '{ print $1, $2, $3, $4, $5, $NF }' | head -100; find / -xdev 2>/dev/null | grep -v '^/work' | sort | head -500 | md5sum")
