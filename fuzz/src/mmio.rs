@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use bulkhead_vmm::bus::{Bus, BusDevice};
-use bulkhead_vmm::layout::{SLOT_SIZE, slot_address};
+use bulkhead_vmm::layout::{SLOT_SIZE, SLOT_STRIDE, slot_address};
 use bulkhead_vmm::machine::Slot;
+use bulkhead_vmm::register_page::RegisterPage;
 use bulkhead_vmm::virtio::ring::event_fd;
 use bulkhead_vmm::virtio::testing::memory;
 use bulkhead_vmm::virtio::transport::{MmioInterrupt, MmioTransport};
@@ -158,16 +159,20 @@ impl Machine {
     }
 }
 
+fn page() -> Arc<RegisterPage> {
+    Arc::new(RegisterPage::new().unwrap())
+}
+
 /// The target.
 pub fn mmio_registers(data: &[u8]) {
     let active = Arc::new(Mutex::new(None));
-    let interrupt = Arc::new(MmioInterrupt::new(event_fd().unwrap()));
+    let interrupt = Arc::new(MmioInterrupt::new(event_fd().unwrap(), page()));
     let kicks = QUEUES.iter().map(|_| event_fd().unwrap()).collect();
     let probe = Box::new(Probe { active: active.clone(), config: [7; 12] });
     let transport: Arc<Mutex<dyn BusDevice>> =
         Arc::new(Mutex::new(MmioTransport::new(probe, memory(), interrupt.clone(), kicks)));
     let mut machine = Machine { bus: Bus::new(), base: slot_address(1), active };
-    machine.bus.insert(slot_address(0), SLOT_SIZE, Arc::new(Mutex::new(Slot::new()))).unwrap();
+    machine.bus.insert(slot_address(0), SLOT_SIZE, Arc::new(Mutex::new(Slot::new(page())))).unwrap();
     machine.bus.insert(slot_address(1), SLOT_SIZE, transport).unwrap();
 
     let mut input = Input::new(data);
@@ -184,7 +189,7 @@ pub fn mmio_registers(data: &[u8]) {
                 let (len, offset) = (1 << input.choice(4), u64::from(input.u16()));
                 let mut data = [0; 8];
                 data.iter_mut().zip(input.bytes(len)).for_each(|(to, from)| *to = *from);
-                let resets = offset == SLOT_SIZE + STATUS && data[..len].iter().all(|byte| *byte == 0);
+                let resets = offset == SLOT_STRIDE + STATUS && data[..len].iter().all(|byte| *byte == 0);
                 machine.watch(|machine| {
                     machine.bus.write(slot_address(0) + offset, &data[..len]);
                     resets

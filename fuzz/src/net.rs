@@ -15,6 +15,14 @@ const LARGEST: usize = 12 + 14 + 4 + 65535;
 /// Feature bits that change what the worker does: checksums and segmentation both ways, mergeable buffers.
 const FEATURES: u64 = 0b1 | 0b10 | 0b1011_1000_0000 | 0b0111_1000_0000_0000 | 1 << 15;
 
+/// Headers of a TCP segment without data: virtio with a checksum to be finished, Ethernet, IPv4, TCP with an acknowledgement.
+const SEGMENT: [u8; 66] = [
+    1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0, // virtio
+    2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, // Ethernet
+    0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2, // IPv4
+    0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10, 1, 0, 0, 0, 0, 0, // TCP
+];
+
 #[derive(Default)]
 struct Net {
     /// The worker and the host's end of its wire.
@@ -27,6 +35,26 @@ pub fn net(data: &[u8]) {
 }
 
 impl Net {
+    /// TCP segments of one connection that wait together, but for what the input changes of them.
+    fn segments(&self, input: &mut Input<'_>) {
+        let Some((_, wire)) = &self.running else { return };
+        let mut number = 0_u32;
+        for _ in 0..input.choice(8) {
+            let payload = input.u8();
+            let mut frame = SEGMENT.to_vec();
+            frame[29] = 40 + payload % 128;
+            frame[50..54].copy_from_slice(&number.to_be_bytes());
+            frame.resize(SEGMENT.len() + usize::from(payload % 128), payload);
+            if input.choice(4) == 0 {
+                let at = input.choice(frame.len());
+                frame[at] = input.u8();
+            }
+            let _ = send(wire, &frame, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+            number += u32::from(payload % 128);
+        }
+        settle();
+    }
+
     /// What the guest has sent, a frame at a time.
     fn take_frames(&self) {
         let Some((_, wire)) = &self.running else { return };
@@ -66,7 +94,7 @@ impl Subject for Net {
     }
 
     fn own(&mut self, guest: &mut Guest, input: &mut Input<'_>) {
-        match input.choice(6) {
+        match input.choice(7) {
             0 => self.take_frames(),
             // A frame for the guest.
             1 => {
@@ -98,6 +126,7 @@ impl Subject for Net {
                 guest.offer(0, &[room]);
                 guest.kick(0);
             }
+            5 => self.segments(input),
             // The interface goes down.
             _ => {
                 if let Some((_, wire)) = &self.running {

@@ -48,10 +48,18 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages that KVM wants on Intel hosts (KVM_SET_TSS_ADDR), below the BIOS of a PC.
 pub const KVM_TSS: usize = 0xfffb_d000;
 
-/// First virtio-mmio slot.
+/// Where the virtio-mmio slots are.
 pub const SLOTS_START: u64 = 0xd000_0000;
-/// Size of a slot.
+/// Size of a slot: registers and configuration.
 pub const SLOT_SIZE: u64 = 0x1000;
+/// From one slot to the next. A slot begins so far before a page's end that its first [`READABLE_REGISTERS`] bytes are in that
+/// page, which is [`register_page`], and the rest in the one behind it.
+pub const SLOT_STRIDE: u64 = 0x2000;
+/// How many bytes of a slot the guest reads as memory, without an exit: the registers before InterruptACK, of which
+/// InterruptStatus is read in each interrupt. The driver writes to them as to the others.
+pub const READABLE_REGISTERS: u64 = 0x64;
+/// A page.
+pub const PAGE_SIZE: u64 = 0x1000;
 /// Number of slots.
 pub const SLOTS: usize = 16;
 /// Interrupt of each slot, all edge-triggered: the I/O APIC pins beyond the ISA ones first, then those ISA ones that no
@@ -77,7 +85,12 @@ pub fn hotplug_start(memory_mib: u64) -> u64 {
     (GAP_END + beyond_gap).next_multiple_of(2 << 30)
 }
 
+/// Address of the page that ends with a slot's readable registers.
+pub fn register_page(slot: usize) -> u64 {
+    SLOTS_START + slot as u64 * SLOT_STRIDE
+}
+
 /// Base address of a slot.
 pub fn slot_address(slot: usize) -> u64 {
-    SLOTS_START + slot as u64 * SLOT_SIZE
+    register_page(slot) + PAGE_SIZE - READABLE_REGISTERS
 }

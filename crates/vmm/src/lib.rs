@@ -16,4 +16,5 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod ratelimit;
+pub mod register_page;
 pub mod virtio;

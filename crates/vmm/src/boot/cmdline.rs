@@ -74,7 +74,7 @@ mod tests {
     fn every_slot_is_declared_and_the_callers_part_comes_last() {
         let line = build(&spec("console=hvc0 init=/x")).unwrap().into_string().unwrap();
         assert_eq!(line.matches("virtio_mmio.device=").count(), layout::SLOTS);
-        assert!(line.contains(" virtio_mmio.device=4K@0xd0000000:16 "), "{line}");
+        assert!(line.contains(" virtio_mmio.device=4K@0xd0000f9c:16 "), "{line}");
         assert!(line.contains(" maxcpus=1 ") && line.ends_with(" console=hvc0 init=/x"), "{line}");
     }
 

@@ -25,6 +25,9 @@ pub enum KvmError {
     /// memfd_create(2) or mmap(2).
     #[error("cannot map the memory that can be plugged; is vm.max_map_count of the host too low?")]
     Hotplug(#[source] std::io::Error),
+    /// mmap(2).
+    #[error("cannot map a page for a slot's registers")]
+    RegisterPage(#[source] std::io::Error),
     /// An ioctl failed.
     #[error("KVM refused {name}")]
     Call {

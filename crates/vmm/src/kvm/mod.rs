@@ -26,17 +26,19 @@ use vmm_sys_util::eventfd::EventFd;
 pub use error::KvmError;
 use error::call;
 pub use hotplug::HotplugMemory;
-use memory_slot::set_slot;
+use memory_slot::{set_read_only, set_slot};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
-use crate::layout::{self, Entry};
+use crate::layout::{self, Entry, SLOTS};
 use crate::memory::Memory;
+use crate::register_page::RegisterPage;
 
 /// What a machine cannot do without.
-const NEEDED: [(Cap, &str); 6] = [
+const NEEDED: [(Cap, &str); 7] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
@@ -44,11 +46,13 @@ const NEEDED: [(Cap, &str); 6] = [
 
 /// A virtual machine without vCPUs.
 pub struct Vm {
-    // Declared before `memory`, so that KVM lets go of the mapping first.
+    // Declared before `memory` and `register_pages`, so that KVM lets go of the mappings first.
     fd: Arc<VmFd>,
     kvm: Kvm,
     cpuid: CpuId,
     memory: Memory,
+    /// One for each virtio-mmio slot.
+    register_pages: Vec<Arc<RegisterPage>>,
 }
 
 impl Vm {
@@ -79,7 +83,8 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
         register_memory(&fd, &memory, hotplug_start)?;
-        Ok(Self { fd: Arc::new(fd), kvm, cpuid, memory })
+        let register_pages = register_pages(&fd, regions(&memory)?)?;
+        Ok(Self { fd: Arc::new(fd), kvm, cpuid, memory, register_pages })
     }
 
     /// The guest's memory.
@@ -87,9 +92,15 @@ impl Vm {
         &self.memory
     }
 
+    /// The pages of the slots' readable registers, in the slots' order.
+    pub fn register_pages(&self) -> &[Arc<RegisterPage>] {
+        &self.register_pages
+    }
+
     /// What can be plugged into the machine, if anything can.
     pub fn hotplug_memory(&self, start: u64) -> Result<Option<HotplugMemory>, KvmError> {
-        let used = u32::try_from(self.memory.num_regions()).map_err(|_| KvmError::Missing("number of memory slots"))?;
+        // Behind the regions' numbers and those of the register pages.
+        let used = regions(&self.memory)?.saturating_add(u32::try_from(SLOTS).unwrap_or(u32::MAX));
         HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start).map_err(KvmError::Hotplug)
     }
 
@@ -159,6 +170,21 @@ fn notify_switch(answer: i32) -> Option<kvm_enable_cap> {
         args: [WINDOW << 32 | u64::from(KVM_X86_NOTIFY_VMEXIT_ENABLED), 0, 0, 0],
         ..Default::default()
     })
+}
+
+/// How many of KVM's memory slots the regions take at most.
+fn regions(memory: &Memory) -> Result<u32, KvmError> {
+    u32::try_from(memory.num_regions()).map_err(|_| KvmError::Missing("number of memory slots"))
+}
+
+/// Gives the guest the page of each slot's readable registers. KVM's memory slots from `first` on are not in use.
+fn register_pages(fd: &VmFd, first: u32) -> Result<Vec<Arc<RegisterPage>>, KvmError> {
+    let one = |(slot, number): (usize, u32)| {
+        let page = RegisterPage::new().map_err(KvmError::RegisterPage)?;
+        set_read_only(fd, &page, number, layout::register_page(slot))?;
+        Ok(Arc::new(page))
+    };
+    (0..SLOTS).zip(first..).map(one).collect()
 }
 
 /// Gives KVM each region of the boot memory as a slot.

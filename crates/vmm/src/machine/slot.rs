@@ -9,12 +9,16 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::kvm::{KvmError, Vm};
+use crate::layout::READABLE_REGISTERS;
+use crate::register_page::RegisterPage;
 use crate::virtio::VirtioDevice;
-use crate::virtio::transport::{MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
+use crate::virtio::transport::{
+    INTERRUPT_ACK, MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, USED_BUFFER, VERSION,
+};
 
 /// A slot.
-#[derive(Default)]
 pub struct Slot {
+    page: Arc<RegisterPage>,
     device: Option<Filled>,
 }
 
@@ -24,13 +28,23 @@ struct Filled {
     /// The device's interrupt and doorbells, for disconnecting them from KVM.
     line: EventFd,
     kicks: Vec<EventFd>,
+    /// Takes the driver's acknowledgements of used buffers, which nobody reads (see [`MmioInterrupt`]).
+    acknowledged: EventFd,
 }
 
 impl Slot {
-    /// A slot without a device.
+    /// A slot without a device. The guest reads the first registers in the page.
     #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(page: Arc<RegisterPage>) -> Self {
+        let new = Self { page, device: None };
+        new.show_empty();
+        new
+    }
+
+    fn show_empty(&self) {
+        (0..READABLE_REGISTERS).step_by(size_of::<u32>()).for_each(|register| self.page.store(register, 0));
+        self.page.store(REG_MAGIC, MAGIC);
+        self.page.store(REG_VERSION, VERSION);
     }
 
     /// Puts a device into the slot at `address` and connects its interrupt and doorbells.
@@ -46,10 +60,12 @@ impl Slot {
             vm.register_doorbell(&kick, address + QUEUE_NOTIFY, index)?;
             kicks.push(kick);
         }
-        let interrupt = Arc::new(MmioInterrupt::new(copy(&line)?));
+        let acknowledged = event()?;
+        vm.register_doorbell(&acknowledged, address + INTERRUPT_ACK, USED_BUFFER)?;
+        let interrupt = Arc::new(MmioInterrupt::new(copy(&line)?, self.page.clone()));
         let theirs = kicks.iter().map(copy).collect::<Result<_, _>>()?;
         let transport = MmioTransport::new(device, vm.memory().clone(), interrupt, theirs);
-        self.device = Some(Filled { transport, line, kicks });
+        self.device = Some(Filled { transport, line, kicks, acknowledged });
         Ok(())
     }
 
@@ -72,11 +88,13 @@ impl Slot {
             return Err(SlotError::Empty);
         }
         let leaving = self.device.take_if(|filled| filled.transport.withdraw());
-        let Some(Filled { transport, line, kicks }) = leaving else { return Ok(None) };
+        let Some(Filled { transport, line, kicks, acknowledged }) = leaving else { return Ok(None) };
+        self.show_empty();
         vm.unregister_irq(&line, u32::from(irq))?;
         for (index, kick) in (0u32..).zip(&kicks) {
             vm.unregister_doorbell(kick, address + QUEUE_NOTIFY, index)?;
         }
+        vm.unregister_doorbell(&acknowledged, address + INTERRUPT_ACK, USED_BUFFER)?;
         Ok(Some(transport))
     }
 }
@@ -129,7 +147,8 @@ mod tests {
 
     #[test]
     fn hostile_02_empty_slot_is_a_transport_without_a_device_in_any_access() {
-        let mut slot = Slot::new();
+        let page = Arc::new(RegisterPage::new().unwrap());
+        let mut slot = Slot::new(page.clone());
         for width in [1, 2, 4, 8] {
             for offset in (0..0x1000).chain([u64::MAX]) {
                 slot.write(offset, &vec![0xff; width]);
@@ -144,5 +163,7 @@ mod tests {
             }
         }
         assert!(slot.is_empty());
+        let shown: Vec<_> = (0..READABLE_REGISTERS).step_by(4).map(|register| page.load(register)).collect();
+        assert_eq!((&shown[..2], &shown[2..]), (&[MAGIC, VERSION][..], &[0; 23][..]));
     }
 }

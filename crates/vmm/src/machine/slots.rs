@@ -40,8 +40,9 @@ impl Slots {
         let (mut bus, mut slots) =
             (Bus::new(), Self { shared: Vec::with_capacity(SLOTS), states: [State::Empty; SLOTS] });
         let mut devices = devices.iter();
-        for ((index, irq), state) in layout::SLOT_IRQS.into_iter().enumerate().zip(&mut slots.states) {
-            let (mut slot, address) = (Slot::new(), layout::slot_address(index));
+        let places = layout::SLOT_IRQS.into_iter().enumerate().zip(vm.register_pages());
+        for (((index, irq), page), state) in places.zip(&mut slots.states) {
+            let (mut slot, address) = (Slot::new(page.clone()), layout::slot_address(index));
             if let Some(device) = devices.next() {
                 slot.fill(vm, address, irq, builder.build(device, fds)?)?;
                 *state = State::Filled;

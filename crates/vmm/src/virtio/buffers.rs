@@ -148,10 +148,16 @@ impl Buffers {
         retry(|| unsafe { libc::writev(file.as_fd().as_raw_fd(), iov.as_ptr(), count) })
     }
 
-    /// readv(2) into several chains, one after the other.
-    pub fn read_from<'a>(file: impl AsFd, chains: impl Iterator<Item = &'a Self>) -> io::Result<usize> {
-        let iov: Vec<_> = chains.flat_map(|chain| chain.segments.iter().copied()).take(MAX_SEGMENTS).collect();
-        // SAFETY: Every buffer is guest memory by the invariant of `segments`.
+    /// readv(2) into `head`, and then into several chains, one after the other.
+    pub fn read_from<'a>(
+        file: impl AsFd,
+        head: &mut [u8],
+        chains: impl Iterator<Item = &'a Self>,
+    ) -> io::Result<usize> {
+        let own = libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() };
+        let theirs = chains.flat_map(|chain| chain.segments.iter().copied());
+        let iov: Vec<_> = std::iter::once(own).filter(|own| own.iov_len > 0).chain(theirs).take(MAX_SEGMENTS).collect();
+        // SAFETY: The first buffer is `head`, if that is not empty; every other is guest memory by the invariant of `segments`.
         retry(|| unsafe { libc::readv(file.as_fd().as_raw_fd(), iov.as_ptr(), count(&iov)) })
     }
 

@@ -130,11 +130,26 @@ impl Ring {
 
     /// Interrupts the driver if it wants to know of what was pushed.
     pub fn notify(&mut self) -> Result<(), RingError> {
-        let count = std::mem::take(&mut self.unannounced);
-        if count > 0 && self.wants_interrupt(count)? {
+        if self.is_awaited()? {
             self.interrupt.notify_queue(self.index);
         }
         Ok(())
+    }
+
+    /// As [`Self::notify`] for two queues of a device, whose interrupt is the same: the driver looks at both upon one.
+    pub fn notify_both(&mut self, other: &mut Self) -> Result<(), RingError> {
+        // Both are asked: what they have published counts as announced then.
+        let awaited = [self.is_awaited()?, other.is_awaited()?];
+        if let Some((ring, _)) = [self, other].into_iter().zip(awaited).find(|(_, awaited)| *awaited) {
+            ring.interrupt.notify_queue(ring.index);
+        }
+        Ok(())
+    }
+
+    /// Whether the driver wants to know of what was pushed since this was last asked.
+    fn is_awaited(&mut self) -> Result<bool, RingError> {
+        let count = std::mem::take(&mut self.unannounced);
+        Ok(count > 0 && self.wants_interrupt(count)?)
     }
 
     /// Section 2.7.7 for the last `count` chains. (`Queue` has it for chains that it published itself.)
@@ -175,24 +190,30 @@ impl Ring {
     pub fn drain(
         &mut self,
         budget: usize,
-        mut step: impl FnMut(&mut Self) -> Result<Step, RingError>,
+        step: impl FnMut(&mut Self) -> Result<Step, RingError>,
     ) -> Result<(), RingError> {
+        match self.drain_quietly(budget, step)? {
+            Step::Over => Ok(()),
+            _ => self.notify(),
+        }
+    }
+
+    /// As [`Self::drain`], but leaves the interrupt to the caller. Returns what ended it; [`Step::Done`] is the budget.
+    pub fn drain_quietly(
+        &mut self,
+        budget: usize,
+        mut step: impl FnMut(&mut Self) -> Result<Step, RingError>,
+    ) -> Result<Step, RingError> {
         self.suppress_kicks()?;
         for _ in 0..budget {
             match step(self)? {
                 Step::Done => {}
-                Step::Stop => return self.notify(),
-                Step::Over => return Ok(()),
-                Step::Empty => {
-                    if !self.expect_kicks()? {
-                        return self.notify();
-                    }
-                    self.suppress_kicks()?;
-                }
+                Step::Empty if self.expect_kicks()? => self.suppress_kicks()?,
+                end => return Ok(end),
             }
         }
         self.kick_self();
-        self.notify()
+        Ok(Step::Done)
     }
 }
 

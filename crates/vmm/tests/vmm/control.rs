@@ -140,7 +140,7 @@ fn hostile_07_end_of_a_guest_is_reported_before_its_vcpus_have_ended() {
     // Longer than any of it takes, on a machine under heavy load too.
     vmm.limit_waiting(Duration::from_secs(20));
     let mut first = start_second_vcpu();
-    first.extend([0xa1, 0x08, 0, 0, 0xd0, 0x85, 0xc0, 0x74, 0xf7]); // mov eax, [DeviceID of slot 0]; test eax, eax; je back
+    first.extend([0xa1, 0xa4, 0x0f, 0, 0xd0, 0x85, 0xc0, 0x74, 0xf7]); // mov eax, [DeviceID of slot 0]; test eax, eax; je back
     first.extend(TRIPLE_FAULT);
     let mut second = vec![0xba, 0xf8, 0x03, 0xb0, b'2', 0xee]; // mov dx, 0x3f8; mov al, '2'; out dx, al
     second.extend(SPIN);

@@ -44,7 +44,7 @@ fn removed_devices_slot_reads_as_empty_and_is_used_again() {
         slot.read(DEVICE_ID, &mut id);
         u32::from_le_bytes(id)
     };
-    let mut slot = Slot::new();
+    let mut slot = Slot::new(vm.register_pages()[3].clone());
     for _ in 0..3 {
         assert_eq!(device_id(&mut slot), 0);
         slot.fill(&vm, address, irq, Box::new(Rng::new(EventLoop::spawn().unwrap()))).unwrap();

@@ -25,7 +25,7 @@ fn print(byte: u8) -> Vec<u8> {
 
 /// 32-bit code that prints the register of slot `slot` at `offset`, byte by byte.
 fn print_register(slot: u32, offset: u32) -> Vec<u8> {
-    let address = 0xd000_0000 + slot * 0x1000 + offset;
+    let address = 0xd000_0f9c + slot * 0x2000 + offset;
     let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xa1]; // mov dx, 0x3f8; mov eax, [address]
     code.extend(address.to_le_bytes());
     for _ in 0..4 {
@@ -57,12 +57,38 @@ fn device_has_the_slot_of_its_place_in_the_spec() {
 #[test]
 fn wild_accesses_to_the_bus_change_nothing() {
     let mut code = vec![0xa1, 0, 0, 0, 0xc0]; // mov eax, [0xc0000000]: nobody there
-    code.extend([0xa2, 0x01, 0x00, 0x00, 0xd0]); // mov [0xd0000001], al
-    code.extend([0x66, 0xa1, 0xff, 0x0f, 0x00, 0xd0]); // mov ax, [0xd0000fff]: across two slots
+    code.extend([0xa2, 0x9d, 0x0f, 0x00, 0xd0]); // mov [0xd0000f9d], al: the second byte of a slot
+    code.extend([0xa2, 0x01, 0x00, 0x00, 0xd0]); // mov [0xd0000001], al: before it in its page
+    code.extend([0x66, 0xa1, 0xff, 0x0f, 0x00, 0xd0]); // mov ax, [0xd0000fff]: across its two pages
+    code.extend([0x66, 0xa1, 0x9b, 0x1f, 0x00, 0xd0]); // mov ax, [0xd0001f9b]: across its end
     code.extend([0xe5, 0x99, 0xe6, 0x99]); // in eax, 0x99; out 0x99, al
     code.extend(print(b'.'));
     code.extend(TRIPLE_FAULT);
     assert_eq!(run(&spec(), kernel(&code, &[])), (ExitReason::Reset, b".".to_vec()));
+}
+
+/// What Linux does in an interrupt and to start a request.
+#[test]
+fn interrupts_and_doorbells_are_no_exits() {
+    let mut spec = spec();
+    spec.devices = vec![DeviceSpec::Rng];
+    let mut code = vec![0xb9, 0xe8, 0x03, 0x00, 0x00]; // mov ecx, 1000
+    code.extend([0xa1, 0xfc, 0x0f, 0x00, 0xd0]); // mov eax, [0xd0000ffc]: InterruptStatus
+    code.extend([0xc7, 0x05, 0x00, 0x10, 0x00, 0xd0, 1, 0, 0, 0]); // mov dword [0xd0001000], 1: InterruptACK
+    code.extend([0xc7, 0x05, 0xec, 0x0f, 0x00, 0xd0, 0, 0, 0, 0]); // mov dword [0xd0000fec], 0: QueueNotify
+    code.extend([0xe2, 0xe5]); // loop
+    code.extend([0xa3, 0x9c, 0x0f, 0x00, 0xd0]); // mov [0xd0000f9c], eax: MagicValue, which is an exit and changes nothing
+    code.extend(print_register(0, 0));
+    code.extend(TRIPLE_FAULT);
+    let (mut machine, mut serial) = build(&spec, kernel(&code, &[])).unwrap();
+    machine.start().unwrap();
+    assert_eq!(wait(&machine), ExitReason::Reset);
+    let exits = machine.stop().to_string();
+    assert!(exits.starts_with("1 mmio, "), "{exits}");
+    drop(machine);
+    let mut text = String::new();
+    serial.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "virt");
 }
 
 #[test]

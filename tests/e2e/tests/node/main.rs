@@ -35,6 +35,7 @@ mod soak;
 mod standalone;
 mod stuck;
 mod throttled;
+mod throughput;
 mod unusual_specs;
 mod user_namespace;
 mod volumes;

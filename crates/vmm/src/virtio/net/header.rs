@@ -82,7 +82,7 @@ impl Offloads {
 }
 
 /// The constants are all below 256.
-const fn bits(constant: u32) -> u8 {
+pub const fn bits(constant: u32) -> u8 {
     constant.to_le_bytes()[0]
 }
 

@@ -3,10 +3,12 @@
 //!
 //! One queue pair, no control queue: the guest's MAC address is given, and it sees every frame that the tap delivers.
 //! Frames go between guest memory and tap without a copy of ours; [`header`] checks what the guest asks to be done with
-//! a frame, [`worker`] runs in the device loop.
+//! a frame, [`reception`] puts the host's TCP segments together, [`worker`] runs in the device loop.
 
 mod error;
 mod header;
+mod reception;
+mod segment;
 mod tap;
 mod worker;
 

@@ -1,39 +1,55 @@
 //! The device's side of the transport's registers: interrupt status, configuration generation and DEVICE_NEEDS_RESET.
 //! Everything here is shared between the vCPUs (through the registers) and the device's worker, hence atomic.
+//!
+//! An interrupt costs no exit to the VMM. The driver reads InterruptStatus as memory ([`RegisterPage`]), and KVM swallows its
+//! acknowledgement of used buffers (`machine::slot`), which tells us nothing: the line is edge-triggered, so there is nothing to
+//! lower, and the bit for used buffers stays set from the first interrupt to the reset. If we cleared it when the write comes to
+//! our notice, the bit of an interrupt that was raised in between could go with it, and the driver would not look. A bit that is
+//! always set makes it look at its rings in each interrupt, where it finds what there is.
+//!
+//! A change of the configuration is rare, and the driver has no other way to see it. Its bit is set and cleared as the
+//! specification has it: the acknowledgement of both bits is another value than KVM swallows, and comes to us before the
+//! driver goes on.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::register_page::RegisterPage;
 use crate::virtio::Interrupt;
 
+/// InterruptStatus.
+pub const INTERRUPT_STATUS: u64 = 0x060;
 /// InterruptStatus: the device has used a buffer.
-const USED_BUFFER: u32 = 1;
+pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus: the configuration has changed.
 const CONFIG_CHANGE: u32 = 2;
 
 /// An interrupt line of the I/O APIC, raised through an irqfd.
 pub struct MmioInterrupt {
-    status: AtomicU32,
+    page: Arc<RegisterPage>,
     generation: AtomicU32,
     needs_reset: AtomicBool,
     line: EventFd,
 }
 
 impl MmioInterrupt {
-    /// An interrupt with nothing pending.
-    pub fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), generation: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+    /// An interrupt with nothing pending. Its status is in the page.
+    pub fn new(line: EventFd, page: Arc<RegisterPage>) -> Self {
+        let new = Self { page, generation: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line };
+        new.reset();
+        new
     }
 
-    /// InterruptStatus.
-    pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+    /// Where the driver reads the status, and other registers.
+    pub fn page(&self) -> &RegisterPage {
+        &self.page
     }
 
-    /// InterruptACK.
+    /// InterruptACK, as far as KVM does not swallow it.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        self.page.clear(INTERRUPT_STATUS, bits & CONFIG_CHANGE);
     }
 
     /// ConfigGeneration.
@@ -49,11 +65,11 @@ impl MmioInterrupt {
     /// Device reset: nothing is pending.
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
-        self.status.store(0, Ordering::SeqCst);
+        self.page.store(INTERRUPT_STATUS, 0);
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.page.set(INTERRUPT_STATUS, bit);
         // KVM drains the counter when it injects the interrupt; a full one would mean that it is pending anyway.
         let _ = self.line.write(1);
     }

@@ -14,10 +14,11 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::interrupt::MmioInterrupt;
+use super::interrupt::{INTERRUPT_STATUS, MmioInterrupt};
 use super::queue::QueueRegisters;
 use crate::bus::BusDevice;
 use crate::guest_log;
+use crate::layout::READABLE_REGISTERS;
 use crate::memory::Memory;
 use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
@@ -45,8 +46,8 @@ const QUEUE_NUM: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
 /// QueueNotify, the doorbell of all queues.
 pub const QUEUE_NOTIFY: u64 = 0x050;
-const INTERRUPT_STATUS: u64 = 0x060;
-const INTERRUPT_ACK: u64 = 0x064;
+/// InterruptACK.
+pub const INTERRUPT_ACK: u64 = 0x064;
 const STATUS: u64 = 0x070;
 const QUEUE_DESC_LOW: u64 = 0x080;
 const QUEUE_DESC_HIGH: u64 = 0x084;
@@ -96,7 +97,7 @@ impl MmioTransport {
         kicks: Vec<EventFd>,
     ) -> Self {
         let queues = Self::initial_queues(device.as_ref());
-        Self {
+        let new = Self {
             device,
             memory,
             interrupt,
@@ -107,6 +108,16 @@ impl MmioTransport {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
+        };
+        new.show();
+        new
+    }
+
+    /// Shows the driver the registers that it reads as memory. They change by its own writes only, but for InterruptStatus, which
+    /// is the interrupt's.
+    fn show(&self) {
+        for register in (0..READABLE_REGISTERS).step_by(size_of::<u32>()).filter(|at| *at != INTERRUPT_STATUS) {
+            self.interrupt.page().store(register, self.read_register(register));
         }
     }
 
@@ -137,7 +148,7 @@ impl MmioTransport {
                 let queue = self.selected_queue().and_then(|index| self.queues.get(index));
                 queue.map_or(0, |queue| u32::from(queue.ready))
             }
-            INTERRUPT_STATUS => self.interrupt.status(),
+            INTERRUPT_STATUS => self.interrupt.page().load(INTERRUPT_STATUS),
             STATUS if self.is_resetting() => NEEDS_RESET,
             STATUS => self.status | if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 },
             // No device has shared memory: a length and a base of all ones (section 4.2.2).
@@ -331,6 +342,7 @@ impl BusDevice for MmioTransport {
             }
         } else if let (true, Ok(value)) = (offset.is_multiple_of(4), <[u8; 4]>::try_from(data)) {
             self.write_register(offset, u32::from_le_bytes(value));
+            self.show();
         } else {
             guest_log!("register {offset:#x} not written as an aligned word of 32 bits");
         }

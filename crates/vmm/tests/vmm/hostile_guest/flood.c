@@ -28,7 +28,7 @@ static u64 odd_address(void)
 	case 2:
 		return ~0ull - below(4096);
 	case 3:
-		return SLOTS_START + below(0x10000);
+		return SLOTS_START + below((u32)(SLOTS * SLOT_STRIDE));
 	case 4:
 		return HOTPLUG_START + below(256 << 20);
 	case 5:

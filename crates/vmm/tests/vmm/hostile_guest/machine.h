@@ -17,6 +17,8 @@ typedef uint64_t u64;
 #define GAP_START 0xc0000000ull
 #define SLOTS_START 0xd0000000ull
 #define SLOT_SIZE 0x1000ull
+#define SLOT_STRIDE 0x2000ull
+#define SLOT_ADDRESS(slot) (SLOTS_START + (slot) * SLOT_STRIDE + 0x1000 - 0x64)
 #define SLOTS 16
 #define HOTPLUG_START 0x100000000ull
 

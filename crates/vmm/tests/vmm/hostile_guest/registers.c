@@ -182,11 +182,13 @@ void storm(void)
 		for (u32 offset = SLOT_SIZE - 16; offset < SLOT_SIZE; offset++)
 			for (u32 width = 0; width < 4; width++)
 				access(device->base + offset, width, offset & 1, ~0ull);
+		check(get(device, MAGIC) == 0x74726976 && get(device, DEVICE_ID) == device->kind, device->name,
+		      "keeps the registers that are read as memory", 0);
 		/* What the storm has left: a queue in use may be anything now, so everything is started afresh. */
 		revive(device, "a storm");
 	}
 	for (u64 slot = (u64)device_count; slot < SLOTS; slot++)
-		scatter(SLOTS_START + slot * SLOT_SIZE, 50);
+		scatter(SLOT_ADDRESS(slot), 50);
 	revive_all("all storms");
 }
 
@@ -261,8 +263,8 @@ void nowhere(void)
 	static const u64 addresses[] = {
 		GAP_START,
 		0xcffffff0,
-		SLOTS_START + SLOTS * SLOT_SIZE,
-		SLOTS_START + SLOTS * SLOT_SIZE + 0xff8,
+		SLOTS_START + SLOTS * SLOT_STRIDE,
+		SLOTS_START + SLOTS * SLOT_STRIDE + 0xff8,
 		0xd0100000,
 		0xe0000000,
 		0xefff0000,

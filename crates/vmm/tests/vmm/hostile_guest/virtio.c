@@ -50,7 +50,7 @@ void find_devices(void)
 {
 	for (u64 slot = 0; slot < SLOTS; slot++) {
 		struct device *device = &devices[device_count];
-		device->base = SLOTS_START + slot * SLOT_SIZE;
+		device->base = SLOT_ADDRESS(slot);
 		u32 kind = get(device, DEVICE_ID);
 		device->kind = kind;
 		device->name = name_of(kind, &device->queue_count);
