@@ -3,18 +3,23 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-build kernel kernel-debug rootfs images product build check run test test-unit test-node test-compat test-docker test-hostile fuzz \
-	node soak-boot soak-pods bench-boot install clean
+	node soak-boot soak-pods bench bench-gate bench-record bench-boot install clean
 
 # N: boots of `make soak-boot`. FILTER: which tests of `make test-node` and `make test-compat` run (a part of their names).
+# GROUPS: which groups `make bench` measures. COUNTS=1: `make bench-gate` compares counts alone.
 # FUZZ_SECONDS, TARGET: how long `make fuzz` runs each target, and which one. PREFIX, DESTDIR: where `make install` puts things.
 N ?= 100
 FILTER ?=
+GROUPS ?=
+COUNTS ?=
 FUZZ_SECONDS ?=
 TARGET ?=
 PREFIX ?= /usr/local
 DESTDIR ?=
 
 NODE := tests/node/node
+# Of the tree that is measured.
+REVISION = $(shell git describe --always --dirty --abbrev=12)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,13 +52,15 @@ product: kernel rootfs ## what `make install` installs, and nothing that only te
 build: setup kernel rootfs images ## everything: binaries in build/bin, guest kernel, guest image, test images
 	@tools/build
 
-check: setup-build ## format, clippy, licences, circles of imports
+check: setup-build ## format, clippy, licences, circles of imports, documents that are generated
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo clippy -p bulkhead-e2e --test node --locked -- -D warnings
 	tools/licences
 	tools/circles --self-test
 	tools/circles
+	tools/bench --self-test
+	tools/bench check
 
 run: build ## start a node and a pod in its own guest, and show both side by side
 	@$(NODE) run bulkhead run
@@ -88,8 +95,18 @@ soak-boot: build ## N=100 guest boots in a row, none may hang
 soak-pods: build ## 200 containers one after the other and 20 pods at once: nothing left, nothing grows
 	@$(NODE) run bulkhead-soak
 
+bench: build ## pods beside runc's: files, programs, network, streams, starts (GROUPS="files network"); a table and build/bench.json
+	@$(NODE) run bulkhead-bench --json build/bench.json --revision '$(REVISION)' $(GROUPS)
+
+bench-gate: build ## fails if pods cost more than benches/recorded.json says (COUNTS=1: counts alone, which is quick)
+	@$(NODE) run bulkhead-bench $(if $(COUNTS),--counts) --json build/bench-gate.json --revision '$(REVISION)'
+	@tools/bench gate build/bench-gate.json benches/recorded.json
+
+bench-record: ## takes build/bench.json as what is compared with from now on, and writes docs/performance.md
+	@tools/bench record build/bench.json
+
 bench-boot: build ## boot time against QEMU's microvm, and time to a pod's first line of output against runc's
-	@$(NODE) run bulkhead-bench
+	@$(NODE) run bulkhead-bench start
 	@$(NODE) run benches/boot
 
 install: product ## binaries, guest kernel and image below PREFIX (/usr/local), configuration in /etc/bulkhead

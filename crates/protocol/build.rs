@@ -1,15 +1,18 @@
-//! Generates the agent's ttrpc service from `agent.proto`, and the CRI's messages from `cri.proto`.
+//! Generates the ttrpc services of the agent and of a shim for operators from `agent.proto` and `operator.proto`, and the CRI's
+//! messages from `cri.proto`.
 
 fn main() -> std::io::Result<()> {
     #[cfg(feature = "agent")]
     generate("agent", &["agent", "agent_ttrpc"])?;
     #[cfg(feature = "cri")]
     generate("cri", &["cri"])?;
+    #[cfg(feature = "operator")]
+    generate("operator", &["operator", "operator_ttrpc"])?;
     Ok(())
 }
 
 /// Generates `proto/NAME.proto` into a directory of its own, with a file that declares what was made as modules.
-#[cfg(any(feature = "agent", feature = "cri"))]
+#[cfg(any(feature = "agent", feature = "cri", feature = "operator"))]
 fn generate(name: &str, modules: &[&str]) -> std::io::Result<()> {
     use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 

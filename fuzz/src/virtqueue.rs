@@ -29,7 +29,8 @@ pub fn virtqueue(data: &[u8]) {
     let (size, rings) = (queue.size(), [queue.desc_table(), queue.avail_ring(), queue.used_ring()]);
     let kick = bulkhead_vmm::virtio::ring::event_fd().unwrap();
     let queues = vec![Some(ActiveQueue { queue, kick })];
-    let mut activation = Activation { memory: memory.clone(), features: 0, queues, interrupt };
+    let counts = Arc::default();
+    let mut activation = Activation { memory: memory.clone(), features: 0, queues, interrupt, counts };
     let mut ring = Ring::take(&mut activation, 0).unwrap();
     for _ in 0..MAX_STEPS {
         if input.is_empty() || act(&memory, size, rings, &mut ring, &mut input).is_err() {

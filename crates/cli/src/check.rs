@@ -2,13 +2,12 @@
 //! it (proc_pid_status(5), namespaces(7), proc_pid_fd(5)), and whether that is what the jail promises.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use bulkhead_protocol::node::{
-    FILE_SERVER_CAPABILITIES, NODE_CAPABILITIES, ProcessRecord, RUN_ROOT, SHIM_RECORD, VMM_RECORD,
-};
+use bulkhead_cli::pods;
+use bulkhead_protocol::node::{FILE_SERVER_CAPABILITIES, NODE_CAPABILITIES, ProcessRecord, SHIM_RECORD, VMM_RECORD};
 
 /// Namespaces that a VMM must not share with the node.
 const NAMESPACES: [&str; 6] = ["mnt", "pid", "net", "ipc", "uts", "cgroup"];
@@ -71,7 +70,7 @@ pub struct CheckArguments {
 
 /// Prints what it finds; fails if a promise of the jail does not hold.
 pub fn run(arguments: &CheckArguments) -> Result<()> {
-    let pod = find(&arguments.jail)?;
+    let pod = pods::find(&arguments.jail)?;
     let (vmm, shim) = (pid(&pod.join(VMM_RECORD))?, pid(&pod.join(SHIM_RECORD))?);
     let mut gaps = Vec::new();
     println!("pod {}", pod.file_name().unwrap_or_default().display());
@@ -97,21 +96,6 @@ pub fn run(arguments: &CheckArguments) -> Result<()> {
         return Ok(());
     }
     bail!("the jail has gaps:\n  {}", gaps.join("\n  "))
-}
-
-/// The directory of the one pod whose id begins so.
-fn find(begin: &str) -> Result<PathBuf> {
-    let namespaces = fs::read_dir(RUN_ROOT).into_iter().flatten().flatten();
-    let pods = namespaces.flat_map(|namespace| fs::read_dir(namespace.path()).into_iter().flatten().flatten());
-    let mut found: Vec<_> = pods
-        .map(|pod| pod.path())
-        .filter(|pod| pod.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(begin)))
-        .collect();
-    match (found.pop(), found.is_empty()) {
-        (Some(pod), true) => Ok(pod),
-        (Some(_), false) => bail!("more than one pod's id begins with {begin:?}; give more of it"),
-        (None, _) => bail!("no pod with id {begin:?} runs here; `crictl pods` lists them, and this needs root"),
-    }
 }
 
 /// The process that a shim has noted.

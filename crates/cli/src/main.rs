@@ -5,6 +5,7 @@ mod clean;
 mod run;
 
 use anyhow::Result;
+use bulkhead_cli::counters;
 use clap::{Parser, Subcommand};
 
 /// Pods in their own KVM guests.
@@ -21,6 +22,8 @@ enum Command {
     Check(check::CheckArguments),
     /// Remove what killed shims have left on this node, directories, cgroups and sockets, and name it (root)
     Clean(clean::CleanArguments),
+    /// Show what the devices of a running pod have counted: requests by kind, bytes, kicks, interrupts (root)
+    Counters(counters::CountersArguments),
     /// Run a pod from an image through the CRI, and show that it is in a guest of its own
     Run(run::RunArguments),
 }
@@ -30,6 +33,7 @@ async fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Check(arguments) => check::run(&arguments),
         Command::Clean(arguments) => clean::run(&arguments),
+        Command::Counters(arguments) => counters::run(&arguments).await,
         Command::Run(arguments) => run::run(arguments).await,
     }
 }

@@ -13,6 +13,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::counters::DeviceCounters;
 use crate::vmspec::{DeviceSpec, VmSpec};
 
 /// Largest message in bytes. A spec with every slot filled is a few KiB.
@@ -59,6 +60,8 @@ pub enum Command {
         /// Port in the guest.
         port: u32,
     },
+    /// Asks what the devices have counted. Answered with [`Reply::Counters`], at once.
+    Counters,
 }
 
 /// VMM to shim.
@@ -83,6 +86,13 @@ pub enum Reply {
         id: u64,
         /// MiB that the guest has beyond its boot memory.
         mib: u64,
+    },
+    /// What the devices have counted.
+    Counters {
+        /// The request's id.
+        id: u64,
+        /// One for each slot that has a device.
+        devices: Vec<DeviceCounters>,
     },
     /// The request with this id failed.
     Failed {

@@ -8,6 +8,7 @@
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
 
 pub mod control;
+pub mod counters;
 pub mod error;
 pub mod forward;
 pub mod guest;
@@ -26,6 +27,15 @@ pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent/modules.rs"));
     pub use agent::*;
     pub use agent_ttrpc::*;
+}
+
+/// What an operator's command asks of a shim, generated from `proto/operator.proto`.
+#[cfg(feature = "operator")]
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]
+pub mod operator {
+    include!(concat!(env!("OUT_DIR"), "/operator/modules.rs"));
+    pub use operator::*;
+    pub use operator_ttrpc::*;
 }
 
 /// A pod's configuration as the CRI describes it, generated from `proto/cri.proto`.

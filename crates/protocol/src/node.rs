@@ -15,6 +15,9 @@ pub const SHIM_RECORD: &str = "shim.pid";
 /// The VMM's record in a pod's directory.
 pub const VMM_RECORD: &str = "vmm.pid";
 
+/// A link in a pod's directory to the socket of its shim.
+pub const SHIM_SOCKET: &str = "shim.sock";
+
 /// The record of a process. The start time tells it from another process that got the same pid later.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct ProcessRecord {

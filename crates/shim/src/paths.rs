@@ -1,14 +1,14 @@
 //! Where a pod's files are on the host: one directory, and one socket.
 //!
-//! `/run/bulkhead/<namespace>/<sandbox id>/`, mode 0700, holds `share/` (what the guest sees) and the pids of shim and
-//! VMM for the one who cleans up after them. The socket has containerd's customary place, `/run/containerd/s/<hash>`; see
+//! `/run/bulkhead/<namespace>/<sandbox id>/`, mode 0700, holds `share/` (what the guest sees), the pids of shim and
+//! VMM for the one who cleans up after them, and a link to the socket. The socket has containerd's customary place, `/run/containerd/s/<hash>`; see
 //! [`crate::endpoint`] for what is beside it.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::node::{SHIM_RECORD, VMM_RECORD};
+use bulkhead_protocol::node::{SHIM_RECORD, SHIM_SOCKET, VMM_RECORD};
 use sha2::{Digest, Sha256};
 
 /// Directory of the shims' sockets.
@@ -57,6 +57,13 @@ impl RunDir {
     /// Where the time of the boot went.
     pub fn timeline(&self) -> PathBuf {
         self.0.join("boot.json")
+    }
+
+    /// Leads to the shim's socket, for an operator's commands. Nothing else needs it.
+    pub fn link_socket(&self, socket: &Path) {
+        if let Err(error) = std::os::unix::fs::symlink(socket, self.0.join(SHIM_SOCKET)) {
+            tracing::warn!(%error, "cannot link to the shim's socket in {}", self.0.display());
+        }
     }
 
     /// Makes the directory, readable by root alone.

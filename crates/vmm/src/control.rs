@@ -79,6 +79,10 @@ impl Service {
             Command::AddDevice(device) => self.add_device(id, &device, fds),
             Command::RemoveDevice { slot } => self.remove_device(id, slot),
             Command::ResizeMemory { mib } => self.resize_memory(id, mib),
+            Command::Counters => match &self.machine {
+                Some(machine) => self.reply(&Reply::Counters { id, devices: machine.counters() }),
+                None => self.fail(id, NO_MACHINE.into()),
+            },
         }
         Ok(())
     }

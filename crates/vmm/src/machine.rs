@@ -7,6 +7,7 @@ mod slots;
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
+use bulkhead_protocol::counters::DeviceCounters;
 use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -91,6 +92,11 @@ impl Machine {
     /// Takes the device out of a slot, with no regard to what the guest does with it.
     pub fn remove_device(&mut self, number: u8) -> Result<(), MachineError> {
         self.slots.remove(&self.vm, number)
+    }
+
+    /// What the devices have counted.
+    pub fn counters(&self) -> Vec<DeviceCounters> {
+        self.slots.counters()
     }
 
     /// Stops the vCPUs and waits for their threads; returns what made them exit to the VMM.

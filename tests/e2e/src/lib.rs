@@ -3,6 +3,7 @@
 //! A test is `on_node(async |node| ...)`. It starts pods with [`Node::pod`] and executes in them with [`TestPod::exec`]; when
 //! it ends, whether it passed or not, its pods are removed and [`leftovers`] decides whether anything of them is left.
 
+pub mod bench;
 pub mod chaos;
 pub mod cni;
 pub mod compat;

@@ -58,6 +58,11 @@ impl Terminal {
         self.message(STDIN, text.as_bytes()).await
     }
 
+    /// Sends what is no text.
+    pub async fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.message(STDIN, bytes).await
+    }
+
     /// Changes the size of the terminal, in characters.
     pub async fn resize(&mut self, width: u16, height: u16) -> Result<()> {
         let size = serde_json::json!({ "Width": width, "Height": height }).to_string();

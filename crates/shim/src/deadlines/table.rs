@@ -474,4 +474,9 @@ operations! {
         [],
         "containerd waits for the action `start` and answers from memory. When it does not, the older contract serves as well."
     }
+    Counters {
+        "counters of the VM's devices told", 5 s of Pod, Apart,
+        [],
+        "The VMM reads them from its memory. An operator asks, and may ask again."
+    }
 }

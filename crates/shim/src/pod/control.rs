@@ -1,7 +1,8 @@
-//! Calls on a running container: pause, resume, update, numbers, terminal size, closing stdin.
+//! Calls on a running container: pause, resume, update, numbers, terminal size, closing stdin; and the VM's counters.
 
 use std::sync::Arc;
 
+use bulkhead_protocol::counters::DeviceCounters;
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::types::task::Status;
 use protobuf::well_known_types::any::Any;
@@ -10,6 +11,7 @@ use super::Pod;
 use super::container::{Container, Kind};
 use super::error::TaskError;
 use crate::deadlines::{Deadline, Operation};
+use crate::sandbox::SandboxError;
 use crate::{spec, stats};
 
 impl Pod {
@@ -61,6 +63,11 @@ impl Pod {
         }
         let (agent, id) = (self.sandbox()?.agent.clone(), id.to_owned());
         container.stats.get(deadline, async move { Ok(stats::pack(agent.stats(&id).await?)?) }).await
+    }
+
+    /// What the devices of the VM have counted.
+    pub async fn counters(&self, deadline: Deadline) -> Result<Vec<DeviceCounters>, TaskError> {
+        Ok(self.sandbox()?.vm.counters(deadline).await.map_err(SandboxError::from)?)
     }
 
     /// Sets a terminal's size.

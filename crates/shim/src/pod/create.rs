@@ -169,6 +169,7 @@ impl Pod {
             sandbox.destroy().await;
             return Err(TaskError::HostPid(error));
         }
+        self.identity.run_dir.link_socket(self.identity.endpoint.socket());
         *self.sandbox_slot() = Some(sandbox.clone());
         tokio::spawn(self.clone().listen(sandbox.agent.clone()));
         tokio::spawn(demand::follow(sandbox.clone()));

@@ -515,3 +515,10 @@ async fn who_asks_for_a_container_that_is_being_created_waits_for_the_outcome() 
     pod.creating().remove("new");
     settled.await;
 }
+
+#[tokio::test]
+async fn counters_are_the_vmms() {
+    let fixture = pod().await;
+    let counters = fixture.pod.counters(Deadline::begin(Operation::Counters)).await.unwrap();
+    assert_eq!(counters.iter().map(|device| device.kicks).collect::<Vec<_>>(), [7]);
+}

@@ -11,6 +11,7 @@ use std::time::UNIX_EPOCH;
 use async_trait::async_trait;
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::control::{self, Command, ControlError, Reply, Request};
+use bulkhead_protocol::counters::DeviceCounters;
 use bulkhead_protocol::guest::AGENT_RPC_PORT;
 use bulkhead_protocol::stdio::{ACCEPTED, decode_length};
 use futures::StreamExt;
@@ -289,6 +290,9 @@ async fn obey(socket: OwnedFd, agent: Arc<FakeAgent>) {
                 Reply::Done { id }
             }
             Command::ResizeMemory { mib } => Reply::Resized { id, mib },
+            Command::Counters => {
+                Reply::Counters { id, devices: vec![DeviceCounters { kicks: 7, ..Default::default() }] }
+            }
             _ => Reply::Done { id },
         };
         control::send(&socket, &reply, &[]).unwrap();

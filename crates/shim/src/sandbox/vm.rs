@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, Reply, Request};
+use bulkhead_protocol::counters::DeviceCounters;
 use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -206,6 +207,14 @@ impl Vm {
     pub async fn shrink_memory(&self, mib: u64) -> Result<(), VmError> {
         let request = Unsent { command: Command::ResizeMemory { mib }, fds: Vec::new(), answer: None };
         self.requests.send(Order::Ask(request)).await.map_err(|_| VmError::Ended)
+    }
+
+    /// What the devices have counted.
+    pub async fn counters(&self, deadline: Deadline) -> Result<Vec<DeviceCounters>, VmError> {
+        match self.ask(deadline, Command::Counters, Vec::new()).await? {
+            Reply::Counters { devices, .. } => Ok(devices),
+            _ => Err(VmError::Unexpected),
+        }
     }
 
     async fn ask(&self, deadline: Deadline, command: Command, fds: Vec<OwnedFd>) -> Result<Reply, VmError> {

@@ -1,5 +1,6 @@
-//! The services that containerd calls, over one socket.
+//! The services that containerd and an operator's commands call, over one socket.
 
+mod operator;
 mod sandbox;
 mod status;
 mod task;
@@ -7,11 +8,13 @@ mod task;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use bulkhead_protocol::operator::create_operator;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use ttrpc::asynchronous::Service;
 
 use crate::pod::Pod;
+use operator::OperatorService;
 use sandbox::SandboxService;
 use task::TaskService;
 
@@ -19,9 +22,10 @@ use task::TaskService;
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// Every service by its full name: one implementation under both names of the Task API, and the Sandbox API.
+/// Every service by its full name: one implementation under both names of the Task API, the Sandbox API, and the operator's.
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
     let mut services = create_sandbox(Arc::new(SandboxService::new(pod.clone())));
+    services.extend(create_operator(Arc::new(OperatorService::new(pod.clone()))));
     for name in [TASK_V2, TASK_V3] {
         let made = create_task(Arc::new(TaskService::new(pod.clone())));
         services.extend(made.into_iter().map(|(generated, service)| {

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use bulkhead_protocol::counters::DeviceCounters;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
@@ -72,6 +73,12 @@ impl Slot {
     /// Whether a device fits in.
     pub fn is_empty(&self) -> bool {
         self.device.is_none()
+    }
+
+    /// What the device of this slot, the one of this number, has counted.
+    pub fn counters(&self, slot: u8) -> Option<DeviceCounters> {
+        let (device, counts) = self.device.as_ref()?.transport.counters();
+        Some(counts.told(slot, device))
     }
 
     /// Takes the device out, with no regard to the driver: from now on the slot at `address` reads as empty. Only while a

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_protocol::counters::DeviceCounters;
 use bulkhead_protocol::vmspec::DeviceSpec;
 
 use super::error::MachineError;
@@ -82,6 +83,11 @@ impl Slots {
         }
         *state = State::Leaving;
         self.clear(vm, number)
+    }
+
+    /// What the devices have counted.
+    pub fn counters(&self) -> Vec<DeviceCounters> {
+        (0u8..).zip(&self.shared).filter_map(|(number, slot)| lock(slot).counters(number)).collect()
     }
 
     /// Looks at the slots again that could not be emptied.

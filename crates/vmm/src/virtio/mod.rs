@@ -9,6 +9,7 @@ pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod console;
+pub mod counts;
 pub mod fs;
 pub mod mem;
 pub mod net;
@@ -32,6 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::EventLoopError;
 use crate::memory::Memory;
+use counts::Counts;
 
 /// A virtio device, as its transport sees it.
 pub trait VirtioDevice: Send {
@@ -82,6 +84,8 @@ pub struct Activation {
     pub queues: Vec<Option<ActiveQueue>>,
     /// How to reach the driver.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Where the worker counts what it does.
+    pub counts: Arc<Counts>,
 }
 
 /// A queue that the driver has made ready.

@@ -9,11 +9,15 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::counts::Counts;
 use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 use crate::memory::Memory;
 
 /// Section 2.7.6: the driver wants no interrupts.
 const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// What the device's own kicks add to the event, where each of the driver's adds 1: so these can be counted.
+pub const OWN_KICK: u64 = 1 << 32;
 
 /// A descriptor chain of the guest.
 pub type Chain = DescriptorChain<Memory>;
@@ -44,6 +48,7 @@ pub struct Ring {
     kick: EventFd,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
+    counts: Arc<Counts>,
     /// Chains that are in the used ring but not yet in its index.
     staged: u16,
     /// Chains that were published since [`Self::notify`] last looked.
@@ -56,7 +61,13 @@ impl Ring {
         let queue = activation.queues.get_mut(usize::from(index)).and_then(Option::take);
         let ActiveQueue { queue, kick } = queue.ok_or(ActivateError::QueueMissing(index))?;
         let (memory, interrupt) = (Arc::clone(&activation.memory), Arc::clone(&activation.interrupt));
-        Ok(Self { index, queue, kick, memory, interrupt, staged: 0, unannounced: 0 })
+        let counts = Arc::clone(&activation.counts);
+        Ok(Self { index, queue, kick, memory, interrupt, counts, staged: 0, unannounced: 0 })
+    }
+
+    /// The device's counters.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Which of the device's queues it is.
@@ -72,13 +83,15 @@ impl Ring {
     /// Takes the notification.
     pub fn clear_kick(&self) {
         // Nothing to read (EAGAIN) is as good.
-        let _ = self.kick.read();
+        if let Ok(kicks) = self.kick.read() {
+            self.counts.kicked(kicks % OWN_KICK);
+        }
     }
 
     /// Makes the kick readable, for a worker that has spent its budget and must let others run.
     pub fn kick_self(&self) {
         // It can only fail by overflow, and then the kick is readable as it is.
-        let _ = self.kick.write(1);
+        let _ = self.kick.write(OWN_KICK);
     }
 
     /// Number of slots.
@@ -131,6 +144,7 @@ impl Ring {
     /// Interrupts the driver if it wants to know of what was pushed.
     pub fn notify(&mut self) -> Result<(), RingError> {
         if self.is_awaited()? {
+            self.counts.interrupted();
             self.interrupt.notify_queue(self.index);
         }
         Ok(())
@@ -141,6 +155,7 @@ impl Ring {
         // Both are asked: what they have published counts as announced then.
         let awaited = [self.is_awaited()?, other.is_awaited()?];
         if let Some((ring, _)) = [self, other].into_iter().zip(awaited).find(|(_, awaited)| *awaited) {
+            ring.counts.interrupted();
             ring.interrupt.notify_queue(ring.index);
         }
         Ok(())

@@ -273,5 +273,6 @@ pub fn activation(
         features,
         queues: queues.iter().map(|queue| queue.active()).collect(),
         interrupt: interrupt.clone(),
+        counts: Arc::default(),
     }
 }

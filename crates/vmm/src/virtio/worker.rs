@@ -63,6 +63,7 @@ impl<F: FnMut(Chain) -> usize + Send> MutEventSubscriber for RequestWorker<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::ring::OWN_KICK;
     use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory};
 
     /// Endless submission: there is a new request whenever one has been answered.
@@ -81,7 +82,7 @@ mod tests {
         };
         let mut worker = RequestWorker::new("test", &mut activation, 0, answer).unwrap();
         worker.serve().unwrap();
-        assert_eq!(worker.ring.kick().read().unwrap(), 1, "the rest comes back by a kick");
+        assert_eq!(worker.ring.kick().read().unwrap(), OWN_KICK, "the rest comes back by a kick");
         worker.serve().unwrap();
         drop(worker);
         assert_eq!(answered, 16);

@@ -195,6 +195,20 @@ fn vsock_connections_need_a_machine_with_the_device() {
 }
 
 #[test]
+fn counters_are_told_device_by_device() {
+    let vmm = Vmm::start();
+    vmm.send(1, Command::Counters, &[]);
+    assert!(matches!(vmm.reply(), Some(Reply::Failed { id: 1, .. })), "there is no machine yet");
+    vmm.boot(2, VmSpec { devices: vec![DeviceSpec::Rng, DeviceSpec::Vsock], ..spec() }, &SPIN);
+    assert_eq!(vmm.reply(), Some(Reply::Done { id: 2 }));
+    vmm.send(3, Command::Counters, &[]);
+    let Some(Reply::Counters { id: 3, devices }) = vmm.reply() else { panic!("no counters") };
+    let kinds: Vec<_> = devices.iter().map(|device| (device.slot, device.device, device.kicks)).collect();
+    assert_eq!(kinds, [(0, 4, 0), (1, 19, 0)]);
+    assert!(vmm.end());
+}
+
+#[test]
 fn second_boot_is_refused_and_the_machine_goes_on() {
     let vmm = Vmm::start();
     vmm.boot(1, spec(), &SPIN);

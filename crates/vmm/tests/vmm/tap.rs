@@ -102,7 +102,8 @@ fn hostile_09_offloads_are_set_when_they_change_and_not_for_ever() {
     let mut activate = |features: u64| {
         let (memory, interrupt) = (Arc::clone(&memory), Arc::new(Unheard));
         // Without queues it goes as far as the offloads, and no further.
-        device.activate(Activation { memory, features, queues: vec![None, None], interrupt })
+        let (queues, counts) = (vec![None, None], Arc::default());
+        device.activate(Activation { memory, features, queues, interrupt, counts })
     };
     for _ in 0..100 {
         assert!(matches!(activate(0), Err(ActivateError::QueueMissing(_))), "the same again");

@@ -1,97 +1,70 @@
-//! `make bench-boot`, the pod's part: from RunPodSandbox to the container's first log line, with Bulkhead and with runc in
-//! turns in the same run. Times under emulation mean something only as ratios.
+//! `make bench`: what pods on Bulkhead cost beside pods on runc, see [`bulkhead_e2e::bench`].
+//!
+//!     bulkhead-bench [--counts] [--json FILE] [--revision NAME] [GROUP]...
+//!
+//! Runs the groups, or all of them: start, files, tools, network, stdio. `--counts` counts only, and takes a few minutes.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use bulkhead_cli::cri::{self, Cri};
-use bulkhead_e2e::log_watch::LogWatch;
-use bulkhead_e2e::{BUSYBOX, PATIENCE, sh};
+use anyhow::{Context, Result, bail};
+use bulkhead_e2e::bench::{self, Depth, Results, Scratch};
+use bulkhead_e2e::with_node;
 
-/// Runs of each handler; the median is printed.
-const RUNS: usize = 5;
+struct Arguments {
+    depth: Depth,
+    json: Option<PathBuf>,
+    revision: String,
+    groups: Vec<String>,
+}
 
-/// Milliseconds of each step, run by run.
-type Samples = BTreeMap<String, Vec<f64>>;
+fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
+    let mut arguments =
+        Arguments { depth: Depth::Full, json: None, revision: "unknown".to_owned(), groups: Vec::new() };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--counts" => arguments.depth = Depth::Counts,
+            "--json" => arguments.json = Some(words.next().context("--json needs a file")?.into()),
+            "--revision" => arguments.revision = words.next().context("--revision needs a name")?,
+            option if option.starts_with('-') => bail!("there is no option {option}"),
+            _ => arguments.groups.push(word),
+        }
+    }
+    Ok(arguments)
+}
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let cri = Cri::connect(Path::new(cri::CONTAINERD_SOCKET)).await?;
-    cri.pull(BUSYBOX).await?;
-    let logs = std::env::temp_dir().join(format!("bulkhead-bench-{}", std::process::id()));
-    let mut samples: BTreeMap<&str, Samples> = BTreeMap::new();
-    for run in 0..RUNS {
-        for handler in ["runc", "bulkhead"] {
-            println!("pod with {handler}, {} of {RUNS}", run + 1);
-            let steps = pod(&cri, handler, &logs.join(format!("{handler}-{run}"))).await?;
-            let all = samples.entry(handler).or_default();
-            for (step, time) in steps {
-                all.entry(step).or_default().push(time);
-            }
-        }
+    let Arguments { depth, json, revision, groups } = parse(std::env::args().skip(1))?;
+    // Before the node is looked at, and what pods leave of it compared.
+    bench::mount_debugfs()?;
+    // Removed after the pods, which have it mounted.
+    let scratch = Scratch::new()?;
+    let mut results = Results::default();
+    with_node(async |node| {
+        results = bench::run(node, &scratch, depth, &groups).await?;
+        Ok(())
+    })
+    .await?;
+    println!("\n{}", bench::table(&results));
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&bench::as_json(&results, &revision, depth))? + "\n";
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("bench: all figures are in {}", path.display());
     }
-    let _ = fs::remove_dir_all(&logs);
-    print(&samples);
     Ok(())
 }
 
-/// Runs one pod; returns the milliseconds of its steps.
-async fn pod(cri: &Cri, handler: &str, logs: &Path) -> Result<Vec<(String, f64)>> {
-    let watch = LogWatch::new(logs, "main_0.log")?;
-    let mut steps = Vec::new();
-    let begin = Instant::now();
-    let mut last = begin;
-    let mut done = |step: &str, steps: &mut Vec<(String, f64)>| {
-        let now = Instant::now();
-        steps.push((step.to_owned(), milliseconds(now - last)));
-        last = now;
-    };
-    let pod = cri.run_pod(cri::pod_config("bench", logs), handler).await?;
-    done("1 RunPodSandbox", &mut steps);
-    let container = pod.create(sh("main", "echo up")).await?;
-    done("2 CreateContainer", &mut steps);
-    pod.start(&container).await?;
-    done("3 StartContainer", &mut steps);
-    watch.first_line(PATIENCE).await?;
-    done("4 first log line", &mut steps);
-    steps.push(("5 total".to_owned(), milliseconds(begin.elapsed())));
-    steps.extend(breakdown(&pod.id)?);
-    pod.wait_exit(&container, PATIENCE).await?;
-    pod.remove().await?;
-    Ok(steps)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// What the shim wrote of the sandbox's boot; runc's wrote nothing.
-fn breakdown(sandbox: &str) -> Result<Vec<(String, f64)>> {
-    let path = PathBuf::from("/run/bulkhead/k8s.io").join(sandbox).join("boot.json");
-    let Ok(text) = fs::read(&path) else { return Ok(Vec::new()) };
-    let steps: Vec<(String, f64)> =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not understood", path.display()))?;
-    Ok(steps.into_iter().enumerate().map(|(at, (step, time))| (format!("1.{} {step}", at + 1), time)).collect())
-}
-
-fn print(samples: &BTreeMap<&str, Samples>) {
-    let empty = Samples::new();
-    let (runc, bulkhead) = (samples.get("runc").unwrap_or(&empty), samples.get("bulkhead").unwrap_or(&empty));
-    println!("\n{:<28}{:>12}{:>12}{:>8}   (median of {RUNS}, ms)", "step", "runc", "bulkhead", "ratio");
-    for (step, times) in bulkhead {
-        let mine = median(times);
-        match runc.get(step).map(|times| median(times)) {
-            Some(theirs) => println!("{step:<28}{theirs:>12.0}{mine:>12.0}{:>8.2}", mine / theirs),
-            None => println!("{step:<28}{:>12}{mine:>12.0}", ""),
-        }
+    #[test]
+    fn arguments_are_understood_or_refused() {
+        let parsed = |text: &str| parse(text.split_whitespace().map(str::to_owned));
+        let arguments = parsed("--counts --json build/bench.json --revision abc files network").unwrap();
+        assert_eq!((arguments.depth, arguments.revision.as_str()), (Depth::Counts, "abc"));
+        assert_eq!(arguments.json, Some("build/bench.json".into()));
+        assert_eq!(arguments.groups, ["files", "network"]);
+        assert!(parsed("--json").is_err() && parsed("--quick").is_err());
     }
-}
-
-fn median(times: &[f64]) -> f64 {
-    let mut sorted = times.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }

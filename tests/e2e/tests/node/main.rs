@@ -7,6 +7,7 @@ mod cni;
 mod cni_setup;
 mod codes;
 mod contract;
+mod counters;
 mod crio;
 mod dead_shims;
 mod docker;

@@ -190,7 +190,7 @@ impl Supervisor {
                     self.ask(Unsent { command: Command::RemoveDevice { slot }, fds: Vec::new(), answer: None });
                 }
             }
-            Reply::Done { id } | Reply::Resized { id, .. } => {
+            Reply::Done { id } | Reply::Resized { id, .. } | Reply::Counters { id, .. } => {
                 if let Some(answer) = self.waiting.remove(&id) {
                     let _ = answer.send(Ok(reply));
                 }

@@ -17,6 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::Fs;
 use crate::memory::Memory;
 use crate::virtio::VirtioDevice;
+use crate::virtio::counts::Counts;
 use crate::virtio::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 
 /// Opcodes of fuse.h.
@@ -69,6 +70,7 @@ struct Guest {
     hiprio: DriverQueue,
     requests: DriverQueue,
     device: Fs,
+    counts: Arc<Counts>,
     unique: u64,
 }
 
@@ -89,6 +91,7 @@ impl Guest {
             interrupt: Arc::default(),
             memory,
             device: Fs::new("share", root, ids, true).unwrap(),
+            counts: Arc::default(),
             unique: 0,
         };
         guest.start();
@@ -97,6 +100,7 @@ impl Guest {
 
     fn start(&mut self) {
         let activation = activation(&self.memory, 0, &[&self.hiprio, &self.requests], &self.interrupt);
+        self.counts = Arc::clone(&activation.counts);
         self.device.activate(activation).unwrap();
         self.init(SUBMOUNTS).unwrap();
     }
@@ -385,6 +389,24 @@ fn hostile_11_open_files_of_the_guest_are_limited() {
     body.extend([0; 16]);
     guest.call(opcode::RELEASE, node, &body).unwrap();
     guest.open(node, libc::O_RDONLY).unwrap();
+}
+
+#[test]
+fn requests_are_counted_by_kind_with_their_bytes() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let handle = guest.open(node, libc::O_RDONLY).unwrap();
+    guest.read(node, handle).unwrap();
+    let counted = guest.counts.told(0, 26);
+    let of = |kind| {
+        let requests = counted.requests.iter().find(|requests| requests.kind == kind).unwrap();
+        (requests.count, requests.received, requests.replied)
+    };
+    assert_eq!(of(opcode::READ), (1, 40 + 40, 16 + 7));
+    assert_eq!([of(opcode::INIT).0, of(opcode::LOOKUP).0, of(opcode::OPEN).0], [1, 1, 1]);
+    // How many of each is a matter of who is faster.
+    assert!(counted.kicks > 0 && counted.interrupts > 0);
 }
 
 #[test]

@@ -18,6 +18,7 @@ use super::guard::{Guard, Opened};
 use super::locks::{How, Locks, Watches, Wish};
 use super::memory::ServerMemory;
 use crate::memory::Memory;
+use crate::virtio::counts::Counts;
 use crate::virtio::ring::{Chain, Ring, RingError, Step, is_too_long};
 use crate::virtio::stop::Stop;
 use crate::virtio::wait::{fd, wait};
@@ -98,7 +99,7 @@ fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingErro
         let head = chain.head_index();
         let is_request = ring.index() == REQUEST_QUEUE;
         let served = held.during(|| {
-            let written = server.handle(chain, is_request);
+            let written = server.handle(chain, is_request, ring.counts());
             (written, if is_request { server.settled() } else { Vec::new() })
         });
         let Some((written, settled)) = served else { return Ok(Step::Over) };
@@ -156,7 +157,7 @@ impl Messages {
 
     /// Serves one message; the length of the reply. One that makes no sense, or has nowhere to reply to, has none. `None` if
     /// there will be a reply later, see [`Self::settled`].
-    fn handle(&self, chain: Chain, is_request: bool) -> Option<usize> {
+    fn handle(&self, chain: Chain, is_request: bool, counts: &Counts) -> Option<usize> {
         // virtiofsd would look at every one of the 65535 that an indirect table can hold.
         if is_too_long(&chain) {
             return Some(0);
@@ -167,12 +168,16 @@ impl Messages {
         };
         // What the guest makes of the header from here on is virtiofsd's to see, which knows no locks.
         let mut message = reader.clone();
+        let (mut kind, received) = (0, reader.available_bytes());
         if let Ok(header) = message.read_obj::<InHeader>() {
+            kind = header.opcode;
             match Opcode::try_from(header.opcode) {
                 Ok(opcode @ (Opcode::Getlk | Opcode::Setlk | Opcode::Setlkw)) if is_request => {
+                    counts.request(kind, received, 0);
                     return self.lock(opcode, header, message, writer, chain);
                 }
                 Ok(Opcode::Interrupt) => {
+                    counts.request(kind, received, 0);
                     if let Ok(InterruptIn { unique }) = message.read_obj() {
                         self.locks.interrupt(unique);
                     }
@@ -181,7 +186,9 @@ impl Messages {
                 _ => {}
             }
         }
-        Some(self.serve(reader, writer))
+        let replied = self.serve(reader, writer);
+        counts.request(kind, received, replied);
+        Some(replied)
     }
 
     fn serve(&self, reader: Reader<'_>, writer: Writer<'_>) -> usize {

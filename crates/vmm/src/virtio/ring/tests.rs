@@ -61,10 +61,29 @@ fn hostile_04_drain_that_runs_out_of_budget_comes_back() {
         Ok(Step::Done)
     };
     ring.drain(4, &mut step).unwrap();
-    assert_eq!(ring.kick().read().unwrap(), 1);
+    assert_eq!(ring.kick().read().unwrap(), OWN_KICK);
     ring.drain(4, &mut step).unwrap();
     assert!(ring.kick().read().is_err());
     assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 5);
+}
+
+/// The device's own kicks are not the driver's.
+#[test]
+fn kicks_of_the_driver_are_counted() {
+    let (memory, interrupt) = (memory(), Arc::default());
+    let mut driver = DriverQueue::new(&memory, 0x1_0000, 8);
+    let mut ring = ring(&driver, &memory, &interrupt);
+    driver.add(&[(0, 16, false)]);
+    driver.kick();
+    driver.kick();
+    ring.kick_self();
+    ring.clear_kick();
+    ring.clear_kick();
+    let head = ring.pop().unwrap().unwrap().head_index();
+    ring.push(head, 0).unwrap();
+    ring.notify().unwrap();
+    let counted = ring.counts().told(0, 0);
+    assert_eq!((counted.kicks, counted.interrupts), (2, 1));
 }
 
 /// The driver makes the next chain available before the device asks for it, for ever.
@@ -85,7 +104,7 @@ fn hostile_04_drain_of_a_ring_that_never_gets_empty_ends_with_its_budget() {
         });
         drained.unwrap();
         assert_eq!(steps, 100, "round {round}");
-        assert_eq!(ring.kick().read().unwrap(), 1, "what is left comes back by a kick");
+        assert_eq!(ring.kick().read().unwrap(), OWN_KICK, "what is left comes back by a kick");
     }
 }
 

@@ -20,6 +20,8 @@ use crate::bus::BusDevice;
 use crate::guest_log;
 use crate::layout::READABLE_REGISTERS;
 use crate::memory::Memory;
+use crate::virtio::counts::Counts;
+use crate::virtio::ring::OWN_KICK;
 use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// "virt".
@@ -77,6 +79,8 @@ pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
     interrupt: Arc<MmioInterrupt>,
+    /// Of all activations.
+    counts: Arc<Counts>,
     /// One for each queue.
     kicks: Vec<EventFd>,
     /// One for each queue.
@@ -101,6 +105,7 @@ impl MmioTransport {
             device,
             memory,
             interrupt,
+            counts: Arc::default(),
             kicks,
             queues,
             status: 0,
@@ -279,6 +284,7 @@ impl MmioTransport {
             features: self.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
+            counts: Arc::clone(&self.counts),
         };
         if let Err(error) = self.device.activate(activation) {
             guest_log!("device of type {} cannot start: {error}", self.device.device_type());
@@ -300,10 +306,15 @@ impl MmioTransport {
                 .ok()?;
             let kick = kick.try_clone().inspect_err(|error| guest_log!("no descriptor for a queue: {error}")).ok()?;
             // The worker looks at the queue once in any case: buffers may have been put there before it existed.
-            let _ = kick.write(1);
+            let _ = kick.write(OWN_KICK);
             active.push(Some(ActiveQueue { queue, kick }));
         }
         Some(active)
+    }
+
+    /// What the device is, and what it has counted.
+    pub fn counters(&self) -> (u32, &Counts) {
+        (self.device.device_type(), &self.counts)
     }
 
     /// See [`VirtioDevice::withdraw`].

@@ -179,7 +179,7 @@ fn orderly_driver_starts_the_device_with_its_queue() {
     assert_eq!((state.size, state.desc_table, state.avail_ring, state.used_ring), (16, 0x1000, 0x2000, 0x3000));
     assert!(state.event_idx_enabled && state.ready);
     // The worker is to look at the queue once.
-    assert_eq!(first.kick.read().unwrap(), 1);
+    assert_eq!(first.kick.read().unwrap(), OWN_KICK);
 }
 
 #[test]
