@@ -166,7 +166,7 @@ fn page() -> Arc<RegisterPage> {
 /// The target.
 pub fn mmio_registers(data: &[u8]) {
     let active = Arc::new(Mutex::new(None));
-    let interrupt = Arc::new(MmioInterrupt::new(event_fd().unwrap(), page()));
+    let interrupt = Arc::new(MmioInterrupt::new(Box::new(event_fd().unwrap()), page()));
     let kicks = QUEUES.iter().map(|_| event_fd().unwrap()).collect();
     let probe = Box::new(Probe { active: active.clone(), config: [7; 12] });
     let transport: Arc<Mutex<dyn BusDevice>> =

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use bulkhead_protocol::control::ExitReason;
 use vm_superio::serial::NoEvents;
 use vm_superio::{I8042Device, Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::irq::IrqLine;
 use crate::exit::ExitSignal;
 use crate::virtio::console::output::Output;
 
@@ -57,19 +57,20 @@ pub struct SerialPort(Serial<Irq, NoEvents, Output>);
 /// Number of ports from 0x3f8 on.
 pub const SERIAL_PORTS: u64 = 8;
 
-struct Irq(EventFd);
+struct Irq(Box<dyn IrqLine>);
 
 impl Trigger for Irq {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.0.pulse();
+        Ok(())
     }
 }
 
 impl SerialPort {
     /// A port that writes to `output`, with `irq` for the transmitter's interrupt.
-    pub fn new(irq: EventFd, output: Output) -> Self {
+    pub fn new(irq: Box<dyn IrqLine>, output: Output) -> Self {
         Self(Serial::new(Irq(irq), output))
     }
 }
@@ -93,7 +94,7 @@ impl BusDevice for SerialPort {
 mod tests {
     use std::io::Read;
 
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
 
@@ -104,7 +105,7 @@ mod tests {
 
     fn port() -> (SerialPort, std::io::PipeReader) {
         let (reader, writer) = std::io::pipe().unwrap();
-        (SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), Output::new(writer.into()).unwrap()), reader)
+        (SerialPort::new(Box::new(EventFd::new(EFD_NONBLOCK).unwrap()), Output::new(writer.into()).unwrap()), reader)
     }
 
     #[test]

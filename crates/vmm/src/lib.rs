@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod devices;
 pub mod event_loop;
 pub mod exit;
+pub mod irq;
 pub mod jail;
 pub mod kvm;
 pub mod layout;

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::counters::DeviceCounters;
 use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
 use crate::bus::Bus;
@@ -143,8 +142,7 @@ fn build_pio(vm: &Vm, spec: &VmSpec, fds: &mut Descriptors, exit: &Arc<ExitSigna
     bus.insert(layout::I8042_PORT, I8042_PORTS, Arc::new(Mutex::new(I8042::new(exit.clone()))))?;
     if let Some(index) = spec.serial {
         let output = Output::new(fds.take(index, "serial port")?).map_err(|error| MachineError::Host(error.into()))?;
-        let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(MachineError::Host)?;
-        vm.register_irq(&irq, layout::SERIAL_IRQ)?;
+        let irq = vm.irq_line(layout::SERIAL_IRQ);
         bus.insert(layout::SERIAL_PORT, SERIAL_PORTS, Arc::new(Mutex::new(SerialPort::new(irq, output))))?;
     }
     Ok(bus)

@@ -1,7 +1,7 @@
 //! The MP table: vCPUs, I/O APIC and interrupts, for a machine without ACPI (Intel MultiProcessor Specification 1.4).
 //!
 //! All pins of the I/O APIC are listed as interrupts of an ISA bus, which are edge-triggered and active high: what an
-//! irqfd without resampling gives.
+//! [`IrqLine`](crate::irq::IrqLine) is.
 
 use vm_memory::{Bytes, GuestAddress};
 

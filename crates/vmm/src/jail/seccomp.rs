@@ -82,11 +82,14 @@ impl Kind {
     /// What it may ask of devices of the host.
     fn ioctls(self) -> &'static [libc::Ioctl] {
         match self {
-            Self::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ],
-            Self::Vcpu => &[KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
-            Self::Devices => &[libc::FIONBIO],
-            Self::Memory => &[KVM_SET_USER_MEMORY_REGION],
-            Self::Disks | Self::FileServer | Self::Locks => &[],
+            Self::Main => {
+                &[KVM_IRQ_LINE, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ]
+            }
+            Self::Vcpu => &[KVM_IRQ_LINE, KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
+            Self::Devices => &[KVM_IRQ_LINE, libc::FIONBIO],
+            Self::Memory => &[KVM_IRQ_LINE, KVM_SET_USER_MEMORY_REGION],
+            Self::Disks | Self::FileServer => &[KVM_IRQ_LINE],
+            Self::Locks => &[],
         }
     }
 
@@ -161,7 +164,7 @@ fn without(argument: u8, flag: libc::c_int) -> Result<SeccompCondition, BackendE
 /// include/uapi/linux/kvm.h.
 const KVM_RUN: libc::Ioctl = 0xae80;
 const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = 0x4020_ae46;
-const KVM_IRQFD: libc::Ioctl = 0x4020_ae76;
+const KVM_IRQ_LINE: libc::Ioctl = 0x4008_ae61;
 const KVM_IOEVENTFD: libc::Ioctl = 0x4040_ae79;
 const KVM_GET_MP_STATE: libc::Ioctl = 0x8004_ae98;
 
@@ -208,7 +211,17 @@ const DEVICES: &[Call] =
 
 /// Files and block devices, and the waits for requests.
 const DISKS: &[Call] =
-    calls![SYS_fcntl, SYS_fdatasync, SYS_fsync, SYS_ppoll, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev];
+    calls![
+    SYS_fcntl,
+    SYS_fdatasync,
+    SYS_fsync,
+    SYS_ioctl,
+    SYS_ppoll,
+    SYS_pread64,
+    SYS_preadv,
+    SYS_pwrite64,
+    SYS_pwritev,
+];
 
 /// KVM's memory slots, and the shim's socket; the discards are madvise(2).
 const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendto];
@@ -256,6 +269,7 @@ const FILE_SERVER: &[Call] = calls![
     SYS_getpid,
     SYS_gettid,
     SYS_getxattr,
+    SYS_ioctl,
     SYS_linkat,
     SYS_listxattr,
     SYS_lseek,

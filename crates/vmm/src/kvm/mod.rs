@@ -29,15 +29,15 @@ pub use hotplug::HotplugMemory;
 use memory_slot::{set_read_only, set_slot};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
+use crate::irq::IrqLine;
 use crate::layout::{self, Entry, SLOTS};
 use crate::memory::Memory;
 use crate::register_page::RegisterPage;
 
 /// What a machine cannot do without.
-const NEEDED: [(Cap, &str); 7] = [
+const NEEDED: [(Cap, &str); 6] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
@@ -104,19 +104,14 @@ impl Vm {
         HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start).map_err(KvmError::Hotplug)
     }
 
-    /// Makes every write to `irq` an edge on that pin of the I/O APIC.
-    pub fn register_irq(&self, irq: &EventFd, pin: u32) -> Result<(), KvmError> {
-        self.fd.register_irqfd(irq, pin).map_err(call("KVM_IRQFD"))
+    /// A pin of the I/O APIC.
+    pub fn irq_line(&self, pin: u32) -> Box<dyn IrqLine> {
+        Box::new(Pin { vm: self.fd.clone(), number: pin })
     }
 
     /// Makes the guest's write of the 32-bit `value` to `address` a write to `event`, without an exit.
     pub fn register_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(call("KVM_IOEVENTFD"))
-    }
-
-    /// Undoes [`Self::register_irq`].
-    pub fn unregister_irq(&self, irq: &EventFd, pin: u32) -> Result<(), KvmError> {
-        self.fd.unregister_irqfd(irq, pin).map_err(call("KVM_IRQFD"))
     }
 
     /// Undoes [`Self::register_doorbell`].
@@ -132,6 +127,22 @@ impl Vm {
         fd.set_cpuid2(&cpuid::for_vcpu(&self.cpuid, topology, deadline_timer)?).map_err(call("KVM_SET_CPUID2"))?;
         registers::set_up(&fd, (id == 0).then_some(entry))?;
         Ok(Vcpu::new(id, fd))
+    }
+}
+
+/// Raised by a request, and not by an eventfd (KVM_IRQFD): that has a thread of the kernel's to inject each interrupt of the I/O
+/// APIC, which is woken for it.
+struct Pin {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl IrqLine for Pin {
+    fn pulse(&self) {
+        for active in [true, false] {
+            // There is such a pin, and no other reason to fail.
+            let _ = self.vm.set_irq_line(self.number, active);
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::layout::READABLE_REGISTERS;
 use crate::register_page::RegisterPage;
 use crate::virtio::VirtioDevice;
 use crate::virtio::transport::{
-    INTERRUPT_ACK, MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, USED_BUFFER, VERSION,
+    MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION,
 };
 
 /// A slot.
@@ -26,11 +26,8 @@ pub struct Slot {
 /// What is in a slot.
 struct Filled {
     transport: MmioTransport,
-    /// The device's interrupt and doorbells, for disconnecting them from KVM.
-    line: EventFd,
+    /// The device's doorbells, for disconnecting them from KVM.
     kicks: Vec<EventFd>,
-    /// Takes the driver's acknowledgements of used buffers, which nobody reads (see [`MmioInterrupt`]).
-    acknowledged: EventFd,
 }
 
 impl Slot {
@@ -53,20 +50,16 @@ impl Slot {
         if !self.is_empty() {
             return Err(SlotError::Taken);
         }
-        let line = event()?;
-        vm.register_irq(&line, u32::from(irq))?;
         let mut kicks = Vec::new();
         for (index, _) in (0u32..).zip(device.queue_sizes()) {
             let kick = event()?;
             vm.register_doorbell(&kick, address + QUEUE_NOTIFY, index)?;
             kicks.push(kick);
         }
-        let acknowledged = event()?;
-        vm.register_doorbell(&acknowledged, address + INTERRUPT_ACK, USED_BUFFER)?;
-        let interrupt = Arc::new(MmioInterrupt::new(copy(&line)?, self.page.clone()));
+        let interrupt = Arc::new(MmioInterrupt::new(vm.irq_line(u32::from(irq)), self.page.clone()));
         let theirs = kicks.iter().map(copy).collect::<Result<_, _>>()?;
         let transport = MmioTransport::new(device, vm.memory().clone(), interrupt, theirs);
-        self.device = Some(Filled { transport, line, kicks, acknowledged });
+        self.device = Some(Filled { transport, kicks });
         Ok(())
     }
 
@@ -90,18 +83,16 @@ impl Slot {
     /// # Errors
     ///
     /// [`SlotError::Empty`], or those of KVM.
-    pub fn clear(&mut self, vm: &Vm, address: u64, irq: u8) -> Result<Option<impl Sized + use<>>, SlotError> {
+    pub fn clear(&mut self, vm: &Vm, address: u64) -> Result<Option<impl Sized + use<>>, SlotError> {
         if self.is_empty() {
             return Err(SlotError::Empty);
         }
         let leaving = self.device.take_if(|filled| filled.transport.withdraw());
-        let Some(Filled { transport, line, kicks, acknowledged }) = leaving else { return Ok(None) };
+        let Some(Filled { transport, kicks }) = leaving else { return Ok(None) };
         self.show_empty();
-        vm.unregister_irq(&line, u32::from(irq))?;
         for (index, kick) in (0u32..).zip(&kicks) {
             vm.unregister_doorbell(kick, address + QUEUE_NOTIFY, index)?;
         }
-        vm.unregister_doorbell(&acknowledged, address + INTERRUPT_ACK, USED_BUFFER)?;
         Ok(Some(transport))
     }
 }
@@ -143,8 +134,8 @@ pub enum SlotError {
     /// eventfd(2).
     #[error("cannot create an event descriptor; is the limit of open files too low?")]
     Event(#[source] std::io::Error),
-    /// irqfd or ioeventfd.
-    #[error("cannot connect or disconnect the device's interrupt and doorbells")]
+    /// ioeventfd.
+    #[error("cannot connect or disconnect the device's doorbells")]
     Kvm(#[from] KvmError),
 }
 

@@ -102,10 +102,10 @@ impl Slots {
 
     /// Empties a slot whose device is leaving, if it can go.
     fn clear(&mut self, vm: &Vm, number: u8) -> Result<(), MachineError> {
-        let (address, irq) = place(number)?;
+        let (address, _) = place(number)?;
         let (index, unknown) = (usize::from(number), || MachineError::UnknownSlot(number));
         let slot = self.shared.get(index).ok_or_else(unknown)?;
-        let cleared = lock(slot).clear(vm, address, irq)?;
+        let cleared = lock(slot).clear(vm, address)?;
         if let (Some(_), Some(state)) = (&cleared, self.states.get_mut(index)) {
             *state = State::Empty;
         }

@@ -50,12 +50,12 @@ fn removed_devices_slot_reads_as_empty_and_is_used_again() {
         slot.fill(&vm, address, irq, Box::new(Rng::new(EventLoop::spawn().unwrap()))).unwrap();
         assert_eq!(device_id(&mut slot), 4);
         assert!(slot.fill(&vm, address, irq, Box::new(Rng::new(EventLoop::spawn().unwrap()))).is_err());
-        drop(slot.clear(&vm, address, irq).unwrap());
+        drop(slot.clear(&vm, address).unwrap());
         // A driver that has not noticed goes on.
         slot.write(0x70, &0u32.to_le_bytes());
         slot.write(0x50, &0u32.to_le_bytes());
     }
-    assert!(slot.clear(&vm, address, irq).is_err());
+    assert!(slot.clear(&vm, address).is_err());
 }
 
 #[test]

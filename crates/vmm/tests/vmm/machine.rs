@@ -67,16 +67,15 @@ fn wild_accesses_to_the_bus_change_nothing() {
     assert_eq!(run(&spec(), kernel(&code, &[])), (ExitReason::Reset, b".".to_vec()));
 }
 
-/// What Linux does in an interrupt and to start a request.
+/// What the guest's kernel does in an interrupt and to start a request.
 #[test]
 fn interrupts_and_doorbells_are_no_exits() {
     let mut spec = spec();
     spec.devices = vec![DeviceSpec::Rng];
     let mut code = vec![0xb9, 0xe8, 0x03, 0x00, 0x00]; // mov ecx, 1000
     code.extend([0xa1, 0xfc, 0x0f, 0x00, 0xd0]); // mov eax, [0xd0000ffc]: InterruptStatus
-    code.extend([0xc7, 0x05, 0x00, 0x10, 0x00, 0xd0, 1, 0, 0, 0]); // mov dword [0xd0001000], 1: InterruptACK
     code.extend([0xc7, 0x05, 0xec, 0x0f, 0x00, 0xd0, 0, 0, 0, 0]); // mov dword [0xd0000fec], 0: QueueNotify
-    code.extend([0xe2, 0xe5]); // loop
+    code.extend([0xe2, 0xef]); // loop
     code.extend([0xa3, 0x9c, 0x0f, 0x00, 0xd0]); // mov [0xd0000f9c], eax: MagicValue, which is an exit and changes nothing
     code.extend(print_register(0, 0));
     code.extend(TRIPLE_FAULT);

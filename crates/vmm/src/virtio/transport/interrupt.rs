@@ -1,21 +1,18 @@
 //! The device's side of the transport's registers: interrupt status, configuration generation and DEVICE_NEEDS_RESET.
 //! Everything here is shared between the vCPUs (through the registers) and the device's worker, hence atomic.
 //!
-//! An interrupt costs no exit to the VMM. The driver reads InterruptStatus as memory ([`RegisterPage`]), and KVM swallows its
-//! acknowledgement of used buffers (`machine::slot`), which tells us nothing: the line is edge-triggered, so there is nothing to
-//! lower, and the bit for used buffers stays set from the first interrupt to the reset. If we cleared it when the write comes to
-//! our notice, the bit of an interrupt that was raised in between could go with it, and the driver would not look. A bit that is
-//! always set makes it look at its rings in each interrupt, where it finds what there is.
+//! An interrupt costs no exit. The driver reads InterruptStatus as memory ([`RegisterPage`]), and the guest kernel's does not
+//! acknowledge used buffers where the vendor ID is ours (guest-kernel/patches). An acknowledgement that comes all the same tells
+//! us nothing: the line is edge-triggered, so there is nothing to lower, and the bit for used buffers stays set from the first
+//! interrupt to the reset. It makes the driver look at its rings in each interrupt, where it finds what there is.
 //!
 //! A change of the configuration is rare, and the driver has no other way to see it. Its bit is set and cleared as the
-//! specification has it: the acknowledgement of both bits is another value than KVM swallows, and comes to us before the
-//! driver goes on.
+//! specification has it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use vmm_sys_util::eventfd::EventFd;
-
+use crate::irq::IrqLine;
 use crate::register_page::RegisterPage;
 use crate::virtio::Interrupt;
 
@@ -26,17 +23,17 @@ pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus: the configuration has changed.
 const CONFIG_CHANGE: u32 = 2;
 
-/// An interrupt line of the I/O APIC, raised through an irqfd.
+/// A device's interrupt.
 pub struct MmioInterrupt {
     page: Arc<RegisterPage>,
     generation: AtomicU32,
     needs_reset: AtomicBool,
-    line: EventFd,
+    line: Box<dyn IrqLine>,
 }
 
 impl MmioInterrupt {
     /// An interrupt with nothing pending. Its status is in the page.
-    pub fn new(line: EventFd, page: Arc<RegisterPage>) -> Self {
+    pub fn new(line: Box<dyn IrqLine>, page: Arc<RegisterPage>) -> Self {
         let new = Self { page, generation: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line };
         new.reset();
         new
@@ -47,7 +44,7 @@ impl MmioInterrupt {
         &self.page
     }
 
-    /// InterruptACK, as far as KVM does not swallow it.
+    /// InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
         self.page.clear(INTERRUPT_STATUS, bits & CONFIG_CHANGE);
     }
@@ -70,8 +67,7 @@ impl MmioInterrupt {
 
     fn raise(&self, bit: u32) {
         self.page.set(INTERRUPT_STATUS, bit);
-        // KVM drains the counter when it injects the interrupt; a full one would mean that it is pending anyway.
-        let _ = self.line.write(1);
+        self.line.pulse();
     }
 }
 

@@ -49,7 +49,7 @@ const QUEUE_READY: u64 = 0x044;
 /// QueueNotify, the doorbell of all queues.
 pub const QUEUE_NOTIFY: u64 = 0x050;
 /// InterruptACK.
-pub const INTERRUPT_ACK: u64 = 0x064;
+const INTERRUPT_ACK: u64 = 0x064;
 const STATUS: u64 = 0x070;
 const QUEUE_DESC_LOW: u64 = 0x080;
 const QUEUE_DESC_HIGH: u64 = 0x084;

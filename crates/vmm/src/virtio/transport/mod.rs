@@ -4,5 +4,5 @@ mod interrupt;
 mod mmio;
 mod queue;
 
-pub use interrupt::{MmioInterrupt, USED_BUFFER};
-pub use mmio::{INTERRUPT_ACK, MAGIC, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
+pub use interrupt::MmioInterrupt;
+pub use mmio::{MAGIC, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};

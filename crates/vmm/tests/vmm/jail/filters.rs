@@ -21,7 +21,7 @@ const SOMEWHERE: u64 = 1;
 const KVM_CREATE_VM: u64 = 0xae01;
 const KVM_RUN: u64 = 0xae80;
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
-const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_IRQ_LINE: u64 = 0x4008_ae61;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
 
@@ -67,11 +67,12 @@ fn knows(kind: Kind, call: &str) -> bool {
 /// Requests that a kind may make of devices: the tables', said once more.
 fn ioctls(kind: Kind) -> &'static [u64] {
     match kind {
-        Kind::Main => &[KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO],
-        Kind::Vcpu => &[KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
-        Kind::Devices => &[libc::FIONBIO],
-        Kind::Memory => &[KVM_SET_USER_MEMORY_REGION],
-        Kind::Disks | Kind::FileServer | Kind::Locks => &[],
+        Kind::Main => &[KVM_IRQ_LINE, KVM_IOEVENTFD, libc::FIONBIO],
+        Kind::Vcpu => &[KVM_IRQ_LINE, KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
+        Kind::Devices => &[KVM_IRQ_LINE, libc::FIONBIO],
+        Kind::Memory => &[KVM_IRQ_LINE, KVM_SET_USER_MEMORY_REGION],
+        Kind::Disks | Kind::FileServer => &[KVM_IRQ_LINE],
+        Kind::Locks => &[],
     }
 }
 

@@ -82,7 +82,7 @@ pub(super) fn driver_for(device: Box<dyn VirtioDevice>, memory: Memory, seen: Ar
     // Blocking: a test that reads it waits for the interrupt.
     let line = EventFd::new(0).unwrap();
     let page = Arc::new(RegisterPage::new().unwrap());
-    let interrupt = Arc::new(MmioInterrupt::new(line.try_clone().unwrap(), page));
+    let interrupt = Arc::new(MmioInterrupt::new(Box::new(line.try_clone().unwrap()), page));
     let transport = MmioTransport::new(device, memory, interrupt.clone(), kicks);
     Driver { transport, seen, interrupt, line }
 }
