@@ -88,6 +88,26 @@ fn a_write_that_finds_the_disk_full_says_so() {
     });
 }
 
+/// The guest tells the host later that it has forgotten a file, but before it asks for anything.
+#[test]
+fn space_of_a_removed_file_is_free_for_who_asks_next() {
+    on_node(async |node| {
+        let pod = node.pod("removed").await?;
+        let script = "dd if=/dev/zero of=/large bs=1M count=64 conv=fsync 2>/dev/null; \
+                      stat -f -c '%a %S' /; rm /large; stat -f -c '%a %S' /";
+        let (status, said) = pod.run_to_end(sh("writer", script)).await?;
+        ensure!(status.exit_code == 0, "{said}");
+        let free = |line: &str| -> Result<u64> {
+            let (blocks, size) = line.split_once(' ').context("no two numbers")?;
+            Ok(blocks.parse::<u64>()? * size.parse::<u64>()?)
+        };
+        let (before, after) = said.trim().split_once('\n').context("no two lines")?;
+        // Other pods of the node may write meanwhile.
+        ensure!(free(after)? >= free(before)? + (32 << 20), "{said}");
+        Ok(())
+    });
+}
+
 /// Two containers of a pod each have their own, and nobody else's.
 #[test]
 fn files_of_an_image_are_each_containers_own() {

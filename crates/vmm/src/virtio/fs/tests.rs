@@ -61,6 +61,7 @@ mod opcode {
 const ROOT: u64 = 1;
 const SUBMOUNTS: u32 = 1 << 27;
 const REQUEST: u64 = 0x10_0000;
+const FORGOTTEN: u64 = 0x20_0000;
 const REPLY: u64 = 0x30_0000;
 
 /// A guest that speaks FUSE.
@@ -373,6 +374,21 @@ fn hostile_11_forgetting_more_than_was_looked_up_is_harmless() {
     assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::EBADF));
     guest.init(SUBMOUNTS).unwrap();
     guest.lookup(ROOT, "file").unwrap();
+}
+
+/// The guest's kernel kicks once for many.
+#[test]
+fn what_is_forgotten_without_a_kick_is_forgotten_before_the_next_request() {
+    let (_dir, share) = share();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT, "file").unwrap();
+    let len = guest.write_request(opcode::FORGET, node, &1_u64.to_le_bytes());
+    let mut message = vec![0; usize::try_from(len).unwrap()];
+    guest.memory.read_slice(&mut message, GuestAddress(REQUEST)).unwrap();
+    guest.memory.write_slice(&message, GuestAddress(FORGOTTEN)).unwrap();
+    guest.hiprio.add(&[(FORGOTTEN, len, false)]);
+    assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::EBADF));
+    guest.hiprio.wait_used(&guest.interrupt);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use super::memory::ServerMemory;
 use crate::memory::Memory;
 use crate::virtio::counts::Counts;
 use crate::virtio::ring::{Chain, Ring, RingError, Step, is_too_long};
-use crate::virtio::stop::Stop;
+use crate::virtio::stop::{Held, Stop};
 use crate::virtio::wait::{fd, wait};
 use crate::virtio::{ActivateError, Activation};
 
@@ -69,7 +69,7 @@ pub fn serve(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), 
         }
         if hiprio_kicked {
             hiprio.clear_kick();
-            drain(hiprio, server, stop)?;
+            drain_hiprio(hiprio, server, stop)?;
         }
         if watches {
             server.locks.look_at_watches();
@@ -79,7 +79,7 @@ pub fn serve(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), 
         }
         if requests_kicked {
             requests.clear_kick();
-            drain(requests, server, stop)?;
+            drain_requests(requests, hiprio, server, stop)?;
         }
     }
 }
@@ -87,21 +87,39 @@ pub fn serve(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), 
 /// Serves both queues, whether they were kicked or not, up to the budget of each.
 #[cfg(feature = "testing")]
 pub fn serve_once(server: &Messages, queues: &mut Queues, stop: &Stop) -> Result<(), RingError> {
-    drain(&mut queues.hiprio, server, stop)?;
+    drain_hiprio(&mut queues.hiprio, server, stop)?;
     settle(&mut queues.requests, server, stop)?;
-    drain(&mut queues.requests, server, stop)
+    drain_requests(&mut queues.requests, &mut queues.hiprio, server, stop)
 }
 
-fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
+/// Serves what has no reply.
+fn drain_hiprio(hiprio: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
     let Some(mut held) = stop.hold() else { return Ok(()) };
-    ring.drain(BUDGET, |ring| {
+    hiprio.drain(BUDGET, |hiprio| take_hiprio(hiprio, server, &mut held))
+}
+
+/// Serves one message that has no reply.
+fn take_hiprio(hiprio: &mut Ring, server: &Messages, held: &mut Held<'_>) -> Result<Step, RingError> {
+    let Some(chain) = hiprio.pop()? else { return Ok(Step::Empty) };
+    let head = chain.head_index();
+    let Some(written) = held.during(|| server.handle(chain, false, hiprio.counts())) else { return Ok(Step::Over) };
+    if let Some(written) = written {
+        hiprio.push(head, written)?;
+    }
+    Ok(Step::Done)
+}
+
+/// Serves requests. What the other queue has goes before each: the driver does not kick it for a FORGET as long as there are
+/// requests, and how much space is free depends on it.
+fn drain_requests(ring: &mut Ring, hiprio: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingError> {
+    let Some(mut held) = stop.hold() else { return Ok(()) };
+    let end = ring.drain_quietly(BUDGET, |ring| {
+        if hiprio.drain_quietly(BUDGET, |hiprio| take_hiprio(hiprio, server, &mut held))? == Step::Over {
+            return Ok(Step::Over);
+        }
         let Some(chain) = ring.pop()? else { return Ok(Step::Empty) };
         let head = chain.head_index();
-        let is_request = ring.index() == REQUEST_QUEUE;
-        let served = held.during(|| {
-            let written = server.handle(chain, is_request, ring.counts());
-            (written, if is_request { server.settled() } else { Vec::new() })
-        });
+        let served = held.during(|| (server.handle(chain, true, ring.counts()), server.settled()));
         let Some((written, settled)) = served else { return Ok(Step::Over) };
         if let Some(written) = written {
             ring.push(head, written)?;
@@ -110,9 +128,10 @@ fn drain(ring: &mut Ring, server: &Messages, stop: &Stop) -> Result<(), RingErro
             ring.push(head, written)?;
         }
         // A reply may be all that the guest waits for; the next request may take long.
-        ring.notify()?;
+        ring.notify_both(hiprio)?;
         Ok(Step::Done)
-    })
+    })?;
+    if end == Step::Over { Ok(()) } else { ring.notify_both(hiprio) }
 }
 
 /// Answers the requests that have waited for a lock.
