@@ -523,6 +523,28 @@ static long make_directory_in_closed(void)
     return mkdir("closed/directory", 0755);
 }
 
+/* Has an image's file open whose name is gone by the time it is first used. */
+static long use_unlinked(const char *name, int flags)
+{
+    char text[16] = {0};
+    int fd = open(name, flags);
+    if (fd < 0 || unlink(name) < 0 || (flags != O_RDONLY && pwrite(fd, "new", 3, 0) < 0)
+        || pread(fd, text, sizeof text - 1, 0) < 0)
+        return -1;
+    printf("%s has %s\n", name, text);
+    return fsync(fd);
+}
+
+static long change_unlinked(const char *name)
+{
+    struct stat status;
+    int fd = open(name, O_RDWR);
+    if (fd < 0 || unlink(name) < 0 || ftruncate(fd, 2) < 0 || fchmod(fd, 0600) < 0 || fstat(fd, &status) < 0)
+        return -1;
+    printf("size %ld, mode %o, links %ld\n", (long)status.st_size, status.st_mode & 07777, (long)status.st_nlink);
+    return 0;
+}
+
 /* The names are those of the image (tests/node/images/build), each used once: the second use knows it. */
 static void unseen(const char *directory)
 {
@@ -561,6 +583,10 @@ static void unseen(const char *directory)
     TRY("name that is not there", access("missing", F_OK));
     TRY("the same, made", (close(make("missing", "here")), content_of("missing")));
     TRY("the same, gone", (unlink("missing"), access("missing", F_OK)));
+    TRY("read of what is unlinked", use_unlinked("eleven", O_RDONLY));
+    TRY("write to what is unlinked", use_unlinked("twelve", O_RDWR));
+    TRY("its name", access("twelve", F_OK));
+    TRY("size and mode of what is unlinked", change_unlinked("thirteen"));
 }
 
 /* Files that were closed a moment ago, whose pages may still be on their way. */
