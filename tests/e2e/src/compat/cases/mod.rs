@@ -7,6 +7,7 @@ mod lifecycle;
 mod network;
 mod plain;
 mod pods;
+mod posix;
 mod streams;
 mod volumes;
 

@@ -185,6 +185,7 @@ fn acts() -> Vec<Act> {
     let mut acts = copies();
     acts.extend(shared());
     acts.extend(super::files::acts());
+    acts.extend(super::posix::acts());
     acts
 }
 
