@@ -16,6 +16,10 @@
  *     probe lock DIRECTORY   waits for a lock of each kind, says `locked` and has them until it is killed
  *     probe try DIRECTORY    what becomes of locks that another `probe lock` has, or nobody
  *     probe count FILE TIMES raises the number of 8 digits in a file so often, each time under a lock
+ *     probe turns FILE WHO TIMES   takes turns so often with another process, 0 with 1, at a number in a page of a file
+ *     probe see DIRECTORY    says `looking`, and then when each change was seen that `probe change` makes elsewhere
+ *     probe change DIRECTORY makes these changes, and says when
+ *     probe record DIRECTORY...  writes records to files of each directory; the number of one is said when all are safe
  *     probe starve SECONDS   says `starving` and takes all of one processor, in real time and without the usual limit
  */
 #define _GNU_SOURCE
@@ -24,6 +28,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/futex.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
@@ -944,6 +949,184 @@ static int count(const char *file, int times)
     return 0;
 }
 
+/*
+ * The number is waited for by futex(2), so a store by one has to be the other's at once: in one page, of one inode. The first
+ * has a mapping alone, the second reads and writes the file.
+ */
+static int turns(const char *file, unsigned who, unsigned times)
+{
+    int fd = open(file, O_RDWR);
+    unsigned *number = mmap(0, sizeof *number, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0), seen;
+    if (number == MAP_FAILED) {
+        perror(file);
+        return 1;
+    }
+    for (unsigned mine = who; mine < 2 * times; mine += 2) {
+        unsigned next = mine + 1;
+        while ((seen = __atomic_load_n(number, __ATOMIC_SEQ_CST)) != mine)
+            syscall(SYS_futex, number, FUTEX_WAIT, seen, 0, 0, 0);
+        if (who == 0)
+            __atomic_store_n(number, next, __ATOMIC_SEQ_CST);
+        else if (pread(fd, &seen, sizeof seen, 0) != sizeof seen || seen != mine
+                 || pwrite(fd, &next, sizeof next, 0) != sizeof next) {
+            printf("read %u instead of %u\n", seen, mine);
+            return 1;
+        }
+        syscall(SYS_futex, number, FUTEX_WAKE, 1, 0, 0, 0);
+    }
+    return 0;
+}
+
+static int is_changed(int fd)
+{
+    char text[8] = {0};
+    int is_so = pread(fd, text, 6, 0) == 6 && !memcmp(text, "change", 6);
+    close(fd);
+    return is_so;
+}
+
+static int is_listed(const char *name)
+{
+    int found = 0;
+    DIR *directory = opendir(".");
+    for (struct dirent *entry; directory && (entry = readdir(directory));)
+        found |= !strcmp(entry->d_name, name);
+    closedir(directory);
+    return found;
+}
+
+static struct stat status_of(const char *name)
+{
+    struct stat status = {0};
+    stat(name, &status);
+    return status;
+}
+
+/* The changes, and whether one is seen. Each file has 6 bytes before. */
+static int change(const char *directory)
+{
+    if (chdir(directory) < 0)
+        return 1;
+    long long now = clock_of(CLOCK_REALTIME);
+    if (pwrite(open("content", O_WRONLY), "change", 6, 0) != 6 || pwrite(open("open", O_WRONLY), "change", 6, 0) != 6
+        || truncate("length", 5) < 0 || chmod("mode", 0600) < 0 || close(make("new", "change")) < 0 || unlink("gone") < 0
+        || rename("from", "to") < 0 || close(make("next", "change")) < 0 || rename("next", "replaced") < 0) {
+        perror(directory);
+        return 1;
+    }
+    printf("changed: %lld\n", now);
+    return 0;
+}
+
+static const char *const changes[] = {
+    "content", "content of an open file", "length", "mode", "new file", "new file in the list", "removed file",
+    "new name", "old name", "file in the place of another",
+};
+
+static int is_seen(int what, int fd)
+{
+    switch (what) {
+    case 0: return is_changed(open("content", O_RDONLY));
+    case 1: return is_changed(dup(fd));
+    case 2: return status_of("length").st_size == 5;
+    case 3: return (status_of("mode").st_mode & 07777) == 0600;
+    case 4: return is_changed(open("new", O_RDONLY));
+    case 5: return is_listed("new");
+    case 6: return access("gone", F_OK) < 0;
+    case 7: return access("to", F_OK) == 0;
+    case 8: return access("from", F_OK) < 0;
+    default: return is_changed(open("replaced", O_RDONLY));
+    }
+}
+
+/* Nothing tells of another machine's changes: this asks every 5 ms, for 20 s at most. */
+static int see(const char *directory)
+{
+    enum { COUNT = sizeof changes / sizeof *changes };
+    int left = COUNT, is_done[COUNT] = {0}, fd = -1;
+    long long end = clock_of(CLOCK_MONOTONIC) + 20000000000;
+    if (chdir(directory) < 0 || (fd = open("open", O_RDONLY)) < 0) {
+        perror(directory);
+        return 1;
+    }
+    for (int round = 0; left > 0 && clock_of(CLOCK_MONOTONIC) < end; round++) {
+        for (int i = 0; i < COUNT; i++) {
+            if (is_done[i] || !is_seen(i, fd))
+                continue;
+            printf("%s: %lld\n", changes[i], clock_of(CLOCK_REALTIME));
+            is_done[i] = 1;
+            left--;
+        }
+        if (round == 0)
+            puts("looking");
+        fflush(stdout);
+        usleep(5000);
+    }
+    for (int i = 0; i < COUNT; i++) {
+        if (!is_done[i])
+            printf("%s: never\n", changes[i]);
+    }
+    return 0;
+}
+
+/* Of a record in bytes, no divisor of a page's, and how many there are at most. */
+enum { RECORD = 3000, RECORDS = 20000 };
+
+/* Where each record goes: to the end of one file, into the mapping of another, and into the place of a third. */
+struct records {
+    int directory, log;
+    char *map;
+};
+
+static int open_records(struct records *to, const char *name)
+{
+    to->directory = open(name, O_RDONLY | O_DIRECTORY);
+    to->log = openat(to->directory, "log", O_CREAT | O_WRONLY | O_APPEND, 0644);
+    int mapped = openat(to->directory, "mapped", O_CREAT | O_RDWR, 0644);
+    if (to->log < 0 || mapped < 0 || ftruncate(mapped, (long)RECORD * RECORDS) < 0 || fsync(to->directory) < 0)
+        return -1;
+    to->map = mmap(0, (long)RECORD * RECORDS, PROT_READ | PROT_WRITE, MAP_SHARED, mapped, 0);
+    return to->map == MAP_FAILED ? -1 : 0;
+}
+
+static int keep(const struct records *to, int number, const char *record)
+{
+    char *place = to->map + (number - 1L) * RECORD, *page = place - (place - to->map) % 4096;
+    int next = openat(to->directory, "next", O_CREAT | O_TRUNC | O_WRONLY, 0644);
+    memcpy(place, record, RECORD);
+    if (write(to->log, record, RECORD) != RECORD || fsync(to->log) < 0 || msync(page, place + RECORD - page, MS_SYNC) < 0
+        || write(next, record, RECORD) != RECORD || fsync(next) < 0 || close(next) < 0
+        || renameat(to->directory, "next", to->directory, "current") < 0 || fsync(to->directory) < 0)
+        return -1;
+    return 0;
+}
+
+/* A record is its number in 8 digits, over and over. */
+static int record(char **directories, int count)
+{
+    struct records all[count];
+    char text[RECORD + 1];
+    for (int i = 0; i < count; i++) {
+        if (open_records(&all[i], directories[i]) < 0) {
+            perror(directories[i]);
+            return 1;
+        }
+    }
+    for (int number = 1; number <= RECORDS; number++) {
+        for (int at = 0; at < RECORD; at += 8)
+            sprintf(text + at, "%08d", number);
+        for (int i = 0; i < count; i++) {
+            if (keep(&all[i], number, text) < 0) {
+                perror(directories[i]);
+                return 1;
+            }
+        }
+        printf("%d\n", number);
+        fflush(stdout);
+    }
+    return 0;
+}
+
 static int starve(unsigned int seconds)
 {
     FILE *limit = fopen("/proc/sys/kernel/sched_rt_runtime_us", "w");
@@ -987,6 +1170,14 @@ int main(int argc, char **argv)
         return try(argv[2]);
     else if (argc == 4 && !strcmp(argv[1], "count"))
         return count(argv[2], atoi(argv[3]));
+    else if (argc == 5 && !strcmp(argv[1], "turns"))
+        return turns(argv[2], atoi(argv[3]), atoi(argv[4]));
+    else if (argc == 3 && !strcmp(argv[1], "see"))
+        return see(argv[2]);
+    else if (argc == 3 && !strcmp(argv[1], "change"))
+        return change(argv[2]);
+    else if (argc > 2 && !strcmp(argv[1], "record"))
+        return record(argv + 2, argc - 2);
     else if (argc == 3 && !strcmp(argv[1], "starve"))
         return starve(atoi(argv[2]));
     else

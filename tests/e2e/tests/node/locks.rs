@@ -10,9 +10,9 @@ use bulkhead_e2e::{PATIENCE, TestPod, on_node};
 use crate::volumes::KubeletDir;
 
 /// Has `probe`, which locks files in all the ways that there are.
-const IMAGE: &str = "127.0.0.1:5000/compat:latest";
+pub const IMAGE: &str = "127.0.0.1:5000/compat:latest";
 
-fn with_volume(name: &str, volume: &Path, script: &str) -> v1::ContainerConfig {
+pub fn with_volume(name: &str, volume: &Path, script: &str) -> v1::ContainerConfig {
     let mut config = cri::container_config(name, IMAGE, &["/bin/sh", "-c", script]);
     config.mounts.push(v1::Mount {
         container_path: "/shared".into(),
@@ -22,7 +22,7 @@ fn with_volume(name: &str, volume: &Path, script: &str) -> v1::ContainerConfig {
     config
 }
 
-async fn says(pod: &TestPod, config: &v1::ContainerConfig, text: &str) -> Result<()> {
+pub async fn says(pod: &TestPod, config: &v1::ContainerConfig, text: &str) -> Result<()> {
     LogWatch::new(Path::new(&pod.config.log_directory), &config.log_path)?.contains(text.to_owned(), PATIENCE).await
 }
 

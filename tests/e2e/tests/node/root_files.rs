@@ -14,8 +14,8 @@ const STORE: &str = "/run/node/containerd";
 /// Upper layers of containers on the node.
 const SNAPSHOTS: &str = "/run/node/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
 
-/// A file that a container has made in its root file system, as the node has it.
-fn on_the_node(name: &str) -> Result<PathBuf> {
+/// A file of a root file system, of an image or made by a container, as the node has it.
+pub fn on_the_node(name: &str) -> Result<PathBuf> {
     let layers = fs::read_dir(SNAPSHOTS).context("no snapshots")?;
     let found = layers.filter_map(|layer| Some(layer.ok()?.path().join("fs").join(name)));
     found.into_iter().find(|path| path.exists()).with_context(|| format!("the node has no file {name} in any layer"))
