@@ -65,8 +65,8 @@ check: setup-build ## format, clippy, licences, circles of imports, documents th
 run: build ## start a node and a pod in its own guest, and show both side by side
 	@$(NODE) run bulkhead run
 
-test: build ## every test but test-compat, test-docker and the lying agents of test-hostile: unit, VMM, guest image, fuzz seeds, end to end
-	@tools/test unit rootfs fuzz node containerd-2
+test: build ## every test but test-compat, test-docker and the lying agents of test-hostile: unit, VMM, guest image, fuzz seeds, end to end, counts
+	@tools/test unit rootfs fuzz node containerd-2 $(if $(wildcard benches/recorded.json),counts)
 
 test-unit: setup ## unit tests, and VMM tests on /dev/kvm
 	@tools/test unit
