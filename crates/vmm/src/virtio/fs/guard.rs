@@ -95,6 +95,17 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
         }
     }
 
+    /// Whether an open file is in a file system that learns nothing from a close(2). A server elsewhere may write by then only, and
+    /// say what has failed.
+    fn is_local(&self, inode: u64, handle: u64) -> bool {
+        let mut is_local = false;
+        let look = &mut |file: &File| {
+            is_local = LOCAL.contains(&rustix::fs::fstatfs(file)?.f_type);
+            Ok(())
+        };
+        Opened(Arc::clone(&self.inner)).with(inode, handle, look).is_ok() && is_local
+    }
+
     fn close(&self, ctx: Context, inode: u64, handle: u64) {
         let _ = self.inner.release(ctx, inode.into(), 0, handle.into(), false, false, None);
     }
@@ -109,13 +120,12 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
         let _ = Opened(Arc::clone(&self.inner)).with(inode, handle.into(), set);
     }
 
-    /// What the guest may leave out for a file that it opens with these flags.
-    fn shortcuts(&self, ctx: Context, inode: u64, flags: u32) -> OpenOptions {
+    /// What the guest may leave out for a file that it has opened with these flags.
+    fn shortcuts(&self, ctx: Context, inode: u64, handle: Option<u64>, flags: u32) -> OpenOptions {
         let mut options = OpenOptions::empty();
-        if flags & ACCESS_MODE == READ_ONLY {
-            // Nothing was written, so there is nothing to flush when it is closed.
-            options |= OpenOptions::NOFLUSH;
-        }
+        // Nothing was written, or the host has nothing to do: so there is nothing to flush when it is closed.
+        let needs_no_flush = flags & ACCESS_MODE == READ_ONLY || handle.is_some_and(|handle| self.is_local(inode, handle));
+        options.set(OpenOptions::NOFLUSH, needs_no_flush);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         if let Ok((attr, _)) = self.inner.getattr(ctx, inode.into(), None) {
             let changed = Duration::from_secs(attr.ctime).saturating_add(Duration::from_nanos(attr.ctimensec.into()));
@@ -124,6 +134,9 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
         options
     }
 }
+
+/// Magic numbers of file systems that do nothing when a file is closed, statfs(2): ext4, XFS, Btrfs, tmpfs.
+const LOCAL: [libc::c_long; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994];
 
 /// Nanoseconds of a second.
 const NANOS: i64 = 1_000_000_000;
@@ -257,9 +270,15 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         flags: u32,
     ) -> io::Result<(Option<F::Handle>, OpenOptions)> {
         let inode: u64 = inode.into();
-        let shortcuts = self.shortcuts(ctx, inode, flags);
+        if self.private.has(inode) {
+            // Overlayfs copies a file of an image now, and not any more when its name is gone.
+            self.handle(ctx, inode, NO_HANDLE.into(), flags & ACCESS_MODE != READ_ONLY)?;
+            return Ok((None, OpenOptions::KEEP_CACHE));
+        }
         let (handle, options) = self.inner.open(ctx, inode.into(), kill_priv, flags)?;
-        Ok((handle, options | shortcuts))
+        let handle: Option<u64> = handle.map(F::Handle::into);
+        let shortcuts = self.shortcuts(ctx, inode, handle, flags);
+        Ok((handle.map(F::Handle::from), options | shortcuts))
     }
 
     fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()> {
@@ -391,7 +410,13 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
                 self.opened(ctx, entry.inode, handle.into(), true);
                 Ok((entry, None, options | OpenOptions::KEEP_CACHE))
             }
-            handle => Ok((entry, handle, options)),
+            Some(handle) => {
+                let handle: u64 = handle.into();
+                let is_local = self.is_local(entry.inode, handle);
+                let options = if is_local { options | OpenOptions::NOFLUSH } else { options };
+                Ok((entry, Some(handle.into()), options))
+            }
+            None => Ok((entry, None, options)),
         }
     }
 

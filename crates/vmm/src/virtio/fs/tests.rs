@@ -167,13 +167,14 @@ impl Guest {
         self.call(opcode::READ, node, &body)
     }
 
+    /// struct fuse_entry_out and struct fuse_open_out.
+    fn create_with(&mut self, name: &str, flags: i32) -> Result<Vec<u8>, i32> {
+        let body = words(&[flags.cast_unsigned(), 0o100_644, 0, 0], &[name]);
+        self.call(opcode::CREATE, ROOT, &body)
+    }
+
     fn create(&mut self, name: &str) -> Result<(u64, u64), i32> {
-        let mut body = Vec::new();
-        for word in [u32::try_from(libc::O_RDWR).unwrap(), 0o100_644, 0, 0] {
-            body.extend(word.to_le_bytes());
-        }
-        body.extend(cstr(name));
-        let reply = self.call(opcode::CREATE, ROOT, &body)?;
+        let reply = self.create_with(name, libc::O_RDWR)?;
         Ok((u64_at(&reply, 0), u64_at(&reply, 128)))
     }
 }
@@ -259,14 +260,31 @@ fn opens_say_what_the_guest_may_leave_out() {
     };
     assert_eq!(open(libc::O_RDONLY) & (KEEP_CACHE | NOFLUSH), NOFLUSH);
     assert_eq!(open(libc::O_RDONLY) & (KEEP_CACHE | NOFLUSH), KEEP_CACHE | NOFLUSH);
-    assert_eq!(open(libc::O_RDWR) & (KEEP_CACHE | NOFLUSH), KEEP_CACHE);
+    assert_eq!(open(libc::O_RDWR) & KEEP_CACHE, KEEP_CACHE);
     let changed = || fs::metadata(share.join("file")).map(|file| (file.ctime(), file.ctime_nsec())).unwrap();
     let before = changed();
     // Until the clock has gone on.
     while changed() == before {
         fs::write(share.join("file"), "changed").unwrap();
     }
-    assert_eq!(open(libc::O_RDWR) & (KEEP_CACHE | NOFLUSH), 0);
+    assert_eq!(open(libc::O_RDWR) & KEEP_CACHE, 0);
+}
+
+#[test]
+fn file_that_was_open_to_be_written_is_flushed_where_its_file_system_may_want_that() {
+    const NOFLUSH: u8 = 1 << 5;
+    let open = |share: &Path, name: &str| {
+        let mut guest = Guest::new(share);
+        let node = guest.lookup(ROOT, name).unwrap();
+        let body = [libc::O_RDWR.to_le_bytes(), [0; 4]].concat();
+        guest.call(opcode::OPEN, node, &body).unwrap()[8] & NOFLUSH
+    };
+    let memory = TempDir::new_in("/dev/shm").unwrap();
+    fs::write(memory.path().join("file"), "").unwrap();
+    assert_eq!(open(memory.path(), "file"), NOFLUSH);
+    let mut guest = Guest::new(memory.path());
+    assert_eq!(guest.create_with("new", libc::O_RDWR).unwrap()[136] & NOFLUSH, NOFLUSH);
+    assert_eq!(open(Path::new("/proc/sys/vm"), "swappiness"), 0);
 }
 
 #[test]

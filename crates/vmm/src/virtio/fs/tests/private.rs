@@ -3,18 +3,40 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, UNIX_EPOCH};
 
-use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 
 use super::*;
 use crate::virtio::fs::private::{FOR_EVER, PRIVATE};
 
 const NO_HANDLE: u64 = 0;
+const KEEP_CACHE: u8 = 2;
 const WRITE_CACHE: u32 = 1;
 const WRITE_LOCKOWNER: u32 = 2;
 
 /// A share with a container whose root file system is a mount, as the shim makes it: what keeps it, and its descriptor.
-#[allow(unsafe_code)] // unshare(2)
 fn with_container() -> ((TempDir, fs::File), OwnedFd) {
+    with_root(|root, mount_point| mount_bind(root, mount_point).unwrap())
+}
+
+/// The same with overlayfs over an image.
+fn with_image() -> ((TempDir, fs::File), OwnedFd) {
+    with_root(|image, mount_point| {
+        let own = mount_point.parent().unwrap().join("own");
+        // A file system that can be the upper one of overlayfs, whatever tests run on.
+        fs::create_dir(&own).unwrap();
+        mount("tmpfs", &own, "tmpfs", MountFlags::empty(), None).unwrap();
+        let [upper, work] = ["upper", "work"].map(|name| own.join(name));
+        fs::create_dir(&upper).unwrap();
+        fs::create_dir(&work).unwrap();
+        let layers =
+            format!("lowerdir={},upperdir={},workdir={}", image.display(), upper.display(), work.display());
+        let layers = CString::new(layers).unwrap();
+        mount("overlay", mount_point, "overlay", MountFlags::empty(), Some(layers.as_c_str())).unwrap();
+    })
+}
+
+#[allow(unsafe_code)] // unshare(2)
+fn with_root(mount_root: impl FnOnce(&Path, &Path) + Send + 'static) -> ((TempDir, fs::File), OwnedFd) {
     let (dir, share) = share();
     fs::create_dir_all(share.join("c1/rootfs")).unwrap();
     fs::create_dir(dir.path().join("root")).unwrap();
@@ -26,7 +48,7 @@ fn with_container() -> ((TempDir, fs::File), OwnedFd) {
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
             .expect("cannot make a mount namespace; run as root");
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-        mount_bind(&root, &mount_point).unwrap();
+        mount_root(&root, &mount_point);
         (fs::File::open("/proc/thread-self/ns/mnt").unwrap(), OwnedFd::from(fs::File::open(&share).unwrap()))
     });
     let (namespace, share) = made.join().unwrap();
@@ -87,6 +109,22 @@ fn files_are_read_and_written_without_an_open() {
     let other = guest.lookup(ROOT, "file").unwrap();
     assert_eq!(guest.read(other, NO_HANDLE), Err(libc::EBADF));
     assert_eq!(write(&mut guest, other, 0, 0, b"x"), Err(libc::EBADF));
+}
+
+/// A file of an image is overlayfs's lower file until it is opened to be written; then it may lose its name.
+#[test]
+fn file_that_was_opened_to_be_written_is_written_when_its_name_is_gone() {
+    let ((dir, namespace), share) = with_image();
+    let (mut guest, root) = guest(share);
+    let file = guest.lookup(root, "file").unwrap();
+    let body = [libc::O_RDWR.to_le_bytes(), [0; 4]].concat();
+    let opened = guest.call(opcode::OPEN, file, &body).unwrap();
+    assert_eq!((u64_at(&opened, 0), opened[8]), (NO_HANDLE, KEEP_CACHE));
+    guest.call(opcode::UNLINK, root, &cstr("file")).unwrap();
+    write(&mut guest, file, 0, 0, b"C").unwrap();
+    assert_eq!(guest.read(file, NO_HANDLE).unwrap(), b"Content");
+    assert_eq!(fs::read(dir.path().join("root/file")).unwrap(), b"content", "the image has what it had");
+    drop(namespace);
 }
 
 #[test]
