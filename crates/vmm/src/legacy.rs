@@ -9,8 +9,8 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{I8042Device, Serial, Trigger};
 
 use crate::bus::BusDevice;
-use crate::irq::IrqLine;
 use crate::exit::ExitSignal;
+use crate::irq::IrqLine;
 use crate::virtio::console::output::Output;
 
 /// The keyboard controller's reset line (`reboot=k`).

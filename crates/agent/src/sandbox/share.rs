@@ -14,7 +14,9 @@ const READ_AHEAD_KIB: &str = "1024";
 pub fn tune(share: &Path) -> io::Result<()> {
     let device = stat(share)?.st_dev;
     let bdi = PathBuf::from(format!("/sys/class/bdi/{}:{}", major(device), minor(device)));
-    for (file, value) in [("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", "100"), ("min_ratio", "50"), ("strict_limit", "0")] {
+    for (file, value) in
+        [("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", "100"), ("min_ratio", "50"), ("strict_limit", "0")]
+    {
         std::fs::write(bdi.join(file), value)?;
     }
     Ok(())

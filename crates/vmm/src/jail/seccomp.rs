@@ -82,9 +82,7 @@ impl Kind {
     /// What it may ask of devices of the host.
     fn ioctls(self) -> &'static [libc::Ioctl] {
         match self {
-            Self::Main => {
-                &[KVM_IRQ_LINE, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ]
-            }
+            Self::Main => &[KVM_IRQ_LINE, KVM_IOEVENTFD, libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ],
             Self::Vcpu => &[KVM_IRQ_LINE, KVM_RUN, KVM_GET_MP_STATE, libc::TUNSETOFFLOAD],
             Self::Devices => &[KVM_IRQ_LINE, libc::FIONBIO],
             Self::Memory => &[KVM_IRQ_LINE, KVM_SET_USER_MEMORY_REGION],
@@ -210,8 +208,7 @@ const DEVICES: &[Call] =
     calls![SYS_ioctl, SYS_ppoll, SYS_readv, SYS_recvmsg, SYS_sendto, SYS_shutdown, SYS_timerfd_settime, SYS_writev,];
 
 /// Files and block devices, and the waits for requests.
-const DISKS: &[Call] =
-    calls![
+const DISKS: &[Call] = calls![
     SYS_fcntl,
     SYS_fdatasync,
     SYS_fsync,

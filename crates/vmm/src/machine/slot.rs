@@ -13,9 +13,7 @@ use crate::kvm::{KvmError, Vm};
 use crate::layout::READABLE_REGISTERS;
 use crate::register_page::RegisterPage;
 use crate::virtio::VirtioDevice;
-use crate::virtio::transport::{
-    MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION,
-};
+use crate::virtio::transport::{MAGIC, MmioInterrupt, MmioTransport, QUEUE_NOTIFY, REG_MAGIC, REG_VERSION, VERSION};
 
 /// A slot.
 pub struct Slot {

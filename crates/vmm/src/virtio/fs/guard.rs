@@ -124,7 +124,8 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
     fn shortcuts(&self, ctx: Context, inode: u64, handle: Option<u64>, flags: u32) -> OpenOptions {
         let mut options = OpenOptions::empty();
         // Nothing was written, or the host has nothing to do: so there is nothing to flush when it is closed.
-        let needs_no_flush = flags & ACCESS_MODE == READ_ONLY || handle.is_some_and(|handle| self.is_local(inode, handle));
+        let needs_no_flush =
+            flags & ACCESS_MODE == READ_ONLY || handle.is_some_and(|handle| self.is_local(inode, handle));
         options.set(OpenOptions::NOFLUSH, needs_no_flush);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         if let Ok((attr, _)) = self.inner.getattr(ctx, inode.into(), None) {

@@ -28,8 +28,7 @@ fn with_image() -> ((TempDir, fs::File), OwnedFd) {
         let [upper, work] = ["upper", "work"].map(|name| own.join(name));
         fs::create_dir(&upper).unwrap();
         fs::create_dir(&work).unwrap();
-        let layers =
-            format!("lowerdir={},upperdir={},workdir={}", image.display(), upper.display(), work.display());
+        let layers = format!("lowerdir={},upperdir={},workdir={}", image.display(), upper.display(), work.display());
         let layers = CString::new(layers).unwrap();
         mount("overlay", mount_point, "overlay", MountFlags::empty(), Some(layers.as_c_str())).unwrap();
     })
