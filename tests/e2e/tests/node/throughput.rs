@@ -16,6 +16,7 @@ const STREAMS: usize = 8;
 /// For all connections together; several times what a connection needs to find its speed.
 const MIB: u32 = 32;
 const BYTES: usize = (MIB as usize) << 20;
+const ROUNDS: usize = 3;
 
 /// What was lost on the way.
 #[derive(Debug)]
@@ -120,29 +121,34 @@ fn out_of_pod(address: Ipv4Addr, streams: usize) -> Result<Duration> {
     })
 }
 
-fn compare(one: Duration, several: Duration, way: &str) -> Result<()> {
-    let speed = |time: Duration| f64::from(MIB) * 8.0 * 1.048_576 / time.as_secs_f64();
-    let (one, several) = (speed(one), speed(several));
+/// Compares the best of a few measurements by turns: what else a machine does makes some slow, and none fast. A collapse is a
+/// tenth; six tenths are usual in an emulated node.
+async fn compare(way: &str, mut measure: impl AsyncFnMut(usize) -> Result<Duration>) -> Result<()> {
+    let mut best = [Duration::MAX; 2];
+    for _ in 0..ROUNDS {
+        for (best, streams) in best.iter_mut().zip([1, STREAMS]) {
+            *best = measure(streams).await?.min(*best);
+        }
+    }
+    let [one, several] = best.map(|time| f64::from(MIB) * 8.0 * 1.048_576 / time.as_secs_f64());
     println!("{way} the pod: {one:.0} Mbit/s by one connection, {several:.0} by {STREAMS}");
-    ensure!(several * 2.0 >= one, "{several:.0} Mbit/s {way} the pod by {STREAMS} connections, {one:.0} by one");
+    ensure!(several * 3.0 >= one, "{several:.0} Mbit/s {way} the pod by {STREAMS} connections, {one:.0} by one");
     Ok(())
 }
 
 #[test]
-fn eight_connections_into_a_pod_carry_at_least_half_of_what_one_does_and_lose_nothing() {
+fn eight_connections_into_a_pod_carry_at_least_a_third_of_what_one_does_and_lose_nothing() {
     on_node(async |node| {
         let pod = node.pod("into").await?;
         let container = pod.sleeper("main").await?;
         let before = Losses::read(&pod).await?;
-        let one = into_pod(&pod, &container, 1).await?;
-        let several = into_pod(&pod, &container, STREAMS).await?;
-        Losses::read(&pod).await?.are_few_since(&before)?;
-        compare(one, several, "into")
+        compare("into", async |streams| into_pod(&pod, &container, streams).await).await?;
+        Losses::read(&pod).await?.are_few_since(&before)
     });
 }
 
 #[test]
-fn eight_connections_out_of_a_pod_carry_at_least_half_of_what_one_does_and_lose_nothing() {
+fn eight_connections_out_of_a_pod_carry_at_least_a_third_of_what_one_does_and_lose_nothing() {
     on_node(async |node| {
         let pod = node.pod("out").await?;
         let container = pod.sleeper("main").await?;
@@ -153,8 +159,7 @@ fn eight_connections_out_of_a_pod_carry_at_least_half_of_what_one_does_and_lose_
         let addresses = pod.addresses().await?;
         let address = addresses.iter().find_map(|ip| ip.parse().ok()).context("no IPv4 address")?;
         let before = Losses::read(&pod).await?;
-        let (one, several) = (out_of_pod(address, 1)?, out_of_pod(address, STREAMS)?);
-        Losses::read(&pod).await?.are_few_since(&before)?;
-        compare(one, several, "out of")
+        compare("out of", async |streams| out_of_pod(address, streams)).await?;
+        Losses::read(&pod).await?.are_few_since(&before)
     });
 }
