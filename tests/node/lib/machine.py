@@ -104,7 +104,7 @@ class Machine:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self.cgroup = pathlib.Path(f"/sys/fs/cgroup/bulkhead-node-{os.getpid()}")
-        await self._spawn([NODE / "lib" / "enter-host", self.cgroup, f"fd:{theirs.fileno()}"], [theirs.fileno()])
+        await self._spawn([NODE / "lib" / "enter-host", self.cgroup, f"fd:{theirs.fileno()}", self.state], [theirs.fileno()])
         theirs.close()
         return ours
 
@@ -129,7 +129,7 @@ class Machine:
             "--cpus", "1", "--memory", MEMORY, "--user", "root", "--cwd", TREE, "--name", "node",
             f"--rwdir={BUILD}", f"--append=modprobe.blacklist={','.join(UNUSED_DRIVERS)}",
             *(f"--qemu-opts={option}" for option in qemu_options),
-            "--", NODE / "lib" / "enter", "emulated", "/dev/virtio-ports/bulkhead.control",
+            "--", NODE / "lib" / "enter", "emulated", "/dev/virtio-ports/bulkhead.control", self.state,
         ]  # fmt: skip
         await self._spawn(command, [])
         accept = asyncio.create_task(asyncio.get_running_loop().sock_accept(listener))
