@@ -3,10 +3,12 @@
 use std::io::PipeReader;
 use std::os::fd::OwnedFd;
 
+use bulkhead_vmm::memory::ImageRegion;
 use bulkhead_vmm::virtio::Activation;
 use bulkhead_vmm::virtio::balloon::Balloon;
 use bulkhead_vmm::virtio::block::Inline;
 use bulkhead_vmm::virtio::console::Console;
+use bulkhead_vmm::virtio::pmem::Pmem;
 use bulkhead_vmm::virtio::rng::Rng;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, ftruncate, memfd_create};
 
@@ -86,6 +88,33 @@ pub fn rng(data: &[u8]) {
             device: Box::new(Rng::new(event_loop())),
             own: Box::new(|_, _| ()),
             probe: |guest| (0, vec![guest.room(64)]),
+            host_recovers: Box::new(|| ()),
+        },
+        data,
+    );
+}
+
+/// virtio-pmem, over memory that the device itself never touches.
+pub fn pmem(data: &[u8]) {
+    struct Region;
+    impl ImageRegion for Region {
+        fn start(&self) -> u64 {
+            8 << 30
+        }
+
+        fn size(&self) -> u64 {
+            2 << 20
+        }
+    }
+    let own = |guest: &mut Guest, input: &mut Input<'_>| {
+        let (request, answer) = (guest.place(&u32::from(input.u8()).to_le_bytes()), guest.room(4));
+        guest.offer(0, &[request, answer]);
+    };
+    drive(
+        &mut Device {
+            device: Box::new(Pmem::new(Box::new(Region), event_loop(), event_loop())),
+            own: Box::new(own),
+            probe: |guest| (0, vec![guest.place(&[0; 4]), guest.room(4)]),
             host_recovers: Box::new(|| ()),
         },
         data,

@@ -20,7 +20,7 @@ mod vsock;
 
 pub use agent::agent_replies;
 pub use control::{control_messages, vmspec_config};
-pub use devices::{balloon, block, console, rng};
+pub use devices::{balloon, block, console, pmem, rng};
 pub use fs::fs;
 pub use mem::mem;
 pub use mmio::mmio_registers;
@@ -33,7 +33,7 @@ pub use vsock::vsock;
 pub type Target = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 15] = [
     ("agent_replies", agent_replies),
     ("balloon", balloon),
     ("block", block),
@@ -44,6 +44,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("mmio_registers", mmio_registers),
     ("net", net),
     ("oci_spec", oci_spec),
+    ("pmem", pmem),
     ("rng", rng),
     ("virtqueue", virtqueue),
     ("vmspec_config", vmspec_config),

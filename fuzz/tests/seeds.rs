@@ -33,6 +33,7 @@ fn all() -> Seeds {
         ("mmio_registers", mmio_registers()),
         ("net", net()),
         ("oci_spec", oci_spec()),
+        ("pmem", pmem()),
         ("rng", rng()),
         ("virtqueue", virtqueue()),
         ("vmspec_config", vmspec_config()),
@@ -87,6 +88,11 @@ fn block() -> List {
 fn rng() -> List {
     let honest = Script::new(&[], 0).chain(0, &[Room(64)]).chain(0, &[Room(1), Room(2000)]).kick(0);
     vec![("honest", honest.bytes()), ("hostile", hostile(&[], 0, &[Room(64)]))]
+}
+
+fn pmem() -> List {
+    let honest = Script::new(&[], 0).chain(0, &[Bytes(&[0; 4]), Room(4)]).own(&[0]).own(&[1]).kick(0);
+    vec![("honest", honest.bytes()), ("hostile", hostile(&[], 0, &[Bytes(&[0; 4]), Room(4)]))]
 }
 
 fn balloon() -> List {

@@ -5,10 +5,13 @@
 //! returns when the driver has looked, and by then a disk and its node in /dev, or an interface, exist: nothing has to be
 //! waited for.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::agent::BlockDevice;
+use bulkhead_protocol::agent::{BlockDevice, ImageRange};
+
+use crate::sys;
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
@@ -24,6 +27,50 @@ pub fn bind(slot: u32) -> Result<BlockDevice, DeviceError> {
             Err(DeviceError::NoDisk { slot })
         }
     }
+}
+
+/// The node of a disk.
+pub fn node(disk: &BlockDevice) -> io::Result<PathBuf> {
+    let uevent = std::fs::read_to_string(format!("/sys/dev/block/{}:{}/uevent", disk.major, disk.minor))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    name.map(|name| Path::new("/dev").join(name)).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Makes the driver take the images in a slot; answers with a disk for each, by its node in /dev. None of them can be written.
+pub fn bind_images(slot: u32, images: &[ImageRange]) -> Result<Vec<PathBuf>, DeviceError> {
+    look_at(slot)?;
+    let found = images_in(slot, images);
+    if found.is_err() {
+        let _ = unbind(slot);
+    }
+    found
+}
+
+fn images_in(slot: u32, images: &[ImageRange]) -> Result<Vec<PathBuf>, DeviceError> {
+    let failed = |source| DeviceError::Images { slot, source };
+    let virtio = child(&Path::new(DEVICES).join(name(slot)), is_virtio).ok_or(DeviceError::NoDisk { slot })?;
+    let bus = child(&virtio, |name| name.starts_with("ndbus")).ok_or(DeviceError::NoDisk { slot })?;
+    // Its drivers work on their own. This returns when they are through (drivers/nvdimm/bus.c, wait_probe).
+    std::fs::read_to_string(bus.join("wait_probe")).map_err(failed)?;
+    let disk = find_memory_disk(&bus).ok_or(DeviceError::NoDisk { slot })?;
+    let file = File::open(Path::new("/dev").join(&disk)).map_err(failed)?;
+    sys::make_disk_read_only(&file).map_err(|errno| failed(errno.into()))?;
+    let add = |(number, image): (u32, &ImageRange)| {
+        sys::add_partition(&file, number, image.offset, image.size).map_err(|errno| failed(errno.into()))?;
+        Ok(Path::new("/dev").join(format!("{disk}p{number}")))
+    };
+    (1..).zip(images).map(add).collect()
+}
+
+/// The name of the disk below a bus of such memory: `region<n>/namespace<n>.0/block/<name>`.
+fn find_memory_disk(bus: &Path) -> Option<String> {
+    let region = child(bus, |name| name.starts_with("region"))?;
+    // One that has no memory stands beside the other, as a seed for more.
+    let spaces = std::fs::read_dir(region).ok()?.filter_map(Result::ok);
+    let mut spaces =
+        spaces.filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with("namespace")));
+    let disk = spaces.find_map(|space| child(&space.path().join("block"), |_| true))?;
+    disk.file_name()?.to_str().map(str::to_owned)
 }
 
 /// Makes the driver take the devices in some slots: all of them or none.
@@ -94,6 +141,9 @@ pub enum DeviceError {
     /// The driver does not give it back.
     #[error("the guest's driver does not release the device in slot {slot}; it may still be in use")]
     Unbind { slot: u32, source: io::Error },
+    /// What should be images.
+    #[error("the images in slot {slot} cannot be used as disks")]
+    Images { slot: u32, source: io::Error },
     /// Something else.
     #[error("the device in slot {slot} is no disk")]
     NoDisk { slot: u32 },
@@ -114,6 +164,19 @@ mod tests {
         let disk = find_disk(&device).unwrap();
         assert_eq!((disk.major, disk.minor), (254, 16));
     }
+
+    #[test]
+    fn disk_of_memory_is_found_below_its_bus() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = dir.path().join("ndbus0");
+        assert_eq!(find_memory_disk(&bus), None);
+        std::fs::create_dir_all(bus.join("region0/namespace0.1")).unwrap();
+        std::fs::create_dir_all(bus.join("region0/power")).unwrap();
+        assert_eq!(find_memory_disk(&bus), None);
+        std::fs::create_dir_all(bus.join("region0/namespace0.0/block/pmem0")).unwrap();
+        assert_eq!(find_memory_disk(&bus).as_deref(), Some("pmem0"));
+    }
+
     #[test]
     fn interface_is_found_below_its_platform_device() {
         let dir = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ mod events;
 mod forward;
 mod guest_time;
 mod handover;
+mod layers;
 mod listen;
 mod log;
 mod netns;

@@ -9,7 +9,7 @@ use bulkhead_protocol::RELEASE;
 use bulkhead_protocol::agent::{
     AddNetworkRequest, AddNetworkResponse, Agent, BlockDevice, ContainerRequest, CreateContainerRequest,
     CreateSandboxRequest, CreateSandboxResponse, Demand, DemandRequest, DeviceSlot, Empty, Event, ExecRequest,
-    ExitStatus, HugePageVolume, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats,
+    ExitStatus, HugePageVolume, ImageDevice, ProcessRequest, ResizeGuestRequest, ResizeRequest, SignalRequest, Stats,
     SyncClockRequest, SyncClockResponse, UpdateContainerRequest, UpdateVolumeRequest,
 };
 use bulkhead_protocol::error::chain;
@@ -97,8 +97,14 @@ impl Agent for Service {
         beside(move || devices::bind(request.slot)).await?.map_err(status)
     }
 
+    async fn bind_images(&self, _: &TtrpcContext, request: ImageDevice) -> ttrpc::Result<Empty> {
+        let layers = self.containers.layers();
+        done(beside(move || layers.bind(&request)).await?)
+    }
+
     async fn unbind_device(&self, _: &TtrpcContext, request: DeviceSlot) -> ttrpc::Result<Empty> {
-        done(beside(move || devices::unbind(request.slot)).await?)
+        let layers = self.containers.layers();
+        done(beside(move || layers.unbind(request.slot)).await?)
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> ttrpc::Result<Empty> {

@@ -1,7 +1,7 @@
 //! The few system calls that have no safe wrapper.
 #![allow(
     unsafe_code,
-    reason = "random(4), loop(4), adjtimex(2), real-time signals, waitid(2) with its pid, dispositions, clone(2) and seccomp(2) have no safe wrapper"
+    reason = "random(4), loop(4), partitions, adjtimex(2), real-time signals, waitid(2) with its pid, dispositions, clone(2) and seccomp(2) have no safe wrapper"
 )]
 
 use std::io;
@@ -65,6 +65,50 @@ pub fn add_loop_devices(count: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// BLKROSET of `linux/fs.h` and BLKPG of `linux/blkpg.h`.
+const BLKROSET: ioctl::Opcode = opcode::none(0x12, 93);
+const BLKPG: ioctl::Opcode = opcode::none(0x12, 105);
+const BLKPG_ADD_PARTITION: libc::c_int = 1;
+
+/// `struct blkpg_partition`.
+#[repr(C)]
+struct Partition {
+    start: i64,
+    length: i64,
+    number: libc::c_int,
+    names: [u8; 128],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct PartitionChange {
+    operation: libc::c_int,
+    flags: libc::c_int,
+    length: libc::c_int,
+    data: *const Partition,
+}
+
+/// Lets nobody write to a disk, nor to its partitions.
+pub fn make_disk_read_only(disk: impl AsFd) -> rustix::io::Result<()> {
+    // SAFETY: the kernel reads one integer.
+    unsafe { ioctl::ioctl(disk, Setter::<BLKROSET, libc::c_int>::new(1)) }
+}
+
+/// Makes a part of a disk a disk of its own. All in bytes.
+pub fn add_partition(disk: impl AsFd, number: u32, start: u64, length: u64) -> rustix::io::Result<()> {
+    let invalid = |_| rustix::io::Errno::INVAL;
+    let partition = Partition {
+        start: start.try_into().map_err(invalid)?,
+        length: length.try_into().map_err(invalid)?,
+        number: number.try_into().map_err(invalid)?,
+        names: [0; 128],
+    };
+    let length = libc::c_int::try_from(size_of::<Partition>()).map_err(invalid)?;
+    let change = PartitionChange { operation: BLKPG_ADD_PARTITION, flags: 0, length, data: &raw const partition };
+    // SAFETY: the kernel reads the structure, and the one that it points to, which lives until then.
+    unsafe { ioctl::ioctl(disk, Setter::<BLKPG, PartitionChange>::new(change)) }
 }
 
 /// How long the kernel has run (CLOCK_BOOTTIME).
@@ -221,5 +265,11 @@ mod tests {
     #[test]
     fn request_numbers_are_those_of_random_4() {
         assert_eq!((RNDADDENTROPY, RNDRESEEDCRNG), (0x4008_5203, 0x5207));
+    }
+
+    #[test]
+    fn requests_about_disks_are_those_of_the_kernels_headers() {
+        assert_eq!((BLKROSET, BLKPG), (0x125d, 0x1269));
+        assert_eq!((size_of::<Partition>(), size_of::<PartitionChange>()), (152, 24));
     }
 }

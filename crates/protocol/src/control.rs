@@ -118,12 +118,18 @@ pub enum ExitReason {
     Reset,
     /// A vCPU met something that KVM cannot go on from.
     VcpuFault,
+    /// The host could not give the guest a page that it touched: the file of an image was cut short, or its disk fails.
+    MemoryGone,
     /// KVM could not make a task that it needs in the VMM's process (Linux 6.14 and later): pids.max of the VMM's cgroup, or
     /// of one above it, is reached.
     NoTask,
 }
 
 impl ExitReason {
+    /// What [`Self::MemoryGone`] means, for people.
+    pub const MEMORY_GONE: &str = "the host could not give the guest memory that it touched: an image layer of the pod's was cut \
+         short while in use, or the disk that it is on fails; see the node's kernel log";
+
     /// What [`Self::NoTask`] means, for people.
     pub const NO_TASK: &str = "KVM could not make the task that it needs for a VM, because the pod's limit of tasks (pids.max of \
          its cgroup or of one above it) is reached; raise the kubelet's podPidsLimit";
@@ -281,6 +287,7 @@ mod tests {
             },
             DeviceSpec::Memory { requested_mib: 128 },
             DeviceSpec::Net { tap: fd(6), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 },
+            DeviceSpec::Pmem { images: vec![crate::vmspec::Image { file: fd(7), size: 4096 }] },
             DeviceSpec::Rng,
             DeviceSpec::Vsock,
         ];
@@ -365,6 +372,7 @@ mod tests {
             ("\"kvm\":0", "\"kvm\":\"0\""),
             ("[2,0,0,0,0,1]", "[2,0,0,0,0]"),
             ("\"type\":\"rng\"", "\"type\":\"pmem\""),
+            ("\"size\":4096", "\"size\":18446744073709551616"),
         ] {
             assert!(good.contains(field), "{field}");
             let bad = good.replacen(field, value, 1);

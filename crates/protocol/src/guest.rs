@@ -28,6 +28,16 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// A container's root file system in the share: `<container id>/rootfs`.
 pub const ROOT_DIR: &str = "rootfs";
 
+/// Where in the share a container's overlay has its upper and work directory, if the guest makes the overlay:
+/// `<container id>/.bulkhead-upper/{fs,work}`. Neither the container nor the guest can do anything else there.
+pub const UPPER_DIR: &str = ".bulkhead-upper";
+
+/// The upper directory's name and the work directory's: those that containerd's erofs snapshotter gives them.
+pub const UPPER_NAMES: [&str; 2] = ["fs", "work"];
+
+/// Where the agent mounts layers of images, each under the slot and the number that it has there.
+pub const LAYERS_DIR: &str = "/run/bulkhead/layers";
+
 /// Directory of the share with the volumes that containers have, each under its number, which is its only name. The dot keeps
 /// it apart from containers' ids.
 pub const SHARED_VOLUMES: &str = ".volumes";

@@ -14,6 +14,7 @@ pub mod forward;
 pub mod guest;
 pub mod handover;
 pub mod huge_pages;
+pub mod images;
 pub mod node;
 #[cfg(feature = "agent")]
 pub mod rtnl;

@@ -67,6 +67,16 @@ pub struct IdMap {
     pub count: u32,
 }
 
+/// An image of a read-only file system.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// A regular file, opened for reading alone.
+    pub file: FdIndex,
+    /// Its size in bytes, which it has to have.
+    pub size: u64,
+}
+
 /// A virtio device in a slot.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case", tag = "type")]
@@ -114,6 +124,12 @@ pub enum DeviceSpec {
         mac: [u8; 6],
         /// MTU that the guest is told (VIRTIO_NET_F_MTU).
         mtu: u16,
+    },
+    /// virtio-pmem over images of read-only file systems, behind each other as [`crate::images`] says: memory of the host's page
+    /// cache that the guest can read and nobody can write.
+    Pmem {
+        /// The images, 1 to [`crate::images::MAX_IMAGES`].
+        images: Vec<Image>,
     },
     /// virtio-rng from getrandom(2).
     Rng,

@@ -14,6 +14,7 @@ mod events;
 mod host_files;
 mod host_pid;
 mod io;
+mod layers;
 mod network;
 mod node_namespaces;
 mod own_thread;

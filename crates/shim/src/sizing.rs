@@ -19,6 +19,13 @@ const SHARES_PER_CPU: u64 = 1024;
 /// What it makes of a request for none: the least that cgroup v1 takes.
 const LEAST_SHARES: u64 = 2;
 
+/// Bytes of an image for each byte of the notes that the guest's kernel makes of its pages: 64 bytes for 4 KiB (struct page).
+const IMAGE_BYTES_PER_NOTE: u64 = 64;
+
+/// Bytes of such notes that the boot memory bears: those of 1 GiB of images. A memory block that is plugged for less would itself cost
+/// as much.
+const BORNE_NOTES: u64 = 16 << 20;
+
 /// What a container may use; `None` for as much as there is.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Limits {
@@ -30,6 +37,8 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Bytes of huge pages by the size of a page in KiB. What is not named is none.
     pub huge_pages: BTreeMap<u64, u64>,
+    /// Bytes of its image's layers, for each page of which the guest's kernel needs a note of its own.
+    pub image_bytes: u64,
     /// CPUs of the host, as cpuset(7) lists them.
     pub host_cpus: Option<String>,
     /// How much sooner or later than others its processes are killed when there is no more memory (proc_pid_oom_score_adj(5)).
@@ -81,6 +90,7 @@ impl Limits {
             shares: self.shares.max(other.shares),
             memory: larger(self.memory, other.memory),
             huge_pages,
+            image_bytes: self.image_bytes.max(other.image_bytes),
             host_cpus: other.host_cpus.clone(),
             oom_score_adj: self.oom_score_adj.min(other.oom_score_adj),
         }
@@ -161,12 +171,13 @@ impl Plan {
 
     /// How large the VM must be for these containers.
     pub fn target<'a>(&self, containers: impl IntoIterator<Item = &'a Limits>) -> Result<Target, SizeError> {
-        let (mut millicpus, mut shares, mut bytes) = (0u64, 0u64, 0u64);
+        let (mut millicpus, mut shares, mut bytes, mut images) = (0u64, 0u64, 0u64, 0u64);
         let mut huge_bytes = BTreeMap::<u64, u64>::new();
         for limits in containers {
             millicpus = millicpus.saturating_add(limits.millicpus.unwrap_or(0));
             shares = shares.saturating_add(limits.shares);
             bytes = bytes.saturating_add(limits.memory.unwrap_or(0));
+            images = images.saturating_add(limits.image_bytes);
             for (kib, amount) in &limits.huge_pages {
                 bytes = bytes.saturating_add(*amount);
                 let sum = huge_bytes.entry(*kib).or_default();
@@ -174,6 +185,10 @@ impl Plan {
             }
         }
         let huge_pages = huge_bytes.into_iter().map(|(kib, bytes)| (kib, bytes / kib.max(1) / 1024)).collect();
+        let notes = images / IMAGE_BYTES_PER_NOTE;
+        if notes > BORNE_NOTES {
+            bytes = bytes.saturating_add(notes);
+        }
         let needed = bytes.div_ceil(1 << 20);
         if !self.fixed_memory && self.boot_mib.saturating_add(needed) > self.max_memory_mib {
             return Err(SizeError::Memory { needed, base: self.boot_mib, most: self.max_memory_mib });

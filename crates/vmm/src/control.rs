@@ -5,13 +5,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use bulkhead_protocol::control::{self, Command, ControlError, ExitReason, Reply, Request};
 use bulkhead_protocol::error::chain;
-use bulkhead_protocol::vmspec::{DeviceSpec, VmSpec};
-use rustix::event::{PollFd, PollFlags, poll};
+use bulkhead_protocol::vmspec::{DeviceSpec, Image, VmSpec};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::descriptors::Descriptors;
+use crate::devices::BuildResult;
 use crate::jail::{self, Kind};
 use crate::machine::{Machine, MachineError};
 
@@ -29,7 +31,7 @@ pub enum End {
 
 /// Serves the shim until it or the guest ends.
 pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
-    let mut service = Service { socket: Arc::new(socket), machine: None };
+    let mut service = Service { socket: Arc::new(socket), machine: None, built: Built::new()? };
     loop {
         let ready = service.wait()?;
         if let Some(reason) = service.machine.as_ref().and_then(|machine| machine.exit().reason()) {
@@ -38,6 +40,9 @@ pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
             // What the guest wrote last is in the devices' threads; nothing is waited for but the vCPUs.
             drop(service.machine.take());
             return Ok(End::Guest(reason));
+        }
+        while let Some((id, device)) = service.built.next() {
+            service.add_built(id, device);
         }
         if ready {
             match control::receive::<Request>(&service.socket)? {
@@ -51,15 +56,44 @@ pub fn serve(socket: OwnedFd) -> Result<End, ServiceError> {
 struct Service {
     socket: Arc<OwnedFd>,
     machine: Option<Machine>,
+    built: Built,
+}
+
+/// A device that is to be added, and by which request.
+type BuiltDevice = (u64, BuildResult);
+
+/// Devices that were built in another thread, because it takes long.
+struct Built {
+    sender: Sender<BuiltDevice>,
+    receiver: Receiver<BuiltDevice>,
+    /// Readable when there may be one.
+    event: Arc<OwnedFd>,
+}
+
+impl Built {
+    fn new() -> Result<Self, ServiceError> {
+        let (sender, receiver) = channel();
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(ServiceError::Wait)?;
+        Ok(Self { sender, receiver, event: Arc::new(event) })
+    }
+
+    fn next(&self) -> Option<BuiltDevice> {
+        // Before the look: what comes after it makes it readable again. Nothing to read (EAGAIN) is as good.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        self.receiver.try_recv().ok()
+    }
 }
 
 impl Service {
-    /// Waits for a message, the socket's end or the guest's; true if the socket has something to say.
+    /// Waits for a message, the socket's end, the guest's, or a device that was built; true if the socket has something to say.
     fn wait(&self) -> Result<bool, ServiceError> {
         let socket = PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN);
+        let built = PollFd::from_borrowed_fd(self.built.event.as_fd(), PollFlags::IN);
         let exit: Option<BorrowedFd<'_>> = self.machine.as_ref().map(|machine| machine.exit().as_fd());
-        let mut fds: Vec<_> =
-            [Some(socket), exit.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))].into_iter().flatten().collect();
+        let mut fds: Vec<_> = [Some(socket), Some(built), exit.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))]
+            .into_iter()
+            .flatten()
+            .collect();
         rustix::io::retry_on_intr(|| poll(&mut fds, None)).map_err(ServiceError::Wait)?;
         Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty()))
     }
@@ -76,6 +110,7 @@ impl Service {
                 }
             },
             Command::ConnectVsock { port } => self.connect(id, port, fds),
+            Command::AddDevice(DeviceSpec::Pmem { images }) => self.build_pmem(id, &images, fds),
             Command::AddDevice(device) => self.add_device(id, &device, fds),
             Command::RemoveDevice { slot } => self.remove_device(id, slot),
             Command::ResizeMemory { mib } => self.resize_memory(id, mib),
@@ -122,6 +157,28 @@ impl Service {
     fn add_device(&mut self, id: u64, device: &DeviceSpec, fds: Vec<OwnedFd>) {
         let Some(machine) = &mut self.machine else { return self.fail(id, NO_MACHINE.into()) };
         match machine.add_device(device, Descriptors::new(fds)) {
+            Ok(slot) => self.reply(&Reply::Added { id, slot }),
+            Err(error) => self.fail(id, chain(&error)),
+        }
+    }
+
+    /// Has a device over images built. Its request is answered when it is there.
+    fn build_pmem(&self, id: u64, images: &[Image], fds: Vec<OwnedFd>) {
+        let Some(machine) = &self.machine else { return self.fail(id, NO_MACHINE.into()) };
+        let (sender, event) = (self.built.sender.clone(), Arc::clone(&self.built.event));
+        let done = Box::new(move |device| {
+            // Nobody listens only when the service has ended.
+            let _ = sender.send((id, device));
+            let _ = rustix::io::write(&event, &1_u64.to_ne_bytes());
+        });
+        if let Err(error) = machine.build_pmem(images, Descriptors::new(fds), done) {
+            self.fail(id, chain(&error));
+        }
+    }
+
+    fn add_built(&mut self, id: u64, device: BuildResult) {
+        let Some(machine) = &mut self.machine else { return self.fail(id, NO_MACHINE.into()) };
+        match device.map_err(MachineError::from).and_then(|device| machine.add_built(device)) {
             Ok(slot) => self.reply(&Reply::Added { id, slot }),
             Err(error) => self.fail(id, chain(&error)),
         }

@@ -55,6 +55,12 @@ impl EventLoop {
             .map_err(EventLoopError::Epoll)?;
         Ok(WorkerGuard { endpoint: self.endpoint.clone(), id })
     }
+
+    /// Has the loop's thread do something, after what it was told before. Does not wait for it. If the loop has ended, `work` is
+    /// dropped instead.
+    pub fn run(&self, work: impl FnOnce() + Send + 'static) {
+        let _ = self.endpoint.fire(move |_| work());
+    }
 }
 
 /// A worker in the loop. Dropping it takes the worker out and drops it, before `drop` returns; so it must not happen in

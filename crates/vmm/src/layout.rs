@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0           0x9fc00       1 MiB               3 GiB             4 GiB
-//! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory, then what can be plugged
+//! | boot data | MP table .. | kernel, initramfs | slots, APICs    | the rest of the memory, what can be plugged, images
 //! ```
 //!
 //! All of it is fixed: a template's guest (ARCHITECTURE.md, D7) must find the same machine wherever it is restored.
@@ -83,6 +83,12 @@ pub const MEMORY_BLOCK: u64 = HOTPLUG_UNIT_MIB << 20;
 pub fn hotplug_start(memory_mib: u64) -> u64 {
     let beyond_gap = (memory_mib << 20).saturating_sub(GAP_START);
     (GAP_END + beyond_gap).next_multiple_of(2 << 30)
+}
+
+/// Start of what images of read-only file systems can be shown in, to a guest with `memory_mib` of boot memory and `hotplug_mib`
+/// that can be plugged: behind all of that, at such a boundary.
+pub fn images_start(memory_mib: u64, hotplug_mib: u64) -> u64 {
+    (hotplug_start(memory_mib) + (hotplug_mib << 20)).next_multiple_of(2 << 30)
 }
 
 /// Address of the page that ends with a slot's readable registers.

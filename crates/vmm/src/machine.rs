@@ -8,17 +8,18 @@ use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use bulkhead_protocol::counters::DeviceCounters;
-use bulkhead_protocol::vmspec::{DeviceSpec, MAX_VCPUS, VmSpec};
+use bulkhead_protocol::vmspec::{DeviceSpec, Image, MAX_VCPUS, VmSpec};
 
 use crate::boot;
 use crate::bus::Bus;
 use crate::descriptors::Descriptors;
-use crate::devices::{DeviceBuilder, OnReady};
+use crate::devices::{DeviceBuilder, OnBuilt, OnReady};
 use crate::exit::ExitSignal;
 use crate::kvm::{self, Buses, ExitCounts, Vcpu, VcpuThread, Vm};
 use crate::layout::{self, SLOTS};
 use crate::legacy::{I8042, I8042_PORTS, SERIAL_PORTS, SerialPort};
 use crate::memory::create_memory;
+use crate::virtio::VirtioDevice;
 use crate::virtio::console::output::Output;
 use crate::virtio::mem::MemHandle;
 use crate::virtio::vsock::VsockHandle;
@@ -50,10 +51,12 @@ impl Machine {
         let entry = boot::load(vm.memory(), spec, kernel, initramfs)?;
         let exit = Arc::new(ExitSignal::new().map_err(|error| MachineError::Host(error.into()))?);
 
-        let mut builder = DeviceBuilder::new(vm.hotplug_memory(hotplug_start)?, on_ready, most_disks(spec))?;
+        let images = vm.image_space(layout::images_start(spec.memory_mib, spec.hotplug_mib));
+        let hotplug = vm.hotplug_memory(hotplug_start)?;
+        let mut builder = DeviceBuilder::new(hotplug, Some(images.clone()), on_ready, most_disks(spec))?;
         let (slots, mmio) = Slots::build(&vm, &spec.devices, &mut builder, &mut fds)?;
         let pio = build_pio(&vm, spec, &mut fds, &exit)?;
-        let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio) };
+        let buses = Buses { mmio: Arc::new(mmio), pio: Arc::new(pio), images };
         let vcpus = (0..spec.vcpus).map(|id| vm.create_vcpu(id, spec.vcpus, entry)).collect::<Result<_, _>>()?;
         Ok(Self { threads: Vec::new(), vcpus, buses, exit, slots, builder, vm })
     }
@@ -83,7 +86,18 @@ impl Machine {
         self.builder.memory()
     }
 
-    /// Puts a device into the first empty slot of the running machine and returns the slot's number.
+    /// Builds a device over images, which may take long; `done` gets it in another thread, for [`Self::add_built`].
+    pub fn build_pmem(&self, images: &[Image], mut fds: Descriptors, done: OnBuilt) -> Result<(), MachineError> {
+        Ok(self.builder.build_pmem(images, &mut fds, done)?)
+    }
+
+    /// Puts a device that was built before into the first empty slot, as [`Self::add_device`] does.
+    pub fn add_built(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        self.slots.add_built(&self.vm, device)
+    }
+
+    /// Puts a device into the first empty slot of the running machine and returns the slot's number. Not one over images, see
+    /// [`Self::build_pmem`].
     pub fn add_device(&mut self, spec: &DeviceSpec, fds: Descriptors) -> Result<u8, MachineError> {
         self.slots.add(&self.vm, &mut self.builder, spec, fds)
     }

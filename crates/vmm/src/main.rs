@@ -52,6 +52,7 @@ fn finish(reason: ExitReason) -> anyhow::Result<()> {
     match reason {
         ExitReason::Reset => Ok(()),
         ExitReason::NoTask => bail!("{}", ExitReason::NO_TASK),
+        ExitReason::MemoryGone => bail!("{}", ExitReason::MEMORY_GONE),
         ExitReason::VcpuFault => bail!("a vCPU met something that KVM cannot go on from, see above"),
     }
 }

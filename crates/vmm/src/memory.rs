@@ -32,6 +32,15 @@ pub trait Backing: Send {
     fn discard(&mut self, address: u64, len: u64);
 }
 
+/// Memory that a guest can only read. It is none of [`Memory`]'s; when it is dropped the guest has it no more.
+pub trait ImageRegion: Send {
+    /// Guest-physical address, a multiple of [`MEMORY_BLOCK`](crate::layout::MEMORY_BLOCK).
+    fn start(&self) -> u64;
+
+    /// Size in bytes, a multiple of [`DEVICE_ALIGN`](bulkhead_protocol::images::DEVICE_ALIGN).
+    fn size(&self) -> u64;
+}
+
 /// Less cannot hold a kernel and its initramfs.
 const MIN_MIB: u64 = 16;
 /// More than any node has; bounds the arithmetic.

@@ -8,6 +8,7 @@ pub mod chaos;
 pub mod cni;
 pub mod compat;
 pub mod containerd;
+pub mod erofs;
 pub mod guest_root;
 pub mod leftovers;
 pub mod liar;

@@ -5,6 +5,7 @@ use std::io;
 use bulkhead_protocol::guest::MAX_IDENTIFIER;
 
 use crate::cgroup::CgroupError;
+use crate::layers::LayerError;
 use crate::runtime::RuntimeError;
 use crate::volumes::VolumeError;
 
@@ -73,6 +74,9 @@ pub enum ContainerError {
     /// A volume of which the guest keeps a copy.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// Image layers.
+    #[error(transparent)]
+    Layers(#[from] LayerError),
     /// The control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

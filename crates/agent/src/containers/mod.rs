@@ -21,6 +21,7 @@ use bulkhead_protocol::stdio::Stream;
 use tokio::sync::OnceCell;
 
 use crate::cgroup::Cgroup;
+use crate::layers::Layers;
 use crate::netns::Netns;
 use crate::reaper::{ExitWatch, Reaper};
 use crate::runtime::message::{IdMaps, WindowSize};
@@ -51,6 +52,7 @@ pub struct Containers {
     netns: Netns,
     exec_serial: AtomicU64,
     share: Share,
+    layers: Layers,
 }
 
 impl Containers {
@@ -66,7 +68,13 @@ impl Containers {
             netns,
             exec_serial: AtomicU64::new(0),
             share: Share::default(),
+            layers: Layers::default(),
         }
+    }
+
+    /// The images that their root file systems may be made of.
+    pub fn layers(&self) -> Layers {
+        self.layers.clone()
     }
 
     /// A container by its id.
@@ -115,8 +123,12 @@ impl Containers {
         };
         let (json, copies, copied) = (request.spec.clone(), Volumes::of(id), request.copied_volumes.clone());
         let (share, owner, volumes) = (self.share.clone(), id.to_owned(), request.volumes.clone());
+        let (layers, root) = (self.layers.clone(), request.root.clone());
         let spec = blocking(move || {
             share.enter(&owner, &volumes);
+            if let Some(root) = root.as_ref() {
+                layers.create(&owner, root)?;
+            }
             copies.create(&copied)?;
             spec::adapt(&json, &placement)
         })
@@ -159,6 +171,8 @@ impl Containers {
         let _ = tokio::task::spawn_blocking(move || share.unmount_root(&root_of)).await;
         self.runtime.delete(id)?;
         Volumes::of(id).remove()?;
+        let (layers, owner) = (self.layers.clone(), id.to_owned());
+        blocking(move || Ok(layers.remove(&owner)?)).await?;
         self.streams.remove_container(id);
         self.share.leave(id);
         self.table().remove(id);
@@ -321,6 +335,10 @@ impl Containers {
         }
         if let Err(error) = Volumes::of(id).remove() {
             tracing::warn!(id, %error, "a container that was not created leaves volumes behind");
+        }
+        let (layers, owner) = (self.layers.clone(), id.to_owned());
+        if let Err(error) = blocking(move || Ok(layers.remove(&owner)?)).await {
+            tracing::warn!(id, %error, "a container that was not created leaves image layers behind");
         }
         self.streams.remove_container(id);
         self.share.leave(id);

@@ -1,6 +1,7 @@
 //! `-v`, `-info` and `features`: who we are, for people, for containerd 2.x (containerd: pkg/shim/shim.go,
 //! api/types/introspection.proto) and for CRI-O (cri-o: pkg/config/config.go, initializeRuntimeFeatures).
 
+use std::collections::HashMap;
 use std::io::Write;
 
 use bulkhead_protocol::RELEASE;
@@ -16,6 +17,9 @@ pub fn print_version() -> Result<(), InfoError> {
 
 /// How containerd names the type of [`super::features::features`], whose value is JSON.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Types of mounts that containerd leaves to the runtime (containerd: core/runtime/v2/task_manager.go).
+const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// Prints a `RuntimeInfo`.
 pub fn print_info() -> Result<(), InfoError> {
@@ -37,6 +41,7 @@ fn info() -> RuntimeInfo {
             value: super::features::features().to_string().into_bytes(),
             ..Any::default()
         }),
+        annotations: HashMap::from([(ALLOWED_MOUNTS.to_owned(), crate::layers::ALLOWED.to_owned())]),
         ..RuntimeInfo::default()
     }
 }
@@ -50,4 +55,15 @@ pub enum InfoError {
     /// Cannot happen with a message of ours.
     #[error("cannot encode the runtime's description")]
     Encode(#[source] protobuf::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerd_is_told_which_mounts_are_left_to_the_shim() {
+        let info = RuntimeInfo::parse_from_bytes(&info().write_to_bytes().unwrap()).unwrap();
+        assert_eq!(info.annotations["containerd.io/runtime-allow-mounts"], "erofs,format/*,mkdir/*");
+    }
 }

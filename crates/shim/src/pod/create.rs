@@ -25,8 +25,9 @@ use crate::deadlines::{Deadline, Operation};
 use crate::host_files;
 use crate::host_pid::Users;
 use crate::io::{ProcessIo, Stdio};
+use crate::layers::{self, Layered};
 use crate::sandbox::agent::{Agent, AgentError, ProcessKey, SIGKILL};
-use crate::sandbox::{Sandbox, demand, removing};
+use crate::sandbox::{OpenLayers, Sandbox, demand, removing};
 use crate::share::ShareError;
 use crate::spec::{
     self, Asker, ConsoleSize, Given, GuestSpec, GuestVolume, HugeVolume, PidChoice, SandboxSpec, Volume,
@@ -223,12 +224,19 @@ impl Pod {
         for page_kib in huge_volumes.iter().map(|volume| volume.page_kib) {
             sandbox.complete_huge_pages(&mut limits, page_kib);
         }
+        let (layered, layers) = open_layers(deadline, task).await?.unzip();
+        limits.image_bytes = layers.as_ref().map_or(0, OpenLayers::bytes);
         sandbox.make_room(deadline, &task.id, limits).await?;
         let disks = sandbox.attach_disks(deadline, &task.id, &wanted).await?;
-        let volumes = mount(deadline, sandbox, task, prepared, volumes).await?;
+        let root = match layers {
+            Some(layers) => Some(sandbox.attach_layers(deadline, &task.id, layers).await?),
+            None => None,
+        };
+        let volumes = mount(deadline, sandbox, task, layered, prepared, volumes).await?;
         let given = Given { disks, huge_volumes, volumes };
         let guest = spec::translate(spec, &task.id, &given)?;
         let request = CreateContainerRequest {
+            root: root.into(),
             volumes: given.volumes.iter().map(|volume| volume.number).collect(),
             copied_volumes: sandbox.volumes.add(deadline, &sandbox.agent, &task.id, &given.volumes).await?,
             ..self.request(task, guest)
@@ -299,11 +307,23 @@ pub(super) async fn configured(deadline: Deadline, path: Option<PathBuf>) -> Res
     Ok((config, deadline.longer_by(more)))
 }
 
-/// Mounts a container's root file system and volumes in the pod's share.
+/// Opens the layers of a container's image, if containerd describes its root file system by them.
+async fn open_layers(deadline: Deadline, task: &CreateTask) -> Result<Option<(Layered, OpenLayers)>, TaskError> {
+    let rootfs = task.rootfs.clone();
+    let open = move || -> Result<_, TaskError> {
+        let Some(layered) = layers::parse(&rootfs, layers::is_image_mounted_on)? else { return Ok(None) };
+        let files = OpenLayers::open(&layered)?;
+        Ok(Some((layered, files)))
+    };
+    host_files::CONTAINERS.run(deadline, open).await?
+}
+
+/// Mounts a container's root file system and volumes in the pod's share. One of layers is the guest's to mount.
 async fn mount(
     deadline: Deadline,
     sandbox: &Sandbox,
     task: &CreateTask,
+    layered: Option<Layered>,
     prepared: PathBuf,
     volumes: Vec<Volume>,
 ) -> Result<Vec<GuestVolume>, TaskError> {
@@ -313,7 +333,10 @@ async fn mount(
         if rootfs.is_empty() {
             refuse_link(&prepared)?;
         }
-        share.add_rootfs(&id, &rootfs, &prepared)?;
+        match layered {
+            Some(layered) => share.add_layered_root(&id, &layered)?,
+            None => share.add_rootfs(&id, &rootfs, &prepared)?,
+        }
         share.add_volumes(&id, volumes)
     };
     let undo = move || warn_of(abandoned.remove_container(&its_id));

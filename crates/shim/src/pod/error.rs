@@ -8,10 +8,11 @@ use crate::bundle::BundleError;
 use crate::config::ConfigError;
 use crate::host_files::HostFilesError;
 use crate::io::IoError;
+use crate::layers::LayersError;
 use crate::network::NetworkError;
 use crate::pod::files::FilesError;
 use crate::sandbox::agent::AgentError;
-use crate::sandbox::{DiskError, ResizeError, SandboxError, VmError};
+use crate::sandbox::{DiskError, ImagesError, ResizeError, SandboxError, VmError};
 use crate::share::ShareError;
 use crate::spec::SpecError;
 use crate::stats::StatsError;
@@ -81,6 +82,12 @@ pub enum TaskError {
     /// Block devices.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Image layers, as containerd describes them.
+    #[error(transparent)]
+    Layers(#[from] LayersError),
+    /// Image layers.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
     /// Files of the host.
     #[error(transparent)]
     HostFiles(#[from] HostFilesError),
@@ -114,20 +121,23 @@ impl TaskError {
                 Code::FAILED_PRECONDITION
             }
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Invalid(_) | Self::Spec(_) | Self::Layers(_) => Code::INVALID_ARGUMENT,
             Self::Sandbox(SandboxError::Size(_)) => Code::RESOURCE_EXHAUSTED,
             Self::Resize(error) => resize_code(error),
             Self::Sandbox(SandboxError::Vm(VmError::NotReady(..) | VmError::Lingers(_))) => Code::DEADLINE_EXCEEDED,
             Self::Sandbox(SandboxError::Agent(error))
             | Self::Disk(DiskError::Agent(error))
+            | Self::Images(ImagesError::Agent(error))
             | Self::Agent(error)
             | Self::Io(IoError::Agent(error)) => agent_code(error),
-            Self::Disk(DiskError::Hung(..) | DiskError::Busy(_)) => Code::DEADLINE_EXCEEDED,
+            Self::Disk(DiskError::Hung(..) | DiskError::Busy(_)) | Self::Images(ImagesError::Busy(_)) => {
+                Code::DEADLINE_EXCEEDED
+            }
             Self::HostFiles(error)
             | Self::Disk(DiskError::HostFiles(error))
             | Self::Sandbox(SandboxError::HostFiles(error))
             | Self::Io(IoError::HostFiles(error)) => host_files_code(error),
-            Self::Disk(_) | Self::Sandbox(SandboxError::Network(NetworkError::Unsupported(_))) => {
+            Self::Disk(_) | Self::Images(_) | Self::Sandbox(SandboxError::Network(NetworkError::Unsupported(_))) => {
                 Code::FAILED_PRECONDITION
             }
             Self::Ending | Self::HostPid(_) => Code::UNAVAILABLE,

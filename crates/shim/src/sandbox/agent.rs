@@ -173,6 +173,17 @@ impl Agent {
         Ok(DeviceNumber { major: disk.major, minor: disk.minor })
     }
 
+    /// See `Agent.BindImages`.
+    pub async fn bind_images(
+        &self,
+        deadline: Deadline,
+        slot: u8,
+        images: Vec<proto::ImageRange>,
+    ) -> Result<(), AgentError> {
+        let request = proto::ImageDevice { slot: slot.into(), images, ..proto::ImageDevice::default() };
+        work(deadline, self.client.bind_images(Context::default(), &request)).await.map(drop)
+    }
+
     /// See `Agent.UnbindDevice`.
     pub async fn unbind_device(&self, deadline: Deadline, slot: u8) -> Result<(), AgentError> {
         let request = proto::DeviceSlot { slot: slot.into(), ..proto::DeviceSlot::default() };

@@ -251,14 +251,15 @@ impl Sandbox {
         let fake = Arc::new(FakeAgent::default());
         tokio::spawn(obey(theirs, fake.clone()));
         let config = Config::validate(RawConfig::default(), Node { cpus: 8, memory_mib: 4096 }).unwrap();
-        let run_dir = RunDir::new(&dir.join("run"), "k8s.io", "s");
+        let (run_dir, inotify) = (RunDir::new(&dir.join("run"), "k8s.io", "s"), Inotify::default());
         let sandbox = Self {
             agent: Agent::connect(Deadline::begin(Operation::CreatePod), &vm).await.unwrap(),
             vm,
             share: Share::of(&run_dir),
             booted_at: Timestamp::now(),
-            volumes: FollowedVolumes::default(),
+            volumes: FollowedVolumes::new(inotify.clone()),
             disks: Disks::default(),
+            images: Images::new(inotify),
             resizer: Resizer::new(Plan::new(&config, &SizeRequest::default()).unwrap()),
             cgroup: None,
             run_dir,

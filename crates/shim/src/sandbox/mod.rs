@@ -9,6 +9,8 @@ mod disks;
 mod error;
 #[cfg(test)]
 pub mod fake;
+mod images;
+mod inotify;
 mod oom;
 mod pid_namespace;
 mod pids;
@@ -26,7 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_protocol::agent::{AddNetworkRequest, CreateSandboxRequest};
+use bulkhead_protocol::agent::{AddNetworkRequest, CreateSandboxRequest, LayeredRoot};
 use bulkhead_protocol::guest::SHARE_TAG;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::task::JoinHandle;
@@ -48,6 +50,9 @@ use clock::Synced;
 pub use disks::DiskError;
 use disks::Disks;
 pub use error::SandboxError;
+use images::Images;
+pub use images::{ImagesError, OpenLayers};
+use inotify::Inotify;
 use pod_network::{Guest, PodNetwork};
 pub use process::{has_ended, kill_recorded, record};
 pub use resize::ResizeError;
@@ -71,6 +76,7 @@ pub struct Sandbox {
     /// Those of its volumes that the guest keeps copies of.
     pub volumes: FollowedVolumes,
     disks: Disks,
+    images: Images,
     resizer: Resizer,
     cgroup: Option<Cgroup>,
     run_dir: RunDir,
@@ -143,12 +149,14 @@ impl Sandbox {
         pod_network.booted(&vm, &agent, &slots).await;
         timeline.done("sandbox set-up");
         timeline.write(&run_dir.timeline());
-        let (volumes, booted_at) = (FollowedVolumes::default(), Timestamp::now());
+        let (inotify, booted_at) = (Inotify::default(), Timestamp::now());
+        let volumes = FollowedVolumes::new(inotify.clone());
         if let Some(cgroup) = cgroup.clone() {
             tokio::spawn(leave(vm.clone(), cgroup));
         }
-        let (disks, resizer, run_dir) = (Disks::default(), Resizer::new(plan), run_dir.clone());
-        Ok(Self { vm, agent, share, booted_at, volumes, disks, resizer, cgroup, run_dir, network: pod_network })
+        let (disks, images) = (Disks::default(), Images::new(inotify));
+        let (resizer, run_dir) = (Resizer::new(plan), run_dir.clone());
+        Ok(Self { vm, agent, share, booted_at, volumes, disks, images, resizer, cgroup, run_dir, network: pod_network })
     }
 
     /// Where CNI has said that the pod's network namespace is, if it has.
@@ -243,9 +251,21 @@ impl Sandbox {
         self.disks.attach(deadline, &self.vm, &self.agent, id, wanted).await
     }
 
-    /// Takes them away.
+    /// Shows a container's image layers to the guest.
+    pub async fn attach_layers(
+        &self,
+        deadline: Deadline,
+        id: &str,
+        layers: OpenLayers,
+    ) -> Result<LayeredRoot, ImagesError> {
+        self.images.attach(deadline, &self.vm, &self.agent, id, layers).await
+    }
+
+    /// Takes its block devices and image layers away.
     pub async fn detach_disks(&self, deadline: Deadline, id: &str) {
-        self.disks.detach(deadline, &self.vm, &self.agent, id).await;
+        let disks = self.disks.detach(deadline, &self.vm, &self.agent, id);
+        let images = self.images.detach(deadline, &self.vm, &self.agent, id);
+        tokio::join!(disks, images);
     }
 
     /// Does for the VMM what the kubelet wants of the host for containers. We bind the VMM, whose threads are the vCPUs, to the
@@ -359,7 +379,7 @@ mod tests {
     async fn container_without_disks_waits_for_nobodys() {
         let dir = tempfile::tempdir().unwrap();
         let (sandbox, _) = Sandbox::fake(dir.path()).await;
-        let _attaching = sandbox.disks.lock().await;
+        let _attaching = (sandbox.disks.lock().await, sandbox.images.lock().await);
         let detached = sandbox.detach_disks(Deadline::begin(Operation::DetachDisks), "c");
         tokio::time::timeout(Duration::from_secs(10), detached).await.unwrap();
     }

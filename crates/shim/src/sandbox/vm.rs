@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_protocol::control::{self, Command, Reply, Request};
 use bulkhead_protocol::counters::DeviceCounters;
-use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex};
+use bulkhead_protocol::vmspec::{DeviceSpec, FdIndex, Image};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::UnixStream;
@@ -170,17 +170,25 @@ impl Vm {
         read_only: bool,
         serial: String,
     ) -> Result<u8, VmError> {
-        self.add_device(deadline, DeviceSpec::Block { file: FdIndex(0), read_only, serial }, file).await
+        self.add_device(deadline, DeviceSpec::Block { file: FdIndex(0), read_only, serial }, vec![file]).await
+    }
+
+    /// Shows the guest files of these sizes as images of read-only file systems, and answers in which slot.
+    pub async fn add_images(&self, deadline: Deadline, files: Vec<(OwnedFd, u64)>) -> Result<u8, VmError> {
+        let (files, sizes): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        let image = |(index, size)| Image { file: FdIndex(index), size };
+        let images = sizes.into_iter().enumerate().map(image).collect();
+        self.add_device(deadline, DeviceSpec::Pmem { images }, files).await
     }
 
     /// Puts a network device into a slot of the machine and answers which.
     pub async fn add_net(&self, deadline: Deadline, device: NetDevice) -> Result<u8, VmError> {
         let NetDevice { tap, mac, mtu, .. } = device;
-        self.add_device(deadline, DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, tap).await
+        self.add_device(deadline, DeviceSpec::Net { tap: FdIndex(0), mac, mtu }, vec![tap]).await
     }
 
-    async fn add_device(&self, deadline: Deadline, device: DeviceSpec, fd: OwnedFd) -> Result<u8, VmError> {
-        match self.ask(deadline.part(Operation::DeviceSlot), Command::AddDevice(device), vec![fd]).await? {
+    async fn add_device(&self, deadline: Deadline, device: DeviceSpec, fds: Vec<OwnedFd>) -> Result<u8, VmError> {
+        match self.ask(deadline.part(Operation::DeviceSlot), Command::AddDevice(device), fds).await? {
             Reply::Added { slot, .. } => Ok(slot),
             _ => Err(VmError::Unexpected),
         }

@@ -1,7 +1,5 @@
 //! Volumes that the kubelet updates: the guest keeps copies, and each new version is told to it (agent.proto,
 //! `CopiedVolume`). The kubelet switches versions by renaming `..data`, which inotify(7) reports.
-//!
-//! A pod needs one inotify instance, made with its first such volume.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,20 +8,21 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::CopiedVolume;
 use bulkhead_protocol::guest::DATA_LINK;
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::net::unix::pipe;
-use tokio::sync::Notify;
+use rustix::fs::inotify::WatchFlags;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::agent::{Agent, AgentError};
+use super::inotify::Inotify;
 use crate::deadlines::{Deadline, Operation};
 use crate::host_files::{self, HostFilesError, OneEach};
 use crate::retry::GrowingPause;
 use crate::spec::GuestVolume;
 
 /// The followed volumes of a pod.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FollowedVolumes {
+    inotify: Inotify,
     follower: Mutex<Option<Follower>>,
 }
 
@@ -41,6 +40,11 @@ impl Drop for Follower {
 }
 
 impl FollowedVolumes {
+    /// None yet.
+    pub fn new(inotify: Inotify) -> Self {
+        Self { inotify, follower: Mutex::default() }
+    }
+
     /// Begins to follow those of a container that are to be copied, and answers which version each has. Nothing is told
     /// to the guest before [`Self::activate`].
     pub async fn add(
@@ -80,8 +84,8 @@ impl FollowedVolumes {
         if let Some(follower) = &*follower {
             return Ok(follower.watch.clone());
         }
-        let watch = Arc::new(Watch::new()?);
-        let task = tokio::spawn(follow(watch.clone(), agent.clone()));
+        let watch = Arc::new(Watch::new(self.inotify.clone()));
+        let task = tokio::spawn(follow(watch.clone(), self.inotify.changes()?, agent.clone()));
         *follower = Some(Follower { watch: watch.clone(), task });
         Ok(watch)
     }
@@ -114,13 +118,13 @@ fn unfollowed(error: &io::Error, number: u64, dir: &Path) -> CopiedVolume {
 
 /// Tells the guest of each version. What it does not take is tried again after a pause that grows, and with the next change of
 /// whichever volume: a token that comes too late is an outage of whoever uses it.
-async fn follow(watch: Arc<Watch>, agent: Agent) {
+async fn follow(watch: Arc<Watch>, mut changes: watch::Receiver<()>, agent: Agent) {
     let (looking, mut growing, mut pause) = (OneEach::default(), GrowingPause::default(), None::<Duration>);
     loop {
         let changed = match pause {
-            None => watch.changed().await,
+            None => watch.changed(&mut changes).await,
             // The pause is over.
-            Some(pause) => tokio::time::timeout(pause, watch.changed()).await.unwrap_or(Ok(())),
+            Some(pause) => tokio::time::timeout(pause, watch.changed(&mut changes)).await.unwrap_or(Ok(())),
         };
         if changed.is_err() {
             return;
@@ -163,11 +167,10 @@ async fn carry(watch: &Arc<Watch>, agent: &Agent, looking: &OneEach<()>) -> Resu
     Ok(all)
 }
 
-/// An inotify instance and what it watches.
+/// What is watched.
 #[derive(Debug)]
 struct Watch {
-    /// Not a pipe, but what it takes to read a descriptor once it is readable.
-    inotify: pipe::Receiver,
+    inotify: Inotify,
     activated: Notify,
     entries: Mutex<Vec<Entry>>,
 }
@@ -187,18 +190,12 @@ struct Entry {
 }
 
 impl Watch {
-    fn new() -> io::Result<Self> {
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        Ok(Self {
-            inotify: pipe::Receiver::from_owned_fd_unchecked(inotify)?,
-            activated: Notify::new(),
-            entries: Mutex::default(),
-        })
+    fn new(inotify: Inotify) -> Self {
+        Self { inotify, activated: Notify::new(), entries: Mutex::default() }
     }
 
     fn add(&self, container: &str, number: u64, dir: &Path) -> io::Result<String> {
-        let flags = WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
-        let descriptor = inotify::add_watch(&self.inotify, dir, flags)?;
+        let descriptor = self.inotify.add(dir, WatchFlags::MOVED_TO | WatchFlags::ONLYDIR)?;
         // Read after the watch is set, so that no version is missed.
         let version = version(dir).unwrap_or_default();
         self.entries().push(Entry {
@@ -221,27 +218,16 @@ impl Watch {
         let mut entries = self.entries();
         let (gone, kept): (Vec<_>, Vec<_>) = entries.drain(..).partition(|entry| entry.container == container);
         for entry in gone.iter().filter(|gone| kept.iter().all(|kept| kept.descriptor != gone.descriptor)) {
-            // The kernel has removed it already if the directory is gone.
-            let _ = inotify::remove_watch(&self.inotify, entry.descriptor);
+            self.inotify.remove(entry.descriptor);
         }
         *entries = kept;
     }
 
-    /// Returns when a version may have changed.
-    async fn changed(&self) -> io::Result<()> {
+    /// Returns when a version may have changed: which directory it was does not matter, all are looked at.
+    async fn changed(&self, changes: &mut watch::Receiver<()>) -> Result<(), watch::error::RecvError> {
         tokio::select! {
             () = self.activated.notified() => Ok(()),
-            ready = self.inotify.readable() => {
-                ready?;
-                // Which directory it was does not matter: all are looked at. Read to its end, as it would be ready again at once.
-                loop {
-                    match self.inotify.try_read(&mut [0; 4096]) {
-                        Ok(1..) => {}
-                        Err(error) if error.kind() != io::ErrorKind::WouldBlock => break Err(error),
-                        _ => break Ok(()),
-                    }
-                }
-            }
+            changed = changes.changed() => changed,
         }
     }
 
@@ -297,15 +283,16 @@ mod tests {
     async fn each_container_is_told_of_a_version_once() {
         let dir = tempfile::tempdir().unwrap();
         switch(dir.path(), "..1");
-        let watch = Watch::new().unwrap();
+        let watch = Watch::new(Inotify::default());
+        let mut changes = watch.inotify.changes().unwrap();
         assert_eq!(watch.add("a", 0, dir.path()).unwrap(), "..1");
         assert_eq!(watch.add("b", 3, dir.path()).unwrap(), "..1");
         watch.activate("a");
         watch.activate("b");
-        watch.changed().await.unwrap();
+        watch.changed(&mut changes).await.unwrap();
         assert!(watch.updates().is_empty());
         switch(dir.path(), "..2");
-        watch.changed().await.unwrap();
+        watch.changed(&mut changes).await.unwrap();
         let updates = watch.updates();
         let told: Vec<_> = updates.iter().map(|(id, volume)| (&**id, volume.number, &*volume.version)).collect();
         assert_eq!(told, [("a", 0, "..2"), ("b", 3, "..2")]);
@@ -314,7 +301,7 @@ mod tests {
         // One of two users of the directory leaves; the other is still told.
         watch.remove("a");
         switch(dir.path(), "..3");
-        watch.changed().await.unwrap();
+        watch.changed(&mut changes).await.unwrap();
         assert_eq!(watch.updates().len(), 1);
     }
 
@@ -322,13 +309,14 @@ mod tests {
     async fn an_update_before_the_container_exists_is_not_lost() {
         let dir = tempfile::tempdir().unwrap();
         switch(dir.path(), "..1");
-        let watch = Watch::new().unwrap();
+        let watch = Watch::new(Inotify::default());
+        let mut changes = watch.inotify.changes().unwrap();
         watch.add("a", 0, dir.path()).unwrap();
         switch(dir.path(), "..2");
-        watch.changed().await.unwrap();
+        watch.changed(&mut changes).await.unwrap();
         assert!(watch.updates().is_empty());
         watch.activate("a");
-        watch.changed().await.unwrap();
+        watch.changed(&mut changes).await.unwrap();
         assert_eq!(watch.updates().len(), 1);
     }
 

@@ -47,7 +47,7 @@ pub enum ShareError {
     },
     /// A file system type of a rootfs mount that we do not mount.
     #[error(
-        "rootfs type {0:?} is not supported; configure containerd's overlayfs or native snapshotter for this runtime"
+        "rootfs type {0:?} is not supported; configure containerd's overlayfs, erofs or native snapshotter for this runtime"
     )]
     RootfsType(String),
     /// Options that the kernel's interface cannot take.

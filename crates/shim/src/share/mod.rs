@@ -21,15 +21,16 @@ use std::path::Path;
 use containerd_shim_protos::types::mount::Mount;
 use rustix::fs::{Mode, OFlags};
 
-use bulkhead_protocol::guest::ROOT_DIR;
+use bulkhead_protocol::guest::{ROOT_DIR, UPPER_DIR, UPPER_NAMES};
 
+use crate::layers::{Layered, Top};
 use crate::paths::RunDir;
 use crate::spec::{Access, GuestVolume, Volume};
 use directories::{ignore_absent, make_dir, remove_tree};
 pub use error::ShareError;
 use jail::{Jail, Place};
-pub use tree::open_device;
 use tree::{Propagation, Tree};
+pub use tree::{open_device, open_file};
 use volumes::Volumes;
 
 /// A pod's share. Its methods block: mount(2) on a slow file system does.
@@ -75,6 +76,21 @@ impl Share {
             return attach(tree.map_err(|error| ShareError::Rootfs { path: prepared.into(), source: error.into() })?);
         }
         mounts.iter().try_for_each(|mount| attach(rootfs::make(mount, &target)?))
+    }
+
+    /// Makes the place of a root file system that the guest mounts, with the directory where the container writes, if there is one.
+    pub fn add_layered_root(&self, id: &str, layered: &Layered) -> Result<(), ShareError> {
+        let own = self.place.dir.join(id);
+        let make = |path: &Path| make_dir(path).map_err(|error| ShareError::at("make", path, error));
+        make(&own.join(ROOT_DIR))?;
+        let Some(Top::Directory { dir, mapped_root }) = &layered.top else { return Ok(()) };
+        let [upper, _] = UPPER_NAMES;
+        rootfs::own_upper_directory(&dir.join(upper), *mapped_root)?;
+        let tree = Tree::copy(dir, false, Propagation::Private);
+        let tree = tree.map_err(|error| ShareError::Rootfs { path: dir.clone(), source: error.into() })?;
+        let target = own.join(UPPER_DIR);
+        make(&target)?;
+        self.place.attach(&tree, &target).map_err(|error| ShareError::attach(&target, error))
     }
 
     /// Shows the volumes of a container, and answers under which number each is in the share. Those that it may write come first,

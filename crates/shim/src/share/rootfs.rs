@@ -21,7 +21,9 @@ const MAX_DATA: usize = 4095;
 /// nobody sees it.
 pub fn make(entry: &Mount, spare: &Path) -> Result<Tree, ShareError> {
     let options = Options::parse(&entry.options);
-    options.own_upper_directory()?;
+    if let Some(upper) = options.data.iter().find_map(|option| option.strip_prefix("upperdir=")) {
+        own_upper_directory(Path::new(upper), options.mapped_root)?;
+    }
     let failed = |source| ShareError::Rootfs { path: entry.source.clone().into(), source };
     match entry.type_.as_str() {
         "overlay" => match layers(&options) {
@@ -34,6 +36,19 @@ pub fn make(entry: &Mount, spare: &Path) -> Result<Tree, ShareError> {
         }
         other => Err(ShareError::RootfsType(other.to_owned())),
     }
+}
+
+/// Gives an upper directory, which becomes the container's root directory, back to root: for a container with a user namespace
+/// containerd has made it the mapped root's.
+pub fn own_upper_directory(upper: &Path, mapped_root: Option<u32>) -> Result<(), ShareError> {
+    let Some(mapped) = mapped_root else { return Ok(()) };
+    let own = || {
+        if std::fs::metadata(upper)?.uid() == mapped {
+            std::os::unix::fs::chown(upper, Some(0), Some(0))?;
+        }
+        Ok(())
+    };
+    own().map_err(|source| ShareError::Rootfs { path: upper.into(), source })
 }
 
 fn bind(entry: &Mount, options: &Options<'_>) -> Result<Tree, Errno> {
@@ -119,20 +134,6 @@ impl<'a> Options<'a> {
             }
         }
         parsed
-    }
-
-    /// Gives the upper directory, which becomes the container's root directory, back to root: for a container with a user
-    /// namespace containerd has made it the mapped root's.
-    fn own_upper_directory(&self) -> Result<(), ShareError> {
-        let upper = self.data.iter().find_map(|option| option.strip_prefix("upperdir="));
-        let (Some(upper), Some(mapped)) = (upper, self.mapped_root) else { return Ok(()) };
-        let own = || {
-            if std::fs::metadata(upper)?.uid() == mapped {
-                std::os::unix::fs::chown(upper, Some(0), Some(0))?;
-            }
-            Ok(())
-        };
-        own().map_err(|source| ShareError::Rootfs { path: upper.into(), source })
     }
 
     fn data_len(&self) -> usize {

@@ -40,6 +40,17 @@ pub fn open_device(dir: &Path, name: &Path, flags: OFlags) -> Result<OwnedFd, Er
     Ok(device)
 }
 
+/// Opens a file, so that who gets the descriptor can do no more with it than `access` says: by a copy of the mount that, for one
+/// who may only read, is read-only.
+pub fn open_file(path: &Path, access: OFlags) -> Result<OwnedFd, Errno> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { return Err(Errno::ISDIR) };
+    let tree = Tree(open_tree(CWD, dir, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?);
+    let read_only = (access & OFlags::RWMODE == OFlags::RDONLY).then_some(MountAttrFlags::MOUNT_ATTR_RDONLY);
+    tree.set(ONLY_DATA | read_only.unwrap_or(MountAttrFlags::empty()), None)?;
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    rustix::fs::openat2(&tree.0, name, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty(), inside)
+}
+
 /// A file or directory, whichever name or mount leads to it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Inode {

@@ -46,6 +46,16 @@ fn own_annotations_fix_the_size() {
 }
 
 #[test]
+fn large_images_need_room_for_their_pages_notes() {
+    let plan = plan("default_vcpus = 2", Request::default()).unwrap();
+    let images = |mib: u64| Limits { image_bytes: mib << 20, ..Limits::default() };
+    let plugged = |containers: &[&Limits]| plan.target(containers.iter().copied()).unwrap().plugged_mib;
+    assert_eq!(plugged(&[&images(1024)]), 0);
+    assert_eq!(plugged(&[&images(640), &images(640)]), 20);
+    assert_eq!(plugged(&[&images(2048), &memory(100)]), 132);
+}
+
+#[test]
 fn containers_add_up() {
     let plan = plan("default_vcpus = 2", Request::default()).unwrap();
     let half = limits(json!({"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 100 << 20}}));

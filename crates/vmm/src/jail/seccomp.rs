@@ -220,8 +220,8 @@ const DISKS: &[Call] = calls![
     SYS_pwritev,
 ];
 
-/// KVM's memory slots, and the shim's socket; the discards are madvise(2).
-const MEMORY: &[Call] = calls![SYS_ioctl, SYS_sendto];
+/// KVM's memory slots, what files they are to show, and the shim's socket; the discards are madvise(2).
+const MEMORY: &[Call] = calls![SYS_fstat, SYS_ioctl, SYS_sendto];
 
 /// The shim's socket, the slots of devices that come and go, and the kicks that end the vCPUs.
 const MAIN: &[Call] = calls![

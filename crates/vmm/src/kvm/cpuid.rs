@@ -32,6 +32,12 @@ const AMD_TOPOLOGY_LEAF: u32 = 0x8000_0026;
 /// monitoring.
 const HIDDEN_LEAVES: [u32; 5] = [0xa, 0x12, 0x14, 0x8000_000a, 0x8000_0022];
 
+/// Bits of a physical address (leaf 0x80000008); 36 for a processor that does not say.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.map(|entry| entry.eax & 0xff).filter(|bits| *bits > 0).unwrap_or(36)
+}
+
 /// The table for one vCPU.
 pub fn for_vcpu(supported: &CpuId, topology: Topology, deadline_timer: bool) -> Result<CpuId, KvmError> {
     let mut entries = Vec::with_capacity(supported.as_slice().len() + 4);

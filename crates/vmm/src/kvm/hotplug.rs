@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use super::memory_slot::set_slot;
+use super::memory_slot::{PLUGGED_MEMORY, set_slot};
 use crate::layout::MEMORY_BLOCK;
 use crate::memory::{Backing, Memory, discard, leave_out_of_dumps};
 
@@ -23,8 +23,6 @@ pub struct HotplugMemory {
     // Before `memory`, so that KVM lets go of the mapping first.
     fd: Arc<VmFd>,
     memory: Memory,
-    /// KVM's number of the first block.
-    first_slot: u32,
     start: u64,
     size: u64,
     /// What is mapped where no block is attached.
@@ -41,13 +39,13 @@ enum Block {
 }
 
 impl HotplugMemory {
-    /// The region of `memory` at `start`; `None` if there is none. `first_slot` and those after it are not in use.
-    pub(super) fn new(fd: Arc<VmFd>, memory: Memory, first_slot: u32, start: u64) -> io::Result<Option<Self>> {
+    /// The region of `memory` at `start`; `None` if there is none.
+    pub(super) fn new(fd: Arc<VmFd>, memory: Memory, start: u64) -> io::Result<Option<Self>> {
         let region = memory.iter().find(|region| region.start_addr().raw_value() == start);
         let Some(size) = region.map(GuestMemoryRegion::len) else { return Ok(None) };
         let decoy = memfd_create(c"decoy", MemfdFlags::CLOEXEC)?;
         ftruncate(&decoy, MEMORY_BLOCK)?;
-        let all = Self { fd, memory, first_slot, start, size, decoy };
+        let all = Self { fd, memory, start, size, decoy };
         for block in (0..size).step_by(usize::try_from(MEMORY_BLOCK).unwrap_or(usize::MAX)) {
             all.map(start + block, Block::Decoy)?;
         }
@@ -62,7 +60,7 @@ impl HotplugMemory {
         if offset >= self.size {
             return Err(invalid());
         }
-        Ok((self.start + offset, self.first_slot.checked_add(number).ok_or_else(invalid)?))
+        Ok((self.start + offset, PLUGGED_MEMORY.checked_add(number).ok_or_else(invalid)?))
     }
 
     /// Changes what the block at `address` is backed by, in one step for whoever accesses it meanwhile.

@@ -6,8 +6,22 @@ use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemory};
 
 use super::error::{KvmError, call};
+use crate::layout::SLOTS;
 use crate::memory::Memory;
 use crate::register_page::RegisterPage;
+
+// KVM's numbers of memory slots, by what they are for: each of these and those after it, up to the next.
+
+/// The page of each device slot's readable registers.
+pub const REGISTER_PAGES: u32 = 0;
+/// Images of file systems, of at most as many devices.
+pub const IMAGES: u32 = 16;
+/// Memory that is there from the start: below the gap and above it.
+pub const BOOT_MEMORY: u32 = 32;
+/// Memory that is plugged, a block each.
+pub const PLUGGED_MEMORY: u32 = 34;
+
+const _: () = assert!((IMAGES - REGISTER_PAGES) as usize == SLOTS && (BOOT_MEMORY - IMAGES) as usize == SLOTS);
 
 /// Makes a slot of memory at `address`; one of no length deletes it.
 pub fn set_slot(fd: &VmFd, memory: &Memory, slot: u32, address: u64, len: u64) -> Result<(), KvmError> {

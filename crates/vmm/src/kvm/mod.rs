@@ -5,6 +5,7 @@
 mod cpuid;
 mod error;
 mod hotplug;
+mod images;
 mod memory_slot;
 mod registers;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use error::KvmError;
 use error::call;
 pub use hotplug::HotplugMemory;
+pub use images::{ImageError, ImageMemory, ImageSpace};
 use memory_slot::{set_read_only, set_slot};
 pub use vcpu::{Buses, ExitCounts, Vcpu, VcpuThread, register_kick_signal};
 
@@ -83,7 +85,7 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
         register_memory(&fd, &memory, hotplug_start)?;
-        let register_pages = register_pages(&fd, regions(&memory)?)?;
+        let register_pages = register_pages(&fd)?;
         Ok(Self { fd: Arc::new(fd), kvm, cpuid, memory, register_pages })
     }
 
@@ -99,9 +101,13 @@ impl Vm {
 
     /// What can be plugged into the machine, if anything can.
     pub fn hotplug_memory(&self, start: u64) -> Result<Option<HotplugMemory>, KvmError> {
-        // Behind the regions' numbers and those of the register pages.
-        let used = regions(&self.memory)?.saturating_add(u32::try_from(SLOTS).unwrap_or(u32::MAX));
-        HotplugMemory::new(self.fd.clone(), self.memory.clone(), used, start).map_err(KvmError::Hotplug)
+        HotplugMemory::new(self.fd.clone(), self.memory.clone(), start).map_err(KvmError::Hotplug)
+    }
+
+    /// Where images of read-only file systems can be: from `start` to the end of what the processor can address.
+    pub fn image_space(&self, start: u64) -> ImageSpace {
+        let end = 1_u64.checked_shl(cpuid::address_bits(&self.cpuid)).unwrap_or(u64::MAX);
+        ImageSpace::new(self.fd.clone(), self.memory.clone(), start..end)
     }
 
     /// A pin of the I/O APIC.
@@ -183,25 +189,20 @@ fn notify_switch(answer: i32) -> Option<kvm_enable_cap> {
     })
 }
 
-/// How many of KVM's memory slots the regions take at most.
-fn regions(memory: &Memory) -> Result<u32, KvmError> {
-    u32::try_from(memory.num_regions()).map_err(|_| KvmError::Missing("number of memory slots"))
-}
-
-/// Gives the guest the page of each slot's readable registers. KVM's memory slots from `first` on are not in use.
-fn register_pages(fd: &VmFd, first: u32) -> Result<Vec<Arc<RegisterPage>>, KvmError> {
+/// Gives the guest the page of each slot's readable registers.
+fn register_pages(fd: &VmFd) -> Result<Vec<Arc<RegisterPage>>, KvmError> {
     let one = |(slot, number): (usize, u32)| {
         let page = RegisterPage::new().map_err(KvmError::RegisterPage)?;
         set_read_only(fd, &page, number, layout::register_page(slot))?;
         Ok(Arc::new(page))
     };
-    (0..SLOTS).zip(first..).map(one).collect()
+    (0..SLOTS).zip(memory_slot::REGISTER_PAGES..).map(one).collect()
 }
 
 /// Gives KVM each region of the boot memory as a slot.
 fn register_memory(fd: &VmFd, memory: &Memory, end: u64) -> Result<(), KvmError> {
     let boot = memory.iter().filter(|region| region.start_addr().raw_value() < end);
-    for (slot, region) in (0u32..).zip(boot) {
+    for (slot, region) in (memory_slot::BOOT_MEMORY..).zip(boot) {
         set_slot(fd, memory, slot, region.start_addr().raw_value(), region.len())?;
     }
     Ok(())

@@ -25,6 +25,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::images::ImageSpace;
 use crate::bus::Bus;
 use crate::exit::ExitSignal;
 use crate::jail::{self, Kind};
@@ -58,13 +59,15 @@ impl fmt::Display for ExitCounts {
     }
 }
 
-/// The buses that a vCPU's exits go to.
+/// What a vCPU's exits go to.
 #[derive(Clone)]
 pub struct Buses {
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
     /// Port I/O.
     pub pio: Arc<Bus>,
+    /// Images, whose pages no read exits for.
+    pub images: ImageSpace,
 }
 
 /// Prepares the process for kicks; once, before the first vCPU runs.
@@ -123,6 +126,7 @@ impl Vcpu {
                     }
                     Err(error) => return Some(self.failed("KVM_GET_MP_STATE", error)),
                 },
+                Err(error) if error.errno() == libc::EFAULT => return Some(memory_is_gone(self.id)),
                 Err(error) => return Some(self.failed("KVM_RUN", error)),
             };
             again = Again::default();
@@ -133,11 +137,13 @@ impl Vcpu {
                 _ => counts.other += 1,
             }
             match exit {
+                VcpuExit::MmioRead(address, _) if buses.images.has(address) => return Some(memory_is_gone(self.id)),
                 VcpuExit::MmioRead(address, data) => buses.mmio.read(address, data),
                 VcpuExit::MmioWrite(address, data) => buses.mmio.write(address, data),
                 VcpuExit::IoIn(port, data) => buses.pio.read(u64::from(port), data),
                 VcpuExit::IoOut(port, data) => buses.pio.write(u64::from(port), data),
                 VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen => {}
+                VcpuExit::MemoryFault { .. } => return Some(memory_is_gone(self.id)),
                 other => return Some(last_exit(self.id, &other)),
             }
         }
@@ -158,6 +164,14 @@ impl Again {
         let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED];
         waits.contains(&state) || !std::mem::replace(&mut self.seen, true)
     }
+}
+
+/// The host cannot give the guest a page: of an image whose file was cut short or whose disk fails (`images`). Newer kernels have
+/// an exit of its own for it (KVM_EXIT_MEMORY_FAULT) instead of EFAULT. Where KVM emulates the instruction that reads the page, it
+/// takes the page for one of a device's.
+fn memory_is_gone(id: u8) -> ExitReason {
+    crate::vmm_log!("vcpu{id}: {}", ExitReason::MEMORY_GONE);
+    ExitReason::MemoryGone
 }
 
 /// Why an exit that has no answer ends the guest.

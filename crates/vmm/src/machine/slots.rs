@@ -12,6 +12,7 @@ use crate::descriptors::Descriptors;
 use crate::devices::DeviceBuilder;
 use crate::kvm::Vm;
 use crate::layout::{self, SLOTS};
+use crate::virtio::VirtioDevice;
 
 /// All slots by number. Whoever has this is the only one who fills and empties them.
 pub struct Slots {
@@ -63,14 +64,27 @@ impl Slots {
         spec: &DeviceSpec,
         mut fds: Descriptors,
     ) -> Result<u8, MachineError> {
+        let number = self.first_empty(vm)?;
+        self.fill(vm, number, builder.build(spec, &mut fds)?)
+    }
+
+    /// The same with a device that was built before.
+    pub fn add_built(&mut self, vm: &Vm, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
+        let number = self.first_empty(vm)?;
+        self.fill(vm, number, device)
+    }
+
+    fn first_empty(&mut self, vm: &Vm) -> Result<u8, MachineError> {
         self.clear_leaving(vm);
-        let mut all = (0u8..).zip(self.shared.iter().zip(&mut self.states));
-        let (number, (slot, state)) =
-            all.find(|(_, (_, state))| **state == State::Empty).ok_or(MachineError::NoSlot)?;
+        let mut all = (0u8..).zip(&self.states);
+        all.find(|(_, state)| **state == State::Empty).map(|(number, _)| number).ok_or(MachineError::NoSlot)
+    }
+
+    fn fill(&mut self, vm: &Vm, number: u8, device: Box<dyn VirtioDevice>) -> Result<u8, MachineError> {
         let (address, irq) = place(number)?;
-        let device = builder.build(spec, &mut fds)?;
-        lock(slot).fill(vm, address, irq, device)?;
-        *state = State::Filled;
+        let (index, unknown) = (usize::from(number), || MachineError::UnknownSlot(number));
+        lock(self.shared.get(index).ok_or_else(unknown)?).fill(vm, address, irq, device)?;
+        *self.states.get_mut(index).ok_or_else(unknown)? = State::Filled;
         Ok(number)
     }
 
@@ -134,7 +148,7 @@ mod tests {
 
     use super::*;
     use crate::memory::create_memory;
-    use crate::virtio::{ActivateError, Activation, VirtioDevice};
+    use crate::virtio::{ActivateError, Activation};
 
     fn vm() -> Vm {
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").expect("needs a /dev/kvm");
@@ -142,7 +156,7 @@ mod tests {
     }
 
     fn builder() -> DeviceBuilder {
-        DeviceBuilder::new(None, Box::new(|| {}), 0).unwrap()
+        DeviceBuilder::new(None, None, Box::new(|| {}), 0).unwrap()
     }
 
     fn none() -> Descriptors {

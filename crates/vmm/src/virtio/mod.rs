@@ -13,6 +13,7 @@ pub mod counts;
 pub mod fs;
 pub mod mem;
 pub mod net;
+pub mod pmem;
 pub mod ring;
 pub mod rng;
 pub mod serving;

@@ -5,6 +5,7 @@ mod common;
 mod control;
 mod hostile_guest;
 mod hotplug;
+mod images;
 mod jail;
 mod machine;
 mod tap;

@@ -21,6 +21,7 @@ mod growth;
 mod guest_hostile;
 mod jail;
 mod kernel;
+mod layers;
 mod liar;
 mod lifecycle;
 mod locks;

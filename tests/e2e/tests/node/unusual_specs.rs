@@ -161,6 +161,7 @@ fn odd_ones(dir: &Path) -> Result<Vec<Odd>> {
     block_device(&dir.join("disk"))?;
     symlink("/etc", dir.join("link"))?;
     symlink(dir.join("link"), dir.join("link-to-link"))?;
+    symlink("disk", dir.join("disk-link"))?;
     // Read-only, as of an image: what is writable needs a file system that the node's may not be.
     let layered = format!("lowerdir={}:{}", path("layer"), path("empty"));
     let (disk, file, empty) = (path("disk"), path("file"), path("empty"));
@@ -179,7 +180,17 @@ fn odd_ones(dir: &Path) -> Result<Vec<Odd>> {
         mounted("a block device without a type", Refused, vec![mount("", &disk, &["rw"])]),
         mounted("a file, bound", Refused, vec![mount("bind", &file, &["rbind", "rw"])]),
         mounted("a file, looped", Refused, vec![mount("ext4", &file, &["loop"])]),
-        mounted("an image of containerd's", Refused, vec![mount("erofs", &file, &["loop", "ro"])]),
+        mounted("an image layer that is no image", Refused, vec![mount("erofs", &file, &["loop", "ro"])]),
+        mounted("an image layer that is a disk", Refused, vec![mount("erofs", &disk, &["loop", "ro"])]),
+        mounted("an image layer that is a link to a disk", Refused, vec![mount("erofs", &path("disk-link"), &["ro"])]),
+        mounted("an image layer that is a directory", Refused, vec![mount("erofs", &empty, &["loop", "ro"])]),
+        mounted("an image layer that is not there", Refused, vec![mount("erofs", "/no/such/image", &["loop", "ro"])]),
+        mounted("image layers without an overlay", Refused, vec![mount("erofs", &file, &["ro"]); 2]),
+        mounted(
+            "image layers over a directory of the host",
+            Refused,
+            vec![mount("erofs", &file, &["ro"]), mount("format/mkdir/overlay", "overlay", &["lowerdir=/etc"])],
+        ),
         mounted("the host's proc", Refused, vec![mount("proc", "proc", &[])]),
         mounted("a mount of nothing", Refused, vec![mount("bind", "", &["rbind"])]),
         mounted("a mount of what is not there", Refused, vec![mount("bind", "/no/such/directory", &["rbind"])]),

@@ -177,6 +177,7 @@ impl Supervisor {
                 if self.end_soon() {
                     match reason {
                         ExitReason::NoTask => tracing::error!("the guest has ended: {}", ExitReason::NO_TASK),
+                        ExitReason::MemoryGone => tracing::error!("the guest has ended: {}", ExitReason::MEMORY_GONE),
                         _ => tracing::info!(?reason, "the guest has ended"),
                     }
                     self.reason = Some(reason);
@@ -256,6 +257,7 @@ fn early_end(status: Option<ExitStatus>, reason: Option<ExitReason>) -> VmError 
         Some(ExitReason::Reset) => "it reset itself, as its kernel does when it panics",
         Some(ExitReason::VcpuFault) => "its vCPU met something that KVM cannot go on from",
         Some(ExitReason::NoTask) => ExitReason::NO_TASK,
+        Some(ExitReason::MemoryGone) => ExitReason::MEMORY_GONE,
         None => "the VMM ended",
     };
     VmError::DiedEarly { how, last_words: String::new() }

@@ -21,12 +21,14 @@ use virtiofsd::oslib::ReadvFlags;
 use super::locks::{Locks, OpenFiles};
 use super::pages::Pages;
 use super::private::{FOR_EVER, Private};
+use super::windows::Windows;
 
 /// A file system whose guest is not trusted.
 pub struct Guard<F, Reply> {
     inner: Arc<F>,
     pages: Pages,
     private: Private,
+    windows: Windows,
     locks: Arc<Locks<Reply>>,
 }
 
@@ -51,11 +53,13 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
     /// Guards a file system, and tells the guest's locks what becomes of its open files. Root file systems of containers are
     /// the guest's alone, or not.
     pub fn new(inner: Arc<F>, locks: Arc<Locks<Reply>>, private_roots: bool) -> Self {
-        Self { inner, pages: Pages::default(), private: Private::new(private_roots), locks }
+        let (pages, windows) = (Pages::default(), Windows::default());
+        Self { inner, pages, private: Private::new(private_roots), windows, locks }
     }
 
     fn forgotten(&self, ctx: Context, inode: u64, count: u64) {
         self.pages.forget(inode);
+        self.windows.forget(inode, count);
         if let Some(handle) = self.private.forget(inode, count) {
             self.close(ctx, inode, handle);
         }
@@ -63,6 +67,7 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
 
     /// An entry that the guest is told of.
     fn entered(&self, parent: u64, n: &CStr, mut entry: Entry) -> Entry {
+        self.windows.entered(n, entry.inode);
         self.private.entered(parent, n, &mut entry);
         entry
     }
@@ -201,12 +206,18 @@ fn cookie(offset: u64, size: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Methods that pass their arguments on, after the checks named behind the signature.
+/// Methods that pass their arguments on, after the checks named behind the signature. Those that end in `of` change or list these
+/// inodes, which must be no windows.
 macro_rules! pass {
     ($(fn $method:ident $(<$generic:ident: $bound:ident>)? (&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)?
-        $(where $($check:ident($($value:expr),+)),+)?;)*) => {
+        $(where $($check:ident($($value:expr),+)),+)? $(; of $($inode:ident),+)?;)*) => {
         $(fn $method $(<$generic: $bound>)? (&self $(, $arg: $type)*) $(-> $ret)? {
             $($($check($($value),+)?;)+)?
+            $($(
+                let $inode: u64 = $inode.into();
+                self.windows.may_use($inode)?;
+                let $inode = F::Inode::from($inode);
+            )+)?
             self.inner.$method($($arg),*)
         })*
     };
@@ -225,6 +236,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         }
         self.pages.clear();
         self.private.clear();
+        self.windows.clear();
         self.locks.clear();
         let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
         Ok(self.inner.init(capable)? | (capable & locks))
@@ -238,6 +250,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     fn lookup(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<Entry> {
         name(n)?;
         let parent: u64 = parent.into();
+        self.windows.may_find(parent, n)?;
         match self.inner.lookup(ctx, parent.into(), n) {
             // A name that is not there stays so until the guest makes it.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.private.has(parent) => Ok(Entry {
@@ -327,6 +340,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
         let inode: u64 = inode.into();
+        self.windows.may_use(inode)?;
         let given = handle.map_or(NO_HANDLE, F::Handle::into);
         // A private file that is cut off is written, so what is open to be read is not to be used any more.
         let handle = if valid.contains(SetattrValid::SIZE) && self.private.has(inode) {
@@ -348,6 +362,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     ) -> io::Result<Entry> {
         name(n)?;
         let parent: u64 = parent.into();
+        self.windows.may_use(parent)?;
         Ok(self.entered(parent, n, self.inner.symlink(ctx, link, parent.into(), n, extensions)?))
     }
 
@@ -364,6 +379,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         name(n)?;
         node(mode, device)?;
         let parent: u64 = parent.into();
+        self.windows.may_use(parent)?;
         Ok(self.entered(parent, n, self.inner.mknod(ctx, parent.into(), n, mode, device, umask, extensions)?))
     }
 
@@ -378,12 +394,14 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     ) -> io::Result<Entry> {
         name(n)?;
         let parent: u64 = parent.into();
+        self.windows.may_use(parent)?;
         Ok(self.entered(parent, n, self.inner.mkdir(ctx, parent.into(), n, mode, umask, extensions)?))
     }
 
     fn link(&self, ctx: Context, inode: F::Inode, to: F::Inode, new: &CStr) -> io::Result<Entry> {
         name(new)?;
         let to: u64 = to.into();
+        self.windows.may_use(to)?;
         Ok(self.entered(to, new, self.inner.link(ctx, inode, to.into(), new)?))
     }
 
@@ -400,6 +418,7 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
     ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> {
         name(n)?;
         let parent: u64 = parent.into();
+        self.windows.may_use(parent)?;
         let is_private = self.private.has(parent);
         // The guest's kernel reads what it writes a part of.
         let flags = if is_private { flags & !ACCESS_MODE | READ_WRITE } else { flags };
@@ -516,19 +535,19 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
 
     pass! {
         fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
-        fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
-        fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n);
+        fn unlink(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n); of parent;
+        fn rmdir(&self, ctx: Context, parent: F::Inode, n: &CStr) -> io::Result<()> where name(n); of parent;
         fn rename(&self, ctx: Context, parent: F::Inode, n: &CStr, to: F::Inode, new: &CStr, flags: u32)
-            -> io::Result<()> where name(n), name(new);
+            -> io::Result<()> where name(n), name(new); of parent, to;
         fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
         fn setxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags)
-            -> io::Result<()> where label(n);
+            -> io::Result<()> where label(n); of inode;
         fn getxattr(&self, ctx: Context, inode: F::Inode, n: &CStr, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply>;
-        fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n);
-        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn removexattr(&self, ctx: Context, inode: F::Inode, n: &CStr) -> io::Result<()> where label(n); of inode;
+        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>; of inode;
         fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64)
-            -> io::Result<F::DirIter> where cookie(offset, size);
+            -> io::Result<F::DirIter> where cookie(offset, size); of inode;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
         fn syncfs(&self, ctx: Context, inode: F::Inode) -> io::Result<()>;
     }

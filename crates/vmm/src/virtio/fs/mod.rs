@@ -18,6 +18,7 @@ mod locks;
 mod memory;
 mod pages;
 mod private;
+mod windows;
 mod worker;
 
 #[cfg(test)]
@@ -60,7 +61,7 @@ const MAX_GUEST_FDS: u64 = 256 * 1024;
 const RESERVED_FDS: u64 = 2048;
 
 /// `trusted.*` takes a capability on the host that nobody here has, over the host as a whole. A guest keeps its own, which
-/// overlayfs needs on a volume that it writes, under a name that it cannot use otherwise.
+/// overlayfs needs where it writes, under a name that it cannot use otherwise.
 const ATTRIBUTES: &str = ":prefix:all:trusted.:user.bulkhead.: :bad:client:user.bulkhead.:: :ok:all:::";
 
 /// The device. Its thread lives as long as it does: one that a vCPU's thread started would be confined as that is. A request

@@ -1,7 +1,7 @@
 //! What nobody but the guest changes: the root file systems of its containers.
 //!
-//! A container's root file system is a mount of its own (`<container id>/rootfs` in the share), and no other pod, nor the node,
-//! writes to it. The guest's kernel is told so with the attributes of the mount (guest-kernel/patches,
+//! A container's root file system is a mount of its own (`<container id>/rootfs` in the share), and so is what it writes to if the
+//! guest makes its root file system (`.bulkhead-upper`). No other pod, nor the node, writes to it. The guest's kernel is told so with the attributes of the mount (guest-kernel/patches,
 //! fuse-private-submounts). From then on it keeps what it knows without end, keeps what is written until it writes it
 //! back, and has locks of its own. It does not open files either: a request names an inode, with a handle of zero, and the
 //! file is opened here when it is first read or written.
@@ -13,12 +13,15 @@ use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES};
+use bulkhead_protocol::guest::{ROOT_DIR, SHARED_VOLUMES, UPPER_DIR};
 use virtiofsd::filesystem::Entry;
 use virtiofsd::fuse::ATTR_SUBMOUNT;
 
 /// FUSE_ROOT_ID, the share.
 const SHARE: u64 = 1;
+
+/// What is private in a container's directory, if it is a mount.
+const ROOTS: [&str; 2] = [ROOT_DIR, UPPER_DIR];
 
 /// FUSE_ATTR_PRIVATE of the patch.
 pub const PRIVATE: u32 = 1 << 31;
@@ -37,7 +40,7 @@ pub struct Private {
 
 #[derive(Default)]
 struct State {
-    /// Directories of containers, whose `rootfs` is private.
+    /// Directories of containers, in which [`ROOTS`] are private.
     containers: BTreeSet<u64>,
     /// How often the guest has been told of an inode, which is how often it will forget it.
     known: HashMap<u64, u64>,
@@ -76,7 +79,9 @@ impl Private {
             state.containers.insert(entry.inode);
             return;
         }
-        let is_root = is_mount && name.to_bytes() == ROOT_DIR.as_bytes() && state.containers.contains(&parent);
+        let is_root = is_mount
+            && ROOTS.iter().any(|root| root.as_bytes() == name.to_bytes())
+            && state.containers.contains(&parent);
         if is_root {
             entry.attr.flags |= PRIVATE;
         }
@@ -176,16 +181,20 @@ mod tests {
         let file = enter(&private, 4, c"etc", 20, 0);
         assert_eq!((file.attr.flags, file.attr_timeout, file.entry_timeout), (0, FOR_EVER, FOR_EVER));
         assert_eq!(enter(&private, 20, c"passwd", 21, 0).attr_timeout, FOR_EVER);
+        let upper = enter(&private, 2, c".bulkhead-upper", 30, ATTR_SUBMOUNT);
+        assert_eq!(upper.attr.flags, ATTR_SUBMOUNT | PRIVATE);
+        assert_eq!(enter(&private, 30, c"fs", 31, 0).entry_timeout, FOR_EVER);
         enter(&private, 2, c"mounts", 5, 0);
         // What is called so in a volume, as on a node: that is another's.
         for (parent, inode) in [(3, 6), (5, 7), (4, 8), (6, 9)] {
+            enter(&private, parent, c".bulkhead-upper", inode, ATTR_SUBMOUNT);
             let entry = enter(&private, parent, c"rootfs", inode, ATTR_SUBMOUNT);
             assert_eq!((entry.attr.flags, entry.attr_timeout), (ATTR_SUBMOUNT, SECOND), "{parent}");
             assert!(!private.has(inode));
         }
         assert_eq!(enter(&private, 2, c"rootfs", 10, 0).attr.flags, 0, "no mount");
         assert_eq!(enter(&private, 2, c"other", 11, ATTR_SUBMOUNT).attr.flags, ATTR_SUBMOUNT);
-        assert_eq!([4, 20, 21].map(|inode| private.has(inode)), [true; 3]);
+        assert_eq!([4, 20, 21, 30, 31].map(|inode| private.has(inode)), [true; 5]);
         assert_eq!([2, 3, 5, 10, 11].map(|inode| private.has(inode)), [false; 5]);
     }
 

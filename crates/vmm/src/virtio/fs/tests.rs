@@ -29,6 +29,7 @@ mod opcode {
     pub const MKNOD: u32 = 8;
     pub const MKDIR: u32 = 9;
     pub const UNLINK: u32 = 10;
+    pub const RMDIR: u32 = 11;
     pub const RENAME: u32 = 12;
     pub const LINK: u32 = 13;
     pub const OPEN: u32 = 14;
@@ -171,6 +172,13 @@ impl Guest {
     fn create_with(&mut self, name: &str, flags: i32) -> Result<Vec<u8>, i32> {
         let body = words(&[flags.cast_unsigned(), 0o100_644, 0, 0], &[name]);
         self.call(opcode::CREATE, ROOT, &body)
+    }
+
+    fn forget(&mut self, node: u64, count: u64) {
+        let len = self.write_request(opcode::FORGET, node, &count.to_le_bytes());
+        self.hiprio.add(&[(REQUEST, len, false)]);
+        self.hiprio.kick();
+        self.hiprio.wait_used(&self.interrupt);
     }
 
     fn create(&mut self, name: &str) -> Result<(u64, u64), i32> {
@@ -384,10 +392,7 @@ fn hostile_11_forgetting_more_than_was_looked_up_is_harmless() {
     let mut guest = Guest::new(&share);
     let node = guest.lookup(ROOT, "file").unwrap();
     for forgotten in [node, node, 999, ROOT] {
-        let len = guest.write_request(opcode::FORGET, forgotten, &u64::MAX.to_le_bytes());
-        guest.hiprio.add(&[(REQUEST, len, false)]);
-        guest.hiprio.kick();
-        guest.hiprio.wait_used(&guest.interrupt);
+        guest.forget(forgotten, u64::MAX);
     }
     assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::EBADF));
     guest.init(SUBMOUNTS).unwrap();

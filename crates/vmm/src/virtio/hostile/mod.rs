@@ -22,12 +22,13 @@ use super::console::Console;
 use super::fs::Fs;
 use super::mem::Mem;
 use super::net::tests::Wired;
+use super::pmem::Pmem;
 use super::rng::Rng;
 use super::testing::{DriverQueue, TestInterrupt, activation, memory, wait_stopped};
 use super::vsock::Vsock;
 use crate::event_loop::EventLoop;
 use crate::layout::MEMORY_BLOCK;
-use crate::memory::{Backing, Memory};
+use crate::memory::{Backing, ImageRegion, Memory};
 
 /// Small enough for every device; a power of two.
 const SIZE: u16 = 8;
@@ -46,6 +47,7 @@ fn every_spec() -> Vec<DeviceSpec> {
         DeviceSpec::Fs { tag: "share".into(), root: FdIndex(0), ids: IdMaps::default(), private_roots: true },
         DeviceSpec::Memory { requested_mib: 0 },
         NET,
+        DeviceSpec::Pmem { images: vec![] },
         DeviceSpec::Rng,
         DeviceSpec::Vsock,
     ]
@@ -65,6 +67,15 @@ struct Rig {
 }
 
 struct NoBacking;
+
+impl ImageRegion for NoBacking {
+    fn start(&self) -> u64 {
+        8 << 30
+    }
+    fn size(&self) -> u64 {
+        2 << 20
+    }
+}
 
 impl Backing for NoBacking {
     fn start(&self) -> u64 {
@@ -121,6 +132,10 @@ fn rig(spec: &DeviceSpec, event_loop: EventLoop) -> Rig {
             rustix::fs::fcntl_setfl(&wire, rustix::fs::OFlags::NONBLOCK).unwrap();
             // Too short for a frame, so that it is not sent, which would fill the wire.
             rig("net", Box::new(device), 1, vec![0; 20], 0, Box::new(wire))
+        }
+        DeviceSpec::Pmem { .. } => {
+            let device = Pmem::new(Box::new(NoBacking), event_loop, EventLoop::spawn().unwrap());
+            rig("pmem", Box::new(device), 0, vec![0; 4], 4, Box::new(()))
         }
         DeviceSpec::Rng => rig("rng", Box::new(Rng::new(event_loop)), 0, vec![], 64, Box::new(())),
         DeviceSpec::Vsock => {

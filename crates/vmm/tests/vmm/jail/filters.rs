@@ -293,7 +293,7 @@ fn calls_that_a_thread_needs_pass() {
                 (libc::SYS_fdatasync, vec![NONE]),
                 (libc::SYS_ppoll, vec![0, NONE]),
             ],
-            Kind::Memory => vec![sendto(0)],
+            Kind::Memory => vec![sendto(0), (libc::SYS_fstat, vec![NONE])],
             Kind::Locks => vec![(libc::SYS_flock, vec![NONE]), fcntl(libc::F_OFD_SETLKW)],
             Kind::FileServer => vec![
                 (libc::SYS_openat, vec![NONE]),

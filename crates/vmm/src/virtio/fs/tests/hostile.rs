@@ -74,6 +74,62 @@ fn hostile_11_renames_with_flags_do_not_leave_the_share_either() {
     assert_eq!(fs::read(share.join("file")).unwrap(), b"content");
 }
 
+/// What is beside a container's upper and work directory is containerd's: an image that is planted there would be mounted on the
+/// node when the snapshot is committed.
+#[test]
+fn hostile_11_directory_of_a_snapshot_shows_two_names_and_is_changed_by_nobody() {
+    let (_dir, share) = share();
+    let window = share.join(".bulkhead-upper");
+    for name in ["fs", "work"] {
+        fs::create_dir_all(window.join(name)).unwrap();
+    }
+    fs::write(window.join("layer.erofs"), "image").unwrap();
+    let mut guest = Guest::new(&share);
+    let other = guest.lookup(ROOT, "file").unwrap();
+    let node = guest.lookup(ROOT, ".bulkhead-upper").unwrap();
+    // It is held twice, and then once.
+    assert_eq!(guest.lookup(ROOT, ".bulkhead-upper").unwrap(), node);
+    guest.forget(node, 1);
+    let (low, file) = (u32::try_from(node).unwrap(), u32::try_from(other).unwrap());
+    for name in ["layer.erofs", "fsmeta.erofs", ".erofslayer", "new"] {
+        assert_eq!(guest.lookup(node, name), Err(libc::ENOENT), "{name}");
+        for (opcode, node, body) in [
+            (opcode::MKNOD, node, words(&[libc::S_IFREG | 0o600, 0, 0, 0], &[name])),
+            (opcode::MKDIR, node, words(&[0o700, 0], &[name])),
+            (opcode::SYMLINK, node, words(&[], &[name, "/etc/passwd"])),
+            (opcode::LINK, node, words(&[file, 0], &[name])),
+            (opcode::UNLINK, node, words(&[], &[name])),
+            (opcode::RENAME, node, words(&[1, 0], &[name, "taken"])),
+            (opcode::RENAME, ROOT, words(&[low, 0], &["file", name])),
+            (opcode::RENAME2, ROOT, words(&[low, 0, 2, 0], &["file", name])),
+            (opcode::CREATE, node, words(&[2, 0o100_644, 0, 0], &[name])),
+        ] {
+            assert_eq!(guest.call(opcode, node, &body), Err(libc::EPERM), "{opcode} {name}");
+        }
+    }
+    for (opcode, body) in [
+        (opcode::RENAME, words(&[1, 0], &["fs", "moved"])),
+        (opcode::RMDIR, words(&[], &["work"])),
+        (opcode::OPENDIR, vec![0; 8]),
+        (opcode::SETATTR, truncation()),
+        (opcode::SETXATTR, words(&[1, 0], &["user.x", ""])),
+        (opcode::REMOVEXATTR, words(&[], &["user.x"])),
+    ] {
+        assert_eq!(guest.call(opcode, node, &body), Err(libc::EPERM), "{opcode}");
+    }
+    assert_eq!(fs::read(window.join("layer.erofs")).unwrap(), b"image");
+    assert_eq!(fs::read_dir(&window).unwrap().count(), 3);
+    assert!(share.join("file").exists());
+    // In the two it makes what it likes, and renames it from one to the other.
+    let (files, work) = (guest.lookup(node, "fs").unwrap(), guest.lookup(node, "work").unwrap());
+    guest.call(opcode::MKDIR, work, &words(&[0o700, 0], &["new"])).unwrap();
+    let to = u32::try_from(files).unwrap();
+    guest.call(opcode::RENAME, work, &words(&[to, 0], &["new", "new"])).unwrap();
+    assert!(window.join("fs/new").is_dir());
+    guest.forget(node, 1);
+    assert_eq!(guest.call(opcode::GETATTR, node, &[0; 16]), Err(libc::EBADF), "it is forgotten with the last look-up");
+}
+
 /// CVE-2026-47243, CVE-2026-41326: a link may say what it likes, the host does not go where it says.
 #[test]
 fn hostile_11_symlink_of_the_guest_leads_the_host_nowhere() {
