@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use super::super::inotify::Inotify;
 use super::super::vm::Vm;
 use crate::deadlines::{Deadline, Operation};
-use crate::host_files;
+use crate::host_files::OneEach;
 
 /// Looks after files until it is dropped.
 #[derive(Debug)]
@@ -45,21 +45,22 @@ impl Guard {
 
 /// Returns when a file has been cut short.
 async fn look_after(inotify: Inotify, files: Arc<[(OwnedFd, u64)]>) -> io::Result<()> {
-    let mut changes = inotify.changes()?;
+    let (host, mut changes) = (OneEach::default(), inotify.changes()?);
     let watched = files.clone();
-    let watch = move || Watched::new(inotify, &watched);
-    let _watched = on_thread(watch).await??;
+    let _watched = on_thread(&host, move || Watched::new(inotify, &watched)).await??;
     loop {
         let files = files.clone();
-        if on_thread(move || files.iter().any(|(file, size)| is_cut(file, *size))).await? {
-            return Ok(());
+        match on_thread(&host, move || files.iter().any(|(file, size)| is_cut(file, *size))).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "cannot look whether image layers are whole"),
         }
         changes.changed().await.map_err(io::Error::other)?;
     }
 }
 
-async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    host_files::CONTAINERS.run(Deadline::begin(Operation::HostFiles), work).await.map_err(io::Error::other)
+async fn on_thread<T: Send + 'static>(host: &OneEach<()>, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    host.run((), Deadline::begin(Operation::HostFiles), work).await.map_err(io::Error::other)
 }
 
 /// Files that are watched until this is dropped.
