@@ -95,6 +95,10 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
         }
     }
 
+    fn with_file(&self, inode: u64, handle: u64, act: &mut dyn FnMut(&File) -> io::Result<()>) -> io::Result<()> {
+        Opened(Arc::clone(&self.inner)).with(inode, handle, act)
+    }
+
     /// Whether an open file is in a file system that learns nothing from a close(2). A server elsewhere may write by then only, and
     /// say what has failed.
     fn is_local(&self, inode: u64, handle: u64) -> bool {
@@ -103,7 +107,7 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
             is_local = LOCAL.contains(&rustix::fs::fstatfs(file)?.f_type);
             Ok(())
         };
-        Opened(Arc::clone(&self.inner)).with(inode, handle, look).is_ok() && is_local
+        self.with_file(inode, handle, look).is_ok() && is_local
     }
 
     fn close(&self, ctx: Context, inode: u64, handle: u64) {
@@ -117,7 +121,7 @@ impl<F: FileSystem, Reply> Guard<F, Reply> {
         let times = Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: mtime };
         let set = &mut |file: &File| Ok(futimens(file, &times)?);
         // The pages are written. A time that cannot be had is a later one.
-        let _ = Opened(Arc::clone(&self.inner)).with(inode, handle.into(), set);
+        let _ = self.with_file(inode, handle.into(), set);
     }
 
     /// What the guest may leave out for a file that it has opened with these flags.
@@ -406,19 +410,13 @@ impl<F: FileSystem, Reply> FileSystem for Guard<F, Reply> {
         let (entry, handle, options) =
             self.inner.create(ctx, parent.into(), n, mode, kill_priv, flags, umask, extensions)?;
         let entry = self.entered(parent, n, entry);
-        match handle {
-            Some(handle) if is_private => {
-                self.opened(ctx, entry.inode, handle.into(), true);
-                Ok((entry, None, options | OpenOptions::KEEP_CACHE))
-            }
-            Some(handle) => {
-                let handle: u64 = handle.into();
-                let is_local = self.is_local(entry.inode, handle);
-                let options = if is_local { options | OpenOptions::NOFLUSH } else { options };
-                Ok((entry, Some(handle.into()), options))
-            }
-            None => Ok((entry, None, options)),
+        let Some(handle) = handle.map(F::Handle::into) else { return Ok((entry, None, options)) };
+        if is_private {
+            self.opened(ctx, entry.inode, handle, true);
+            return Ok((entry, None, options | OpenOptions::KEEP_CACHE));
         }
+        let shortcut = if self.is_local(entry.inode, handle) { OpenOptions::NOFLUSH } else { OpenOptions::empty() };
+        Ok((entry, Some(handle.into()), options | shortcut))
     }
 
     fn read<W: ZeroCopyWriter>(

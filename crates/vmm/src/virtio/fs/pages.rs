@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long the guest trusts a name or attributes of what others may change (see [`super::private`]). What the host changes in the share (a ConfigMap's link, a rotated log)
-/// is seen that late at most; 0 would make every step of every path a request.
+/// How long the guest trusts a name or attributes of what others may change (see [`super::private`]). What the host changes in
+/// the share (a ConfigMap's link, a rotated log) is seen that late at most; 0 would make every step of every path a request.
 pub const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How old a change must be to be the last of its change time, on a file system whose times are those of the kernel's tick: a

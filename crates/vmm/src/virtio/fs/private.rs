@@ -2,9 +2,9 @@
 //!
 //! A container's root file system is a mount of its own (`<container id>/rootfs` in the share), and no other pod, nor the node,
 //! writes to it. The guest's kernel is told so with the attributes of the mount (guest-kernel/patches,
-//! fuse-private-submounts). From then on it keeps what it knows without end, keeps what is written until it writes it
+//! fuse-submounts-may-be-private). From then on it keeps what it knows without end, keeps what is written until it writes it
 //! back, and has locks of its own. It does not open files either: a request names an inode, with a handle of zero, and the
-//! file is opened here when it is first read or written.
+//! file is opened here when it is first read, written, or opened to be written, of which alone the guest tells.
 //!
 //! Everything else may change under the guest, and nothing of this is so there.
 
